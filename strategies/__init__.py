@@ -1,0 +1,1 @@
+"""Lightning strategies: where things run, never what they compute."""

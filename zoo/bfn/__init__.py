@@ -1,0 +1,1 @@
+"""Bayesian flow networks and their fast solvers."""
