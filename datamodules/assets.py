@@ -419,9 +419,7 @@ def _extract(name: str, asset: Asset, archive: Path, folder: Path) -> None:
             with target.open("wb") as out:
                 shutil.copyfileobj(file, out)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError) as error:
-        raise AssetError(
-            f"Cannot unpack asset {name!r}: {archive.name} is broken ({error}). {_by_hand(name, asset)}"
-        ) from error
+        raise AssetError(f"Cannot unpack asset {name!r}: {archive.name} is broken ({error}). {_by_hand(name, asset)}") from error
     if unmatched:
         raise AssetError(f"The archive {archive.name} of asset {name!r} lacks {', '.join(sorted(unmatched))}.")
 

@@ -94,9 +94,7 @@ class ZooDataModule(Configurable, LightningDataModule):
         """The seed of order and augmentation: ``seed``, else that of ``seed_everything``, else 0."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def train_loader(
-        self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None
-    ) -> ResumableLoader[Any]:
+    def train_loader(self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None) -> ResumableLoader[Any]:
         """A loader for training: shuffled anew each epoch; the last incomplete *global* batch is left out.
 
         Args:
@@ -124,9 +122,7 @@ class ZooDataModule(Configurable, LightningDataModule):
         )
         return self._loader(dataset, order, self.batch_size, collate_fn)
 
-    def eval_loader(
-        self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None
-    ) -> ResumableLoader[Any]:
+    def eval_loader(self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None) -> ResumableLoader[Any]:
         """A loader for validation, test or prediction: every sample once, in order, on one of the processes.
 
         All processes get equally many batches, which a model whose forward pass communicates needs. Where

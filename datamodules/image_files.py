@@ -72,9 +72,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
 def cifar_folder(root: Path) -> Path | None:
     """The folder with CIFAR-10's batches in or at ``root``: the binary version is preferred to the pickled one."""
     candidates = [root / "cifar-10-batches-bin", root, root / "cifar-10-batches-py"]
-    return next(
-        (path for path in candidates for name in ("test_batch.bin", "test_batch") if (path / name).is_file()), None
-    )
+    return next((path for path in candidates for name in ("test_batch.bin", "test_batch") if (path / name).is_file()), None)
 
 
 def read_cifar(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -111,8 +109,7 @@ def _read_binary_batch(path: Path) -> tuple[Tensor, Tensor]:
     content = bytearray(path.read_bytes())
     if not content or len(content) % _CIFAR_RECORD:
         raise ValueError(
-            f"{path} is truncated: {len(content)} bytes are no whole number of records of {_CIFAR_RECORD} bytes; "
-            f"fetch it again."
+            f"{path} is truncated: {len(content)} bytes are no whole number of records of {_CIFAR_RECORD} bytes; fetch it again."
         )
     records = torch.frombuffer(content, dtype=torch.uint8).reshape(-1, _CIFAR_RECORD)
     return records[:, 1:].reshape(-1, 3, 32, 32).clone(), records[:, 0].long()
@@ -129,10 +126,9 @@ def _read_pickled_batch(path: Path) -> tuple[Tensor, Tensor]:
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again.") from error
     data, labels = (batch.get(b"data"), batch.get(b"labels")) if isinstance(batch, dict) else (None, None)
-    if isinstance(data, np.ndarray) and isinstance(labels, list) and data.dtype == np.uint8:
-        if data.shape == (len(labels), _CIFAR_RECORD - 1):
-            return torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64)
-    raise ValueError(f"{path} is not a batch of CIFAR-10: it lacks `data` (N, 3072) or the same number of `labels`.")
+    if not isinstance(data, np.ndarray) or not isinstance(labels, list) or data.shape != (len(labels), _CIFAR_RECORD - 1):
+        raise ValueError(f"{path} is not a batch of CIFAR-10: it lacks `data` (N, 3072) or as many `labels`.")
+    return torch.from_numpy(data.astype(np.uint8).reshape(-1, 3, 32, 32)), torch.tensor(labels, dtype=torch.int64)
 
 
 class _Refused(Exception):

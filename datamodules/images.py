@@ -216,9 +216,7 @@ class ImageDataModule(ZooDataModule, ABC):
         if predict_samples < 1:
             raise ValueError(f"predict_samples is {predict_samples}, and must be at least 1.")
         if predict_masks is not None and predict_images is None:
-            raise ValueError(
-                f"predict_masks ({predict_masks}) needs predict_images: the folder of pictures they belong to."
-            )
+            raise ValueError(f"predict_masks ({predict_masks}) needs predict_images: the folder of pictures they belong to.")
         self.predict_samples = predict_samples
         self.predict_images = None if predict_images is None else Path(predict_images)
         self.predict_masks = None if predict_masks is None else Path(predict_masks)
@@ -352,7 +350,7 @@ class IdxImages(ImageDataModule, ABC):
 class MNIST(IdxImages):
     """MNIST: the official files where you have them, else 5,000 real MNIST digits that a package carries (1.4 MB).
 
-    The official 60,000 training pictures are divided into 55,000 for training and 5,000 for validation; the 5,000 of the
+    The official 60,000 training pictures are divided into 55,000 for training and 5,000 for validation; those of the
     package into 4,000 for training, 500 for validation and 500 for test.
     """
 
@@ -414,8 +412,7 @@ class CIFAR10(ImageDataModule):
         folder = cifar_folder(self.root)
         if folder is None:
             raise FileNotFoundError(
-                f"{self.root} holds no CIFAR-10: unpack the official cifar-10-binary.tar.gz there, or set "
-                f"download: true."
+                f"{self.root} holds no CIFAR-10: unpack the official cifar-10-binary.tar.gz there, or set download: true."
             )
         return _official_splits(read_cifar(folder, train=True), read_cifar(folder, train=False))
 
@@ -435,8 +432,7 @@ def _read_idx_pair(name: str, folders: list[Path], part: Literal["train", "t10k"
         if path is None:
             where = " or ".join(str(folder) for folder in folders)
             raise FileNotFoundError(
-                f"{name}'s file {file} (or {file}.gz) is not in {where}: put it there, set download: true, or leave root "
-                f"out."
+                f"{name}'s file {file} (or {file}.gz) is not in {where}: put it there, set download: true, or leave root out."
             )
         files.append((path, read_idx(path, dims)))
     (images_path, images), (labels_path, labels) = files

@@ -81,13 +81,11 @@ def _read(path: Path, mode: str, image_shape: tuple[int, int, int], resize: bool
                 raise ValueError(f"{path} has transparent pixels: save it without transparency.")
             picture = ImageOps.exif_transpose(opened).convert(mode)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{path} is not a readable picture ({error}): replace it or take it out of the folder."
-        ) from error
+        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it out of the folder.") from error
     if picture.size != (width, height):
         if not resize:
             raise ValueError(
-                f"{path} has {picture.width}x{picture.height} pixels (width x height), the model needs {width}x{height}: "
+                f"{path} has {picture.width}x{picture.height} pixels (width x height), not {width}x{height}; "
                 f"change the file or set predict_resize: true."
             )
         picture = picture.resize((width, height), filter)
