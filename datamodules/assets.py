@@ -408,7 +408,8 @@ def _extract(name: str, asset: Asset, archive: Path, folder: Path) -> None:
             matching = {pattern for pattern in asset.members if fnmatch.fnmatchcase(relative, pattern)}
             if not matching:
                 continue
-            if file is None or ".." in PurePosixPath(relative).parts or set(relative) & set("\\:"):
+            inside = PurePosixPath(relative)
+            if file is None or inside.is_absolute() or ".." in inside.parts or set(relative) & set("\\:"):
                 raise AssetError(
                     f"Refused to unpack asset {name!r}: member {path!r} of {archive.name} is a link or points outside "
                     f"its folder. Delete the archive and report it."

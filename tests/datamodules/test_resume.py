@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datamodules.datamodule import ZooDataModule
+from zoo.callbacks import RunCheckpoint
 
 
 class Indices(Dataset):
@@ -83,11 +84,10 @@ def trainer(tmp_path: Path, *callbacks: Callback, **options) -> L.Trainer:
         default_root_dir=tmp_path,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        **{"max_epochs": 4, "num_sanity_val_steps": 0} | options,
+        **{"max_epochs": 4, "num_sanity_val_steps": 0, "enable_checkpointing": False} | options,
     )
 
 
@@ -97,19 +97,54 @@ def whole_run(tmp_path: Path, **options) -> list[tuple[int, list[int]]]:
     return module.seen
 
 
-@pytest.mark.parametrize("limit", [{"max_epochs": 4}, {"max_steps": 20, "max_epochs": -1}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(
-    ("hook", "count"),
-    [("on_train_batch_end", step) for step in range(1, 20)]
-    + [("on_train_epoch_end", epoch) for epoch in range(1, 4)]
-    + [("on_validation_end", epoch) for epoch in range(1, 4)],
-)
-def test_a_run_cut_right_after_a_checkpoint_continues_with_the_next_batch(hook, count, limit, tmp_path):
+LIMITS = {"epochs": {"max_epochs": 4}, "steps": {"max_steps": 20, "max_epochs": -1}}
+
+
+def cut_and_resume(hook: str, count: int, limit: dict[str, int], tmp_path: Path, workers: tuple[int, int]) -> None:
     expected = whole_run(tmp_path, **limit)
     path = tmp_path / "cut.ckpt"
     first, second = Recorder(), Recorder()
     with pytest.raises(Killed):
-        trainer(tmp_path, SaveAndKill(hook, count, path), **limit).fit(first, datamodule=IndexData())
-    trainer(tmp_path, **limit).fit(second, datamodule=IndexData(), ckpt_path=path, weights_only=True)
+        trainer(tmp_path, SaveAndKill(hook, count, path), **limit).fit(first, datamodule=IndexData(num_workers=workers[0]))
+    trainer(tmp_path, **limit).fit(second, datamodule=IndexData(num_workers=workers[1]), ckpt_path=path, weights_only=True)
     assert first.seen + second.seen == expected
     assert len(expected) == 20
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [("on_train_batch_end", step) for step in (1, 4, 5, 6, 10, 13, 19)]
+    + [("on_train_epoch_end", epoch) for epoch in range(1, 4)]
+    + [("on_validation_end", epoch) for epoch in range(1, 4)],
+)
+def test_a_run_cut_right_after_a_checkpoint_continues_with_the_next_batch(hook, count, limit, tmp_path):
+    cut_and_resume(hook, count, LIMITS[limit], tmp_path, workers=(0, 0))
+
+
+@pytest.mark.parametrize("workers", [(2, 2), (0, 2), (2, 0)])
+@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_end", 7), ("on_train_epoch_end", 2)])
+def test_it_does_with_workers_and_another_number_of_them(hook, count, workers, tmp_path):
+    cut_and_resume(hook, count, LIMITS["epochs"], tmp_path, workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("step", [0, 1, 5, 13])
+def test_a_batch_that_was_fetched_and_not_trained_is_trained_after_resuming(step, num_workers, tmp_path):
+    expected = whole_run(tmp_path)
+    first, second = Recorder(fail_in_step=step), Recorder()
+    checkpoint = RunCheckpoint(folder=tmp_path)
+    with pytest.raises(Killed):
+        trainer(tmp_path, checkpoint, enable_checkpointing=True).fit(first, datamodule=IndexData(num_workers=num_workers))
+    path = checkpoint.path(None)
+    assert path.exists() == (step > 0)
+    trainer(tmp_path).fit(
+        second, datamodule=IndexData(num_workers=num_workers), ckpt_path=path if step else None, weights_only=True
+    )
+    assert first.seen == expected[:step]
+    assert first.seen + second.seen == expected
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_limited_epochs_resume_too(stop, tmp_path):
+    cut_and_resume("on_train_batch_end", stop, {"max_epochs": 7, "limit_train_batches": 3, "max_steps": 20}, tmp_path, (0, 0))
