@@ -70,7 +70,6 @@ def to_uint8(images: Tensor) -> Tensor:
     if not bool(((level >= 0) & (level <= 255)).all()):  # also False for NaN
         low, high = images.min().item(), images.max().item()
         raise ValueError(
-            f"Images must lie in [0, 1] and be finite, got values from {low:.4g} to {high:.4g}; "
-            "clamp them where they are made."
+            f"Images must lie in [0, 1] and be finite, got values from {low:.4g} to {high:.4g}; clamp them where they are made."
         )
     return level.to(torch.uint8)

@@ -45,9 +45,7 @@ class JSONLWriter(RankMergingWriter):
             try:
                 line = json.dumps(sample, ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"JSONLWriter: sample {sample['index']} cannot be written as JSON: {error}."
-                ) from error
+                raise ValueError(f"JSONLWriter: sample {sample['index']} cannot be written as JSON: {error}.") from error
             self._file.write(f"{sample['index']}\t{line}\n".encode())
 
     def close(self, trainer: Trainer) -> None:

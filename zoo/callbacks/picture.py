@@ -54,9 +54,7 @@ def as_picture(image_CHW: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def picture_grid(
-    image_NCHW: Tensor, columns: int, *, scale: int | None = None, row_labels: Sequence[str] = ()
-) -> Image.Image:
+def picture_grid(image_NCHW: Tensor, columns: int, *, scale: int | None = None, row_labels: Sequence[str] = ()) -> Image.Image:
     """Lay out images row by row, from left to right, each enlarged by a whole factor without smoothing.
 
     Args:

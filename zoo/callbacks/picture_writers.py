@@ -164,8 +164,8 @@ class ImageGridWriter(FirstSamplesWriter):
     def remarks(self) -> dict[str, Any]:
         """The names of the single files of this rank."""
         return {
-            "file": np.array(list(self._written), dtype=np.str_),
-            "file_index": np.array(list(self._written.values())),
+            "name": np.array(list(self._written), dtype=np.str_),
+            "name_index": np.array(list(self._written.values())),
         }
 
     def merge(self, trainer: Trainer, parts: list[Path]) -> list[Path]:
@@ -177,7 +177,7 @@ class ImageGridWriter(FirstSamplesWriter):
         written: dict[str, int] = {}
         for part in parts:
             with np.load(part) as arrays:
-                for name, index in zip(arrays["file"].tolist(), arrays["file_index"].tolist(), strict=True):
+                for name, index in zip(arrays["name"].tolist(), arrays["name_index"].tolist(), strict=True):
                     _claim(written, name, index)
         return super().merge(trainer, parts)
 
@@ -219,9 +219,7 @@ class TrajectoryWriter(FirstSamplesWriter):
     ) -> None:
         super().__init__(filename, num_samples, "trajectory")
         if Path(filename).suffix != ".png":
-            raise ValueError(
-                f"TrajectoryWriter: filename={filename!r} must end in .png; the .gif is written beside it."
-            )
+            raise ValueError(f"TrajectoryWriter: filename={filename!r} must end in .png; the .gif is written beside it.")
         if num_frames < 1 or frame_milliseconds < 1 or (scale is not None and scale < 1):
             raise ValueError(
                 "TrajectoryWriter: num_frames, frame_milliseconds and scale must be at least 1, "
@@ -238,9 +236,7 @@ class TrajectoryWriter(FirstSamplesWriter):
         strip_BTCHW = pixels[:, steps]
         labels = [str(i) for i in index]
         picture_grid(strip_BTCHW.flatten(0, 1), len(steps), scale=self.scale, row_labels=labels).save(path)
-        frames: list[Image.Image] = [
-            picture_grid(image_BCHW, len(index), scale=self.scale) for image_BCHW in pixels.unbind(1)
-        ]
+        frames: list[Image.Image] = [picture_grid(image_BCHW, len(index), scale=self.scale) for image_BCHW in pixels.unbind(1)]
         durations = [self.frame_milliseconds] * (len(frames) - 1) + [self.frame_milliseconds + 1000]
         animation = path.with_suffix(".gif")
         frames[0].save(animation, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)

@@ -63,8 +63,7 @@ class SampleQuality(Callback):
             raise ValueError(f"SampleQuality wants at least one sampler and one NFE, got {samplers} and {nfes}.")
         if batch_size < 1 or (every_n_epochs is not None and every_n_epochs < 1):
             raise ValueError(
-                "SampleQuality: batch_size and every_n_epochs must be at least 1, "
-                f"got {batch_size} and {every_n_epochs}."
+                f"SampleQuality: batch_size and every_n_epochs must be at least 1, got {batch_size} and {every_n_epochs}."
             )
         if kid_subset_size < 2 or num_samples < kid_subset_size:
             raise ValueError(

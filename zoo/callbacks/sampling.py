@@ -3,7 +3,6 @@
 Shape suffixes: N samples, C channels, H height, W width.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -12,12 +11,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from zoo.option_errors import nearest
 from zoo.sampling import SupportsSampling, to_uint8
 
 
-def check_sampling(
-    pl_module: LightningModule, samplers: Sequence[str | None], nfes: Sequence[int | None], user: str
-) -> None:
+def check_sampling(pl_module: LightningModule, samplers: Sequence[str | None], nfes: Sequence[int | None], user: str) -> None:
     """Make sure, before the run starts, that the module can draw what a callback will ask for.
 
     Args:
@@ -38,10 +36,9 @@ def check_sampling(
     known = pl_module.sampler_names
     for sampler in samplers:
         if sampler is not None and sampler not in known:
-            near = difflib.get_close_matches(sampler, known, n=1, cutoff=0.0)
             raise ValueError(
-                f"{user}: {type(pl_module).__name__} has no sampler {sampler!r}, did you mean {near[0]!r}? "
-                f"It has {', '.join(known)}."
+                f"{user}: {type(pl_module).__name__} has no sampler {sampler!r}{nearest(sampler, known)} "
+                f"(it has {', '.join(known)})."
             )
     for nfe in nfes:
         if nfe is not None and nfe < 1:

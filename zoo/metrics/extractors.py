@@ -4,7 +4,6 @@ Importing this module registers them. Each takes uint8 images (B, C, H, W) and g
 statistics taken of them carry no rounding that could be seen in a distance.
 """
 
-import difflib
 import pickle
 import urllib.error
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from zoo.metrics.classifier import FeatureClassifier
 from zoo.metrics.feature_network import FeatureNetwork
+from zoo.option_errors import nearest
 
 SHIPPED_EXTRACTORS = ("fd_digits_mlp", "fd_mnist_cnn", "fd_fashion_cnn")
 OWN_CLASSIFIER = "feature-classifier"
@@ -123,9 +123,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
     ) -> None:
         path = Path(feature_extractor_weights_path) if feature_extractor_weights_path else _download_inception()
         if not path.is_file():
-            raise ValueError(
-                f"No Inception weights at {path}: pass weights_path, the file that {URL_INCEPTION_V3} gives."
-            )
+            raise ValueError(f"No Inception weights at {path}: pass weights_path, the file that {URL_INCEPTION_V3} gives.")
         try:  # torch-fidelity loads with weights_only=False, so the file is admitted only if this passes
             torch.load(path, map_location="meta", weights_only=True)
             super().__init__(name, features_list, feature_extractor_weights_path=str(path), **kwargs)
@@ -178,9 +176,10 @@ def registered_name(extractor: str) -> str:
     name = _REGISTERED_NAME.get(extractor, extractor)
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         known = (*SHIPPED_EXTRACTORS, INCEPTION, OWN_CLASSIFIER)
-        near = difflib.get_close_matches(extractor, FEATURE_EXTRACTORS_REGISTRY, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"Unknown feature extractor {extractor!r}: {hint}The zoo offers {', '.join(known)}.")
+        raise ValueError(
+            f"There is no feature extractor {extractor!r}{nearest(extractor, FEATURE_EXTRACTORS_REGISTRY)} "
+            f"(the zoo has {', '.join(known)})."
+        )
     return name
 
 

@@ -65,8 +65,7 @@ class FeatureNetwork(Configurable, nn.Module):
         """
         if tuple(image_BCHW.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"{type(self).__name__} was made for images of shape {self.image_shape}, "
-                f"got {tuple(image_BCHW.shape[1:])}."
+                f"{type(self).__name__} was made for images of shape {self.image_shape}, got {tuple(image_BCHW.shape[1:])}."
             )
         features_BD = self.embed(image_BCHW)
         return Features(features_BD, self.classify(features_BD))
@@ -176,7 +175,5 @@ def random_affine(
     # The grid maps output to input coordinates in [-1, 1], where one side of the image is 2 long.
     row_x_B3 = torch.stack([mirror_B * cos_B, -mirror_B * sin_B, 2 * shift * signed_B5[:, 1]], dim=1)
     row_y_B3 = torch.stack([sin_B, cos_B, 2 * shift * signed_B5[:, 2]], dim=1)
-    grid_BHW2 = nn.functional.affine_grid(
-        torch.stack([row_x_B3, row_y_B3], dim=1), list(image_BCHW.shape), align_corners=False
-    )
+    grid_BHW2 = nn.functional.affine_grid(torch.stack([row_x_B3, row_y_B3], dim=1), list(image_BCHW.shape), align_corners=False)
     return nn.functional.grid_sample(image_BCHW, grid_BHW2, align_corners=False)
