@@ -1,3 +1,23 @@
 """Research systems that people can actually run: ten published systems behind one command line."""
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zoo.hub import list_models, load
+    from zoo.hyperparameters import Configurable
+    from zoo.module import ZooModule
+
+__all__ = ["Configurable", "ZooModule", "__version__", "list_models", "load"]
+
+_HOME = {"Configurable": "hyperparameters", "ZooModule": "module", "list_models": "hub", "load": "hub"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import lazily: ``import zoo`` is instant, and no method is loaded before it is used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"zoo.{_HOME[name]}"), name)

@@ -1,0 +1,66 @@
+"""``zoo`` and ``python -m zoo``."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: words after ``zoo``; default is the process's.
+
+    Returns:
+        Exit status: 0 done, 1 failed, 2 wrong input, 143 stopped by SIGTERM after saving.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # classes of the user's folder are found by name
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        _run(argv)
+    except SIGTERMException:
+        print("Stopped by SIGTERM after saving; the same command with --ckpt_path last continues.", file=sys.stderr)
+        return 143
+    except Exception as error:
+        if not _is_ours(error) or os.environ.get("ZOO_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    verb = argv[0] if argv else "--help"
+    if verb == "list":
+        from zoo.cli import list_everything
+
+        list_everything()
+    elif verb == "assets":
+        from zoo.verbs import assets
+
+        assets(argv[1:])
+    elif verb == "convert":
+        from zoo.verbs import convert
+
+        convert(argv[1:])
+    else:
+        from zoo.cli import ZooCLI
+
+        ZooCLI(argv)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code raised the error as a message for the user; ``ZOO_TRACEBACK=1`` shows where."""
+    if not isinstance(error, ValueError | TypeError | OSError | ImportError):
+        return False
+    last = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return last.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "datamodules", "strategies")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

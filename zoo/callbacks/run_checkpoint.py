@@ -1,0 +1,106 @@
+"""The checkpoint that a run continues from."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+__all__ = ["RunCheckpoint"]
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` of a run current, so that whatever stops it, the run continues exactly.
+
+    Saved every ``every_n_steps`` optimizer steps or ``minutes``, at the end of training, and when training stops by an
+    exception, Ctrl-C or SIGTERM. The file always describes the moment after an optimizer step: a batch that was fetched but
+    not applied, or the first micro-batches of an accumulated step, are trained again after resuming, none is lost.
+    Add Lightning's ``ModelCheckpoint`` beside it to keep the best or every n-th state.
+
+    Args:
+        every_n_steps: optimizer steps between two saves; None: by time only.
+        minutes: minutes between two saves; None: by steps only.
+        folder: where ``last.ckpt`` lies; default is ``checkpoints`` in the run's folder.
+
+    Raises:
+        ValueError: an interval that is not positive.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, minutes: float | None = 5.0, folder: Path | None = None) -> None:
+        super().__init__()
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"RunCheckpoint: every_n_steps={every_n_steps} must be at least 1, or null to save by time only.")
+        if minutes is not None and minutes <= 0:
+            raise ValueError(f"RunCheckpoint: minutes={minutes} must be positive, or null to save by steps only.")
+        self.every_n_steps = every_n_steps
+        self.minutes = minutes
+        self.folder = folder
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._seen_step = 0
+        self._boundary: dict[str, Any] | None = None
+        self._boundary_step = -1
+        self._rewind = False
+
+    def path(self, trainer: Trainer) -> Path:
+        """The checkpoint file."""
+        return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where the run starts (Lightning hook)."""
+        self._saved_at = time.monotonic()
+        self._saved_step = self._seen_step = trainer.global_step
+        self._boundary = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, after a batch that applied a step (Lightning hook)."""
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = self._boundary_step = trainer.global_step
+        self._boundary = copy.deepcopy(trainer.fit_loop.state_dict())
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if self.minutes is not None and not due:
+            late = time.monotonic() - self._saved_at >= 60 * self.minutes
+            due = bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
+        if due:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training (Lightning hook)."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what is done before an exception, Ctrl-C or SIGTERM ends the run (Lightning hook)."""
+        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and self._seen_step > self._saved_step
+        if not in_training or trainer.world_size > 1 and not _is_agreed_stop(exception):
+            return
+        self._rewind = trainer.global_step == self._boundary_step
+        self._save(trainer)
+        rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Describe the last applied step, not the batch that was cut off (Lightning hook)."""
+        if self._rewind and self._boundary is not None:
+            checkpoint["loops"]["fit_loop"] = self._boundary
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.path(trainer))
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+
+def _is_agreed_stop(exception: BaseException) -> bool:
+    """Whether all ranks stop together, so that saving (a collective call) cannot wait for a rank that is gone."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    return isinstance(exception, SIGTERMException)

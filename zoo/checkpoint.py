@@ -1,0 +1,104 @@
+"""Read checkpoints safely, and say in one sentence what is wrong with one that does not fit."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_pretrained"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a Lightning ``.ckpt`` with ``weights_only=True``: tensors and plain data, never code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds code or foreign objects, is damaged, or is no Lightning checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {path}.")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = str(error).partition("GLOBAL ")[2].partition(" was not")[0] or "an object"
+        raise ValueError(
+            f"{path} holds {culprit}, which is not a tensor or plain data and could run code when loaded, so it was refused:"
+            " ask its author for a safetensors folder (save_pretrained), or save it again with plain hyperparameters."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a Lightning checkpoint (it has no state_dict): convert foreign weights with `zoo convert`.")
+    return checkpoint
+
+
+def is_pretrained_folder(path: str | Path) -> bool:
+    """Whether ``path`` is a folder written by ``save_pretrained``."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a safetensors folder: its configuration and its weights.
+
+    Raises:
+        FileNotFoundError: ``config.json`` or ``model.safetensors`` is missing.
+        ValueError: one of them is damaged.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a pretrained folder: {name} is missing in it.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {error}.") from error
+    if "_class_path" not in config:
+        raise ValueError(f"{folder / CONFIG_FILE} names no class (_class_path): it was not written by save_pretrained.")
+    return config, weights
+
+
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
+    """Compare names and shapes of weights with a module before any of them is copied.
+
+    Args:
+        module: the module that the weights are for.
+        weights: name to tensor.
+        source: where the weights come from, for the message.
+        strict: whether missing and unknown names are errors too; a wrong shape always is.
+
+    Raises:
+        ValueError: with all unknown, missing and misshapen names (the first five of each).
+    """
+    own = module.state_dict()
+    # Tied tensors are stored once; an alias that is absent is not missing.
+    stored = {own[name].data_ptr() for name in weights if name in own and own[name].numel()}
+    missing = [n for n, tensor in own.items() if n not in weights and tensor.data_ptr() not in stored] if strict else []
+    unknown = [n for n in weights if n not in own] if strict else []
+    misshapen = [
+        f"{n} {tuple(weights[n].shape)} instead of {tuple(own[n].shape)}"
+        for n in weights
+        if n in own and weights[n].shape != own[n].shape
+    ]
+    parts = [f"{kind}: {_first(names)}" for kind, names in
+             (("of another shape", misshapen), ("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+    if parts:
+        raise ValueError(
+            f"The weights of {source} do not fit {type(module).__name__} ({'; '.join(parts)}):"
+            " build the module with the hyperparameters that the weights were made with."
+        )
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

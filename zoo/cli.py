@@ -1,0 +1,351 @@
+"""The command line: LightningCLI with class names, run folders, exact precedence of options and errors for people."""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+import datamodules
+import strategies
+import zoo.bfn
+import zoo.callbacks
+import zoo.metrics
+from zoo.callbacks import RunCheckpoint
+from zoo.checkpoint import check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
+from zoo.csv_logger import ResumableCSVLogger
+from zoo.hub import list_models, resolve
+from zoo.hyperparameters import find_class
+from zoo.module import ZooModule
+from zoo.runs import archive_run, find_checkpoint, run_folder
+
+__all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
+
+STAGES = ("fit", "validate", "test", "predict")
+
+
+class ZooArgumentParser(LightningArgumentParser):
+    """Parser whose errors are one sentence with the nearest name, instead of a list of types."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and what is near, and exit with status 2.
+
+        Raises:
+            SystemExit: always, unless the parser raises its errors.
+        """
+        if not self.exit_on_error:
+            return super().error(message, ex)  # type: ignore[return-value]
+        sys.stderr.write(f"error: {self._explain(message)}\n")
+        raise SystemExit(2)
+
+    def _explain(self, message: str) -> str:
+        if match := re.search(r"nrecognized arguments?: (.*)|Option '(\S+)' is not accepted", message):
+            option = (match[1] or match[2]).split("=")[0].split()[0]
+            return f"unknown option {option}{_nearest(option, self._option_names(message))}. --help lists all."
+        if match := re.search(r"Key '(\S+)' is not expected|No action for key \"?([\w.]+)", message):
+            option = match[1] or match[2]
+            return f"unknown option {option}{_nearest(option, self._option_names(message))}. --help lists all."
+        if match := re.search(r"Expected a dot import path string: (\S+)|[Uu]nexpected import path format: (\S+)", message):
+            name = match[1] or match[2]
+            kind = re.search(r'Parser key "([\w.]+)"', message)
+            key = kind[1] if kind else "class"
+            return f"unknown class {name} for {key}{_nearest(name, _class_names(message))}. Give a class name or an import path."
+        return " ".join(message.split())
+
+    def _option_names(self, message: str) -> list[str]:
+        names = [name for action in self._actions for name in action.option_strings]
+        if match := re.search(r"class_path '([\w.]+)'", message):
+            from jsonargparse import get_signature_parameters
+
+            module, _, name = match[1].rpartition(".")
+            cls = getattr(sys.modules.get(module), name, None)
+            names = [parameter.name for parameter in get_signature_parameters(cls)] if cls else names
+        return [name.lstrip("-") for name in names]
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    near = difflib.get_close_matches(name.lstrip("-"), candidates, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _class_names(message: str) -> list[str]:
+    """Names of the classes that fit the type which the message complains about."""
+
+    def descendants(cls: type) -> list[type]:
+        return [child for direct in cls.__subclasses__() for child in [direct, *descendants(direct)]]
+
+    bases: list[type] = [LightningModule, LightningDataModule, Callback, Logger]
+    if match := re.search(r"<class '([\w.]+)'>", message):
+        module, _, name = match[1].rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        bases = [found] if isinstance(found, type) else bases
+    return sorted({cls.__name__ for base in bases for cls in descendants(base)})
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Configurations that come with the package: ``{"bfn/digits": path}``."""
+    root = Path(str(files("zoo"))) / "configs"
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("**/*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """A configuration by file name, or by its name in the package: ``bfn/digits`` is ``configs/bfn/digits.yaml``.
+
+    Raises:
+        FileNotFoundError: neither exists; the nearest names are given.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    configs = packaged_configs()
+    short = name.removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    if short in configs:
+        return configs[short]
+    raise FileNotFoundError(
+        f"there is no configuration {name}{_nearest(short, list(configs))}. `zoo list` shows those that come with the package."
+    )
+
+
+class ZooCLI(LightningCLI):
+    """LightningCLI in subclass mode for model and data, with what long-lived runs need.
+
+    * Options win in this order: defaults < configuration files < checkpoint < what is typed.
+    * ``-c bfn/digits`` names a packaged configuration; several ``-c`` compose, later ones win.
+    * ``--ckpt_path`` takes a ``.ckpt`` file, ``last``, a safetensors folder, or the name of a shipped model; without
+      ``--model`` the class comes from it, and without ``--data`` the data too.
+    * A run lives in ``runs/<config>``: ``checkpoints/last.ckpt``, ``metrics.csv``, TensorBoard events, ``config.yaml``.
+    """
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        self._run_folder = run_folder("run")
+        self._ckpt_path: Path | None = None
+        self._pretrained: Path | None = None
+        self._checkpoint: dict[str, Any] = {}
+        super().__init__(
+            ZooModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=ZooArgumentParser,
+            parser_kwargs={"description": "Research systems that people can actually run. More verbs: list, assets, convert."},
+            args=args,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--checkpoint.*``, which survives composed configurations (LightningCLI hook)."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    # Parsing
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse in the order defaults < configuration files < checkpoint < typed options (LightningCLI hook)."""
+        if not isinstance(args, list | tuple | None):
+            raise TypeError("ZooCLI takes its arguments as a list of strings.")
+        argv = list(sys.argv[1:] if args is None else args)
+        stage = next((word for word in argv if word in STAGES), None)
+        if stage is not None:
+            argv = self._in_order_of_precedence(stage, argv)
+        self.config = parser.parse_args(argv)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the checkpoint win over typed options here; `parse_arguments` has put it in its place already."""
+
+    def _in_order_of_precedence(self, stage: str, argv: list[str]) -> list[str]:
+        at = argv.index(stage)
+        configs, typed = _split_configs(argv[at + 1 :])
+        paths = [find_config(name) for name in configs]
+        parsed = [yaml.safe_load(path.read_text()) or {} for path in paths]
+        for path, config in zip(paths, parsed, strict=True):
+            if not isinstance(config, Mapping):
+                raise ValueError(f"{path} is not a configuration: it must hold options, such as `model:` and `data:`.")
+        _warn_of_replaced_callbacks(paths, parsed)
+        ckpt = _typed_value(typed, "--ckpt_path")
+        if ckpt is None:
+            ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
+        self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
+        root = _typed_value(typed, "--trainer.default_root_dir")
+        root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)
+        if root:
+            self._run_folder = Path(root)
+        stored = self._read_ckpt(stage, ckpt) if ckpt else {}
+        if any(config.get("data") for config in parsed) or _typed_value(typed, "--data"):
+            stored.pop("data", None)
+        typed = _without(typed, "--ckpt_path")
+        ordered = [*argv[:at], stage]
+        for path in paths:
+            ordered += ["--config", str(path)]
+        if stored:
+            ordered += ["--config", json.dumps(stored)]
+        ordered += ["--ckpt_path", "null" if self._ckpt_path is None else str(self._ckpt_path)]
+        return ordered + typed
+
+    def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
+        """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
+        if ckpt != "last" and not Path(ckpt).is_file() and (is_pretrained_folder(ckpt) or not ckpt.endswith(".ckpt")):
+            self._pretrained = resolve(ckpt)
+            return {"model": _as_config(read_pretrained(self._pretrained)[0])}
+        self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
+        if self._ckpt_path is None:
+            rank_zero_info(f"{self._run_folder} holds no checkpoint yet: starting anew.")
+            return {}
+        self._checkpoint = read_checkpoint(self._ckpt_path)
+        stored = {}
+        if model := self._checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY):
+            stored["model"] = _as_config(model)
+        if (data := self._checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)) and "_class_path" in data:
+            stored["data"] = _as_config(data)
+        return stored
+
+    # Building
+
+    def before_instantiate_classes(self) -> None:
+        """Set the run's folder (LightningCLI hook)."""
+        assert self.subcommand is not None
+        config: Namespace = self.config[self.subcommand]
+        config.trainer.default_root_dir = str(self._run_folder)
+        config["weights_only"] = True
+        if config.get("checkpoint") and config.checkpoint.folder is None:
+            config.checkpoint.folder = str(self._run_folder / "checkpoints")
+        self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
+        if self.subcommand == "fit" and self._ckpt_path is None and not config.trainer.fast_dev_run:
+            self._archive()
+
+    @rank_zero_only
+    def _archive(self) -> None:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0 and (moved := archive_run(self._run_folder)):
+            rank_zero_info(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; load shipped or shared weights (LightningCLI hook)."""
+        super().instantiate_classes()
+        if self._pretrained is not None:
+            weights = read_pretrained(self._pretrained)[1]
+            check_weights(self.model, weights, str(self._pretrained))
+            self.model.load_state_dict(weights)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config.get("logger") is None or config.get("logger") is True:
+            config["logger"] = self._loggers()
+        config["enable_checkpointing"] = config.get("enable_checkpointing") is not False
+        if not config["enable_checkpointing"]:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _loggers(self) -> list[Logger]:
+        step = self._checkpoint.get("global_step") if self.subcommand == "fit" else None
+        return [
+            TensorBoardLogger(self._run_folder, name="", version="", purge_step=step),
+            ResumableCSVLogger(self._run_folder, resume_step=step),
+        ]
+
+
+def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored hyperparameters in the notation of configuration files."""
+    arguments = {
+        name: value
+        for name, value in hyperparameters.items()
+        if name not in ("_class_path", "_instantiator", "zoo_version") and not name.startswith("_")
+    }
+    path = hyperparameters["_class_path"]
+    cls = find_class(path, object)
+    for old, new in getattr(cls, "renamed_arguments", {}).items():
+        if old in arguments:
+            arguments[new] = arguments.pop(old)
+    return {"class_path": path, "init_args": arguments}
+
+
+def _split_configs(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Configuration files, and everything else that is typed, each in its order."""
+    configs, typed = [], []
+    words = iter(argv)
+    for word in words:
+        if word in ("-c", "--config"):
+            configs.append(next(words, ""))
+        elif word.startswith("--config="):
+            configs.append(word.partition("=")[2])
+        else:
+            typed.append(word)
+    return configs, typed
+
+
+def _typed_value(argv: list[str], option: str) -> str | None:
+    for at, word in enumerate(argv):
+        if word == option and at + 1 < len(argv):
+            return argv[at + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _without(argv: list[str], option: str) -> list[str]:
+    at = next((i for i, word in enumerate(argv) if word == option or word.startswith(option + "=")), None)
+    if at is None:
+        return argv
+    return argv[:at] + argv[at + (2 if argv[at] == option else 1) :]
+
+
+def _run_name(configs: list[str], typed: list[str], parsed: list[dict[str, Any]], ckpt: str | None) -> str:
+    """Name of the run: that of the first configuration that is not a strategy's; else of the checkpoint's run or model."""
+    names = [name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml") for name in configs]
+    for name, config in zip(names, parsed, strict=True):
+        if config.get("model"):
+            return Path(name).name if Path(name).is_absolute() else name.replace("../", "")
+    if ckpt and ckpt != "last":
+        path = Path(ckpt)
+        inside = path.parent.parent if path.parent.name == "checkpoints" else None
+        if inside is not None and "runs" in inside.parts:
+            return Path(*inside.parts[inside.parts.index("runs") + 1 :]).as_posix()
+        return path.stem
+    if model := _typed_value(typed, "--model"):
+        return model.rpartition(".")[2].lower()
+    return names[0] if names else "run"
+
+
+def _warn_of_replaced_callbacks(paths: list[Path], parsed: list[dict[str, Any]]) -> None:
+    """A later list replaces an earlier one, which is seldom meant."""
+    first = None
+    for path, config in zip(paths, parsed, strict=True):
+        if (config.get("trainer") or {}).get("callbacks"):
+            if first is not None:
+                rank_zero_info(f"{path}: `callbacks:` replaces the callbacks of {first}; write `callbacks+:` to add to them.")
+            first = path
+
+
+def list_everything() -> None:
+    """Print modules, data, strategies, configurations and shipped models (``zoo list``)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def names(package: Any, base: type) -> list[str]:
+        return [n for n in package.__all__ if isinstance(getattr(package, n), type) and issubclass(getattr(package, n), base)]
+
+    table = Table("kind", "name", "what it is", title="zoo")
+    for package in (zoo.bfn,):
+        for name in names(package, ZooModule):
+            table.add_row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
+    for name in names(datamodules, LightningDataModule):
+        table.add_row("data", name, (getattr(datamodules, name).__doc__ or "").strip().split("\n")[0])
+    for name in getattr(strategies, "__all__", []):
+        table.add_row("strategy", name, (getattr(strategies, name).__doc__ or "").strip().split("\n")[0])
+    for name, path in packaged_configs().items():
+        head = path.read_text().split("\n", 1)[0]
+        table.add_row("config", name, head.removeprefix("#").strip() if head.startswith("#") else "")
+    for model in list_models():
+        table.add_row("weights", model.name, f"{model.description} ({model.num_bytes / 2**20:.1f} MiB)")
+    console.print(table)

@@ -1,0 +1,56 @@
+"""A CSV log that a resumed run continues."""
+
+import csv
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+__all__ = ["ResumableCSVLogger"]
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which keeps the file of the interrupted run (Lightning's own deletes it).
+
+    Rows from the resumed step on are dropped, since these steps are trained again. Each row is on disk as soon as it is
+    logged, so a killed process loses none.
+
+    Args:
+        save_dir: folder of ``metrics.csv``.
+        resume_step: number of optimizer steps of the checkpoint that is continued; None keeps all rows.
+    """
+
+    def __init__(self, save_dir: str | Path, resume_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
+        self.resume_step = resume_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the file."""
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _ContinuedWriter(self.log_dir, self.resume_step)
+        return self._experiment
+
+
+class _ContinuedWriter(ExperimentWriter):
+    def __init__(self, log_dir: str, resume_step: int | None) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if resume_step is None or int(row["step"] or 0) < resume_step]
+            self.metrics_keys = list(reader.fieldnames or [])
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+
+    def _check_log_dir_exists(self) -> None:
+        """The folder exists and holds the run that is continued."""

@@ -1,0 +1,187 @@
+"""Hyperparameters as plain data: what an object was built with, as numbers, strings, lists and dictionaries.
+
+A component (flow, solver, network ...) or module remembers its constructor's arguments as ``{"class_path": ...,
+"init_args": {...}}``, the notation of LightningCLI and jsonargparse, whether the command line or a script built it. That
+dictionary goes into checkpoints (loadable with ``weights_only=True``) and into ``config.json``, and builds the object again.
+"""
+
+import ast
+import dataclasses
+import enum
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import jsonargparse
+import jsonargparse._parameter_resolvers as _resolvers
+
+__all__ = ["Configurable", "build", "class_path", "find_class", "plain", "plain_arguments"]
+
+T = TypeVar("T")
+
+
+class Configurable:
+    """Mixin of components: remembers the arguments of the constructor, to rebuild the object from plain data.
+
+    Nothing has to be called: deriving from it is enough, also for subclasses that users write.
+
+    Example:
+        >>> class Noise(Configurable):
+        ...     def __init__(self, scale: float = 1.0) -> None:
+        ...         self.scale = scale
+        >>> Noise(0.5).init_config["init_args"]
+        {'scale': 0.5}
+    """
+
+    # A `__new__` and no wrapped `__init__`: signatures stay as written for jsonargparse, type checkers and help().
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
+        self = super().__new__(cls)
+        object.__setattr__(self, "_init_arguments", (args, kwargs))
+        return self
+
+    @property
+    def init_config(self) -> dict[str, Any]:
+        """``{"class_path", "init_args"}`` with defaults filled in, all plain data.
+
+        Raises:
+            TypeError: an argument cannot be written as plain data.
+        """
+        args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+        return {"class_path": class_path(type(self)), "init_args": plain_arguments(type(self), args, kwargs)}
+
+
+def class_path(cls: Any) -> str:
+    """Import path of a class or function.
+
+    Raises:
+        TypeError: it is defined inside a function (or is a lambda), where no import can reach it.
+    """
+    if "<" in cls.__qualname__:
+        raise TypeError(
+            f"{cls.__qualname__} of {cls.__module__} is defined inside a function, so a checkpoint could not find it again:"
+            " define it at the top level of a module."
+        )
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def plain(value: Any, name: str = "value") -> Any:
+    """Write a value as plain data: None, bool, int, float, str, list, dict.
+
+    Args:
+        value: numbers, strings, paths, enums, dataclasses, containers of these, `Configurable` components, classes,
+            functions and ``functools.partial`` objects.
+        name: what the value is called in the error message.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, name) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, Configurable):
+        return value.init_config
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), f"{name}.{f.name}") for f in dataclasses.fields(value)}
+    if isinstance(value, functools.partial) and not value.args:
+        return {"class_path": class_path(value.func), "init_args": plain(value.keywords, name)}
+    if inspect.isclass(value):
+        return {"class_path": class_path(value)}
+    if inspect.isfunction(value) and "<" not in value.__qualname__:
+        return class_path(value)
+    hint = "use functools.partial" if inspect.isfunction(value) else "derive its class from zoo.Configurable"
+    raise TypeError(f"The argument {name}={value!r} cannot be stored in a checkpoint: {hint}, or pass plain data.")
+
+
+def plain_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name and write out the arguments of a constructor call, defaults included, as plain data."""
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    given = signature.bind(None, *args, **kwargs).arguments
+    given.pop(next(iter(signature.parameters)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
+            raise TypeError(f"{cls.__name__} was given positional *{name}: pass them by name, so that they can be stored.")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    values = {**_default_arguments(cls), **{name: plain(value, name) for name, value in given.items()}}
+    order = [name for name in signature.parameters if name in values]
+    return {name: values[name] for name in [*order, *(name for name in values if name not in order)]}
+
+
+@functools.cache
+def _default_arguments(cls: type) -> dict[str, Any]:
+    """Defaults of a constructor as plain data; those of base classes reached through ``**kwargs`` too."""
+    defaults = {}
+    for parameter in jsonargparse.get_signature_parameters(cls):
+        if parameter.default is not inspect.Parameter.empty:
+            defaults[parameter.name] = plain(parameter.default, parameter.name)
+    return defaults
+
+
+def build(base: type[T], config: Mapping[str, Any]) -> T:
+    """Build an object from ``{"class_path", "init_args"}``.
+
+    Args:
+        base: the class that the object must be an instance of.
+        config: plain data; a value in ``init_args`` may also be an object that is already built.
+
+    Raises:
+        ValueError: unknown class or argument, or a value of the wrong type.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "object", required=True)
+    try:
+        parsed = parser.parse_object({"object": dict(config)})
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"Cannot build {config.get('class_path')} from its stored arguments: {error}") from error
+    return cast(T, parser.instantiate(parsed).object)
+
+
+def find_class(path: str, base: type[T]) -> type[T]:
+    """Find the class that stored plain data names, without importing anything that the user did not choose.
+
+    Modules of this package and modules already imported are searched, and Python files of the current folder.
+
+    Raises:
+        ValueError: no such class, or not a subclass of ``base``.
+    """
+    module_path, _, name = path.rpartition(".")
+    root = module_path.partition(".")[0]
+    local = any(Path(root).with_suffix(suffix).exists() for suffix in ("", ".py")) and str(Path.cwd()) in sys.path
+    if module_path not in sys.modules and (root in ("zoo", "datamodules", "strategies") or local):
+        try:
+            importlib.import_module(module_path)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"There is no module {module_path} for the class {path}: {error}.") from error
+    target = getattr(sys.modules.get(module_path), name, None)
+    if not inspect.isclass(target):
+        raise ValueError(
+            f"The class {path} is not known here: import the module that defines it first, or run in the folder that holds it."
+        )
+    if not issubclass(target, base):
+        raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
+    return cast(type[T], target)
+
+
+def _is_literal(node: ast.AST) -> bool:
+    try:
+        ast.literal_eval(cast(ast.expr, node))
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+# jsonargparse turns the default `lambda params: AdamW(params, lr=1e-3)` into plain data by reading its source, but takes
+# only bare constants. `betas=(0.9, 0.99)` and negative numbers are literals as well. Pinned by tests/test_lightning_pins.py.
+_resolvers.ast_is_constant = _is_literal
+_resolvers.ast_get_constant_value = ast.literal_eval

@@ -1,0 +1,306 @@
+"""ZooModule: the base class of every model of the zoo."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+import zoo
+from zoo.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_weights,
+    is_pretrained_folder,
+    read_checkpoint,
+    read_pretrained,
+)
+from zoo.hyperparameters import Configurable, build, class_path, find_class, plain, plain_arguments
+from zoo.random import SampleRandom
+
+__all__ = ["ZooModule"]
+
+
+class ZooModule(Configurable, LightningModule):
+    """Owns hyperparameters, optimizer, random draws, compilation, checkpoints and sharing, so that a method need not.
+
+    A subclass calls ``super().__init__(optimizer=...)`` and is done: its constructor's arguments are stored as plain data,
+    whoever built it, and ``load_from_checkpoint`` and ``from_pretrained`` need nothing but the path.
+
+    Args:
+        optimizer: makes the optimizer from the parameter groups.
+        lr_scheduler: makes the learning-rate schedule from the optimizer.
+        lr_scheduler_interval: whether the schedule advances per optimizer step or per epoch.
+        compile: compile the networks in place with ``torch.compile`` when training, testing or predicting starts.
+    """
+
+    #: Arguments of earlier versions that have another name now: ``{"old": "new"}``. They are still read, with a warning.
+    renamed_arguments: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        given = _given_hyperparameters.get()
+        if given and given.get("_class_path") and find_class(given["_class_path"], ZooModule) is type(self):
+            hyperparameters = {name: value for name, value in given.items() if name != "_instantiator"}
+        else:
+            args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+            hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
+        self._set_hparams(hyperparameters)
+        self._hparams_initial = self._to_hparams_dict(json.loads(json.dumps(hyperparameters)))
+        self._log_hyperparams = True
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.compile_networks = compile
+
+    def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: every argument is stored already. Kept so that a subclass may call it out of habit."""
+
+    @property
+    def init_config(self) -> dict[str, Any]:
+        """The hyperparameters in the ``{"class_path", "init_args"}`` notation, for a module that is a component."""
+        arguments = dict(self.hparams_initial)
+        return {"class_path": arguments.pop("_class_path"), "init_args": arguments}
+
+    # Optimization
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """What the optimizer gets: all parameters; override for groups with options of their own."""
+        return self.parameters()
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and, if there is one, the schedule (Lightning hook)."""
+        optimizer = self.optimizer(self.parameter_groups())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    # Compilation
+
+    def networks(self) -> list[nn.Module]:
+        """The modules that ``compile=True`` compiles in place: the children that hold parameters."""
+        return [child for child in self.children() if next(child.parameters(), None) is not None]
+
+    def setup(self, stage: str) -> None:
+        """Compile the networks once, in place, so that the names of the weights stay (Lightning hook)."""
+        if self.compile_networks:
+            for network in self.networks():
+                if network._compiled_call_impl is None:
+                    network.compile()
+
+    # Random draws
+
+    @property
+    def random_seed(self) -> int:
+        """The seed of all draws: that of ``seed_everything``, else 0."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def train_random(self, batch_size: int) -> SampleRandom:
+        """Draws of the current training batch, one stream a sample.
+
+        They are a pure function of (seed, epoch, position of the sample in the epoch's global order): a resumed run draws
+        what the interrupted one would have, and W processes with batches of b draw what one process with W*b does.
+
+        Args:
+            batch_size: number of samples in this process's batch.
+        """
+        if self._trainer is None:
+            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size))
+        loop = self.trainer.fit_loop.epoch_loop
+        nominal = getattr(self.trainer.train_dataloader, "batch_size", None) or batch_size
+        positions = self._positions(batch_size, loop.batch_progress.current.ready - 1, nominal)
+        return SampleRandom(self.random_seed, positions, epoch=self.trainer.current_epoch)
+
+    def eval_random(self, batch_size: int) -> SampleRandom:
+        """Draws of the current validation, test or prediction batch; the same at each evaluation.
+
+        Args:
+            batch_size: number of samples in this process's batch.
+        """
+        loop = None if self._trainer is None else self.trainer._active_loop
+        if loop is None:
+            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size), epoch=-1)
+        loader = (self.trainer.val_dataloaders if self.trainer.validating or self.trainer.training else
+                  self.trainer.test_dataloaders if self.trainer.testing else self.trainer.predict_dataloaders)  # fmt: skip
+        nominal = getattr(loader, "batch_size", None) or batch_size
+        if self.trainer.training:  # validation inside fit
+            loop = self.trainer.fit_loop.epoch_loop.val_loop
+        progress = loop.batch_progress.current  # type: ignore[union-attr]
+        return SampleRandom(self.random_seed, self._positions(batch_size, progress.ready - 1, nominal), epoch=-1)
+
+    def _positions(self, batch_size: int, batch_idx: int, nominal: int) -> Tensor:
+        """Positions (batch_size,) of this process's samples in the global order; rank r of W holds r, r+W, r+2W, ..."""
+        if self._trainer is None:
+            return torch.arange(batch_size, device=self.device)
+        # A strategy that deals out samples in another way says which ones these are.
+        if hasattr(self.trainer.strategy, "sample_positions"):
+            return self.trainer.strategy.sample_positions(batch_size).to(self.device)
+        sampler = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        within = torch.arange(batch_size, device=self.device)
+        return (batch_idx * nominal + within) * sampler["num_replicas"] + sampler["rank"]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Callbacks that each run of this module needs (Lightning hook); extend the list of ``super()``."""
+        return [_SeedEachBatch()]
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the package version and the seed (Lightning hook)."""
+        checkpoint["zoo_version"] = zoo.__version__
+        checkpoint["zoo_seed"] = self.random_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say so if a run is continued with another seed (Lightning hook)."""
+        seed = checkpoint.get("zoo_seed", self.random_seed)
+        if self._trainer is not None and self.trainer.training and seed != self.random_seed:
+            rank_zero_warn(
+                f"The checkpoint was trained with seed {seed}, this run has seed {self.random_seed}: order and noise differ from"
+                f" those of the first run. Pass --seed_everything {seed} to continue exactly."
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights after comparing all names and shapes.
+
+        Raises:
+            ValueError: names or shapes differ; all of them are listed.
+        """
+        check_weights(self, state_dict, "the checkpoint", strict=strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = "cpu",
+        hparams_file: None = None,
+        strict: bool = True,
+        weights_only: Literal[True] = True,
+        **overrides: Any,
+    ) -> Self:
+        """Build the module that a checkpoint holds, weights included (the averaged ones where EMA was on).
+
+        Args:
+            checkpoint_path: a ``.ckpt`` file of Lightning.
+            map_location: as for ``torch.load``.
+            hparams_file: not used; the checkpoint holds everything.
+            strict: whether missing and unknown names of weights are errors.
+            weights_only: always true; there is no unsafe way.
+            overrides: constructor arguments to replace.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is unsafe or damaged, or its class, arguments or weights do not fit.
+        """
+        if not weights_only:
+            raise ValueError("Checkpoints are read with weights_only=True only: others could run code when loaded.")
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        if cls.CHECKPOINT_HYPER_PARAMS_KEY not in checkpoint:
+            raise ValueError(f"{checkpoint_path} holds no hyperparameters, so the module cannot be rebuilt from it.")
+        module = cls._build({**checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]}, overrides)
+        module.on_load_checkpoint(checkpoint)
+        check_weights(module, checkpoint["state_dict"], str(checkpoint_path), strict)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return module
+
+    # Sharing
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_model(self, str(folder / WEIGHTS_FILE))
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **overrides: Any) -> Self:
+        """Build the module of a safetensors folder, a Hugging Face hub repository or weights shipped with this package.
+
+        Args:
+            name_or_folder: a folder written by `save_pretrained`, ``"organisation/name"`` on the hub, or a name that
+                ``zoo list`` shows.
+            overrides: constructor arguments to replace.
+
+        Raises:
+            FileNotFoundError: nothing is found under that name.
+            ValueError: damaged files, or class, arguments or weights do not fit.
+        """
+        folder = Path(name_or_folder)
+        if not is_pretrained_folder(folder):
+            from zoo.hub import resolve  # the hub knows every method, a method's base class must not
+
+            folder = resolve(str(name_or_folder))
+        config, weights = read_pretrained(folder)
+        module = cls._build(config, overrides)
+        check_weights(module, weights, str(folder))
+        load_model(module, str(folder / WEIGHTS_FILE))
+        return module
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Upload") -> str:
+        """Upload `save_pretrained`'s folder to the Hugging Face hub.
+
+        Args:
+            repo_id: ``"organisation/name"``.
+            private: whether a repository that is created now is private.
+            token: access token; default is the one of ``hf auth login``.
+            message: commit message.
+
+        Returns:
+            Address of the commit.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+
+    @classmethod
+    def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
+        """Build this class, or the subclass that the hyperparameters name, from plain data."""
+        arguments = {k: v for k, v in hyperparameters.items() if k not in ("_class_path", "_instantiator", "zoo_version")}
+        stored = find_class(hyperparameters["_class_path"], ZooModule) if "_class_path" in hyperparameters else cls
+        if not (issubclass(stored, cls) or issubclass(cls, stored)):
+            raise ValueError(f"The checkpoint holds a {stored.__name__}, which is not a {cls.__name__}.")
+        target = stored if issubclass(stored, cls) else cls
+        for old, new in target.renamed_arguments.items():
+            if old in arguments:
+                rank_zero_warn(f"{target.__name__}: the argument {old!r} of the checkpoint is called {new!r} now.")
+                arguments[new] = arguments.pop(old)
+        replaced = {name: plain(value, name) for name, value in overrides.items()}
+        path = class_path(target)
+        with _given_hyperparameters_context({"_class_path": path, **arguments, **replaced}, "zoo.module.ZooModule"):
+            return build(cls, {"class_path": path, "init_args": {**arguments, **overrides}})
+
+
+class _SeedEachBatch(Callback):
+    """Seeds torch before each training batch from (seed, epoch, batch, rank), so that dropout resumes exactly too."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not isinstance(pl_module, ZooModule):
+            return
+        key = (pl_module.random_seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(hash(key) & 0x7FFFFFFFFFFFFFFF)

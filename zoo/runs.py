@@ -1,0 +1,67 @@
+"""Where runs live: ``runs/<config>/``, one stable folder a configuration, with its checkpoints, logs and pictures."""
+
+import os
+import shutil
+from pathlib import Path
+
+__all__ = ["archive_run", "find_checkpoint", "last_checkpoint", "run_folder"]
+
+RUNS = Path("runs")
+CHECKPOINTS = "checkpoints"
+EARLIER = "earlier"
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run: ``runs/<name>``, below the current folder."""
+    return RUNS / name
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder, or None if it has none."""
+    found = list((folder / CHECKPOINTS).glob("*.ckpt"))
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), default=None)
+
+
+def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
+    """Resolve ``--ckpt_path``.
+
+    Args:
+        ckpt_path: ``last`` or a file.
+        folder: the run's folder.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Returns:
+        The checkpoint; None where ``fit`` shall start anew because the run has no checkpoint yet.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no checkpoint yet to validate, test or predict with.
+    """
+    if ckpt_path == "last":
+        found = last_checkpoint(folder)
+        if found is None and stage != "fit":
+            raise FileNotFoundError(
+                f"--ckpt_path last: {folder} holds no checkpoint yet, so there is nothing to {stage}: train first (zoo fit),"
+                " or give the path of a checkpoint."
+            )
+        return found
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file, pretrained folder or shipped model.")
+    return Path(ckpt_path)
+
+
+def archive_run(folder: Path) -> Path | None:
+    """Move an earlier run out of the way of a new one, to ``<folder>/earlier/<n>``: nothing is overwritten.
+
+    Returns:
+        Where it lies now, or None if the folder held no run.
+    """
+    if last_checkpoint(folder) is None:
+        return None
+    number = 1 + max((int(p.name) for p in (folder / EARLIER).glob("*") if p.name.isdigit()), default=-1)
+    target = folder / EARLIER / str(number)
+    target.mkdir(parents=True)
+    for entry in folder.iterdir():
+        # Folders of other runs may lie below this one (runs/bfn of a class beside runs/bfn/digits of a config).
+        if entry.name != EARLIER and not (entry.is_dir() and any(entry.glob(f"**/{CHECKPOINTS}"))) or entry.name == CHECKPOINTS:
+            shutil.move(os.fspath(entry), os.fspath(target / entry.name))
+    return target
