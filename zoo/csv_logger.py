@@ -27,12 +27,12 @@ class ResumableCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> "_ContinuedWriter":
         """The writer of the file."""
         if self._experiment is None:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _ContinuedWriter(self.log_dir, self.resume_step)
-        return self._experiment
+        return self._experiment  # type: ignore[return-value]
 
 
 class _ContinuedWriter(ExperimentWriter):

@@ -37,8 +37,11 @@ class Configurable:
         {'scale': 0.5}
     """
 
+    _init_arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
     # A `__new__` and no wrapped `__init__`: signatures stay as written for jsonargparse, type checkers and help().
     def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
+        """Remember the arguments; ``__init__`` follows as usual."""
         self = super().__new__(cls)
         object.__setattr__(self, "_init_arguments", (args, kwargs))
         return self
@@ -50,7 +53,7 @@ class Configurable:
         Raises:
             TypeError: an argument cannot be written as plain data.
         """
-        args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+        args, kwargs = self._init_arguments
         return {"class_path": class_path(type(self)), "init_args": plain_arguments(type(self), args, kwargs)}
 
 
@@ -79,7 +82,7 @@ def plain(value: Any, name: str = "value") -> Any:
     Raises:
         TypeError: for anything else.
     """
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, enum.Enum):
         return value.name
@@ -122,7 +125,7 @@ def plain_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _default_arguments(cls: type) -> dict[str, Any]:
     """Defaults of a constructor as plain data; those of base classes reached through ``**kwargs`` too."""
     defaults = {}
-    for parameter in jsonargparse.get_signature_parameters(cls):
+    for parameter in _resolvers.get_signature_parameters(cls):
         if parameter.default is not inspect.Parameter.empty:
             defaults[parameter.name] = plain(parameter.default, parameter.name)
     return defaults
@@ -170,7 +173,7 @@ def find_class(path: str, base: type[T]) -> type[T]:
         )
     if not issubclass(target, base):
         raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
-    return cast(type[T], target)
+    return target
 
 
 def _is_literal(node: ast.AST) -> bool:

@@ -57,7 +57,7 @@ class ZooModule(Configurable, LightningModule):
         if given and given.get("_class_path") and find_class(given["_class_path"], ZooModule) is type(self):
             hyperparameters = {name: value for name, value in given.items() if name != "_instantiator"}
         else:
-            args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+            args, kwargs = self.__dict__["_init_arguments"]
             hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
         self._set_hparams(hyperparameters)
         self._hparams_initial = self._to_hparams_dict(json.loads(json.dumps(hyperparameters)))
@@ -88,7 +88,7 @@ class ZooModule(Configurable, LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}

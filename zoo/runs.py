@@ -61,7 +61,8 @@ def archive_run(folder: Path) -> Path | None:
     target = folder / EARLIER / str(number)
     target.mkdir(parents=True)
     for entry in folder.iterdir():
-        # Folders of other runs may lie below this one (runs/bfn of a class beside runs/bfn/digits of a config).
-        if entry.name != EARLIER and not (entry.is_dir() and any(entry.glob(f"**/{CHECKPOINTS}"))) or entry.name == CHECKPOINTS:
+        # A folder of another run may lie inside (runs/bfn made with --model BFN, beside runs/bfn/digits of a config).
+        other_run = entry.is_dir() and entry.name != CHECKPOINTS and any(entry.glob(f"**/{CHECKPOINTS}"))
+        if entry.name != EARLIER and not other_run:
             shutil.move(os.fspath(entry), os.fspath(target / entry.name))
     return target

@@ -79,7 +79,7 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what is done before an exception, Ctrl-C or SIGTERM ends the run (Lightning hook)."""
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and self._seen_step > self._saved_step
-        if not in_training or trainer.world_size > 1 and not _is_agreed_stop(exception):
+        if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
             return
         self._rewind = trainer.global_step == self._boundary_step
         self._save(trainer)
@@ -95,7 +95,7 @@ class RunCheckpoint(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.path(trainer))
+        trainer.save_checkpoint(self.path(trainer), False)  # everything, not only the weights
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
 
