@@ -47,9 +47,7 @@ class Plot:
                 for x in ticks
             }
             xs = [x for x in ticks if points[x]]
-            style = (
-                {"color": "0.5", "linestyle": "--"} if name == self.reference else {"marker": "o", "markersize": "4"}
-            )
+            style = {"color": "0.5", "linestyle": "--"} if name == self.reference else {"marker": "o", "markersize": "4"}
             (line,) = axes.plot(xs, [statistics.median(points[x]) for x in xs], label=str(name), **style)  # type: ignore[arg-type]
             least, most = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
             axes.fill_between(xs, least, most, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -222,6 +222,4 @@ def _check_no_path(value: object, where: str = "result") -> None:
         for number, inner in enumerate(value):
             _check_no_path(inner, f"{where}[{number}]")
     elif isinstance(value, str) and any(place in value for place in (str(ROOT), str(Path.home()) + os.sep)):
-        raise ValueError(
-            f"{where} holds a path of this machine ({value!r}): a result is published, give a name instead."
-        )
+        raise ValueError(f"{where} holds a path of this machine ({value!r}): a result is published, give a name instead.")

@@ -73,9 +73,7 @@ class Report:
                         f"{bar.better} {bar.target:g}."
                     )
                 elif measured["holds"] != bar.holds(measured["value"]):
-                    found.append(
-                        f"{where}: says holds = {measured['holds']}, which {measured['value']} does not bear out."
-                    )
+                    found.append(f"{where}: says holds = {measured['holds']}, which {measured['value']} does not bear out.")
         return found
 
     def verdicts(self) -> list[tuple[str, Bar, float | None, str]]:
@@ -181,9 +179,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             for path in report.write():
                 console.print(f"wrote {path.relative_to(root)}")
         if not problems:
-            problems = [
-                f"{path.relative_to(root)} is stale: run python -m benchmarks.report." for path in report.stale()
-            ]
+            problems = [f"{path.relative_to(root)} is stale: run python -m benchmarks.report." for path in report.stale()]
     except BarError as error:
         print(error, file=sys.stderr)
         return 1

@@ -94,6 +94,4 @@ def rich_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]])
 def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table: first column left, the others right."""
     rule = [":--", *["--:"] * (len(heads) - 1)]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [heads, rule, *lines]
-    )
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [heads, rule, *lines])
