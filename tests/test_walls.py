@@ -160,7 +160,7 @@ def needs_no_extra(root: Path) -> list[str]:
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
-    declared = {re.split(r"[\[<>=~!]", line)[0].strip().lower() for line in lines if line.strip()}
+    declared = {canonical(re.split(r"[\[<>=~!]", line)[0].strip()) for line in lines if line.strip()}
     owners = metadata.packages_distributions()
     return [
         f"{found.place} imports {found.target}, which setup.cfg does not list under install_requires"
@@ -169,8 +169,12 @@ def needs_no_extra(root: Path) -> list[str]:
         for package in [found.target.partition(".")[0]]
         if found.at_top
         and package not in {*PACKAGES, *sys.stdlib_module_names}
-        and not declared & {owner.lower() for owner in owners.get(package, [])}
+        and not declared & {canonical(owner) for owner in owners.get(package, [])}
     ]
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def nothing_is_unpickled(root: Path) -> list[str]:
