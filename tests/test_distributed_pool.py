@@ -151,9 +151,7 @@ def test_dead_rank_is_named_and_replaced(pool: RankPool) -> None:
     assert [one.total.item() for one in pool.run(reduce_ranks, torch.zeros(1))] == [1.0, 1.0]
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "pidfd_open"), reason="not measured: needs Linux's pidfd to wait for foreign processes"
-)
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="not measured: needs Linux's pidfd to wait for foreign processes")
 def test_ranks_exit_when_the_parent_dies(pool: RankPool, tmp_path: Path) -> None:
     note = tmp_path / "processes"
     with pytest.raises(RankError, match="rank 0 of 2 died"):

@@ -21,9 +21,7 @@ guard:
     - {name: share, issues: [2], target: 0.6, better: higher, statement: "share undone"}
     - {name: cost, issues: [2], target: 0.01, better: lower, statement: "time inside"}
 """
-PAGE = (
-    "# Title\n\n<!-- results:guard -->\n<!-- /results -->\n\nbetween\n\n<!-- results:bars -->\n<!-- /results -->\nend\n"
-)
+PAGE = "# Title\n\n<!-- results:guard -->\n<!-- /results -->\n\nbetween\n\n<!-- results:bars -->\n<!-- /results -->\nend\n"
 
 
 @pytest.fixture
