@@ -245,7 +245,7 @@ def test_a_checkpoint_that_holds_code_is_one_sentence(folder, capfd):
 
 def test_errors_of_foreign_code_keep_their_traceback(folder):
     Path("broken_module.py").write_text(
-        "from tiny import Tiny\n\n\nclass Broken(Tiny):\n    def training_step(self, batch, i):\n        raise ValueError('mine')\n"
+        "from tiny import Tiny\nclass Broken(Tiny):\n    def training_step(self, batch, i):\n        raise ValueError('mine')\n"
     )
     with pytest.raises(ValueError, match="mine"):
         main(["fit", "-c", "tiny.yaml", "--model", "broken_module.Broken"])

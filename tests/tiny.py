@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from datamodules import ZooDataModule
 from zoo import Configurable, ZooModule
 
 
@@ -99,23 +97,20 @@ class Renamed(Tiny):
         super().__init__(net=net, noise=noise)
 
 
-class TinyData(LightningDataModule):
+class TinyData(ZooDataModule):
     """Sixty-four rows of four numbers."""
 
     def __init__(self, rows: int = 64, batch_size: int = 8, num_workers: int = 0) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        self.num_rows = rows
 
     def setup(self, stage: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.rows = TensorDataset(torch.randn(self.hparams["rows"], 4, generator=generator))
+        self.rows = TensorDataset(torch.randn(self.num_rows, 4, generator=torch.Generator().manual_seed(0)))
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        sampler = StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True)
-        size, workers = self.hparams["batch_size"], self.hparams["num_workers"]
-        return StatefulDataLoader(self.rows, batch_size=size, sampler=sampler, num_workers=workers)
+    def train_dataloader(self) -> DataLoader:
+        return self.train_loader(self.rows)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.rows, 16)
+        return self.eval_loader(self.rows)
 
     test_dataloader = predict_dataloader = val_dataloader

@@ -97,10 +97,10 @@ def plain(value: Any, name: str = "value") -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), f"{name}.{f.name}") for f in dataclasses.fields(value)}
     if isinstance(value, functools.partial):
-        made = value.func
-        if value.args and made.__module__.startswith("jsonargparse"):  # how jsonargparse passes a Callable that makes objects
-            made = value.args[-1]
-        if inspect.isclass(made) and value.args in ((), value.args[:-1] + (made,)):
+        # jsonargparse passes a Callable that makes objects as partial(instantiate, ..., cls, **arguments).
+        by_parser = bool(value.args) and value.func.__module__.startswith("jsonargparse")
+        made = value.args[-1] if by_parser else value.func
+        if inspect.isclass(made) and (by_parser or not value.args):
             return _class_config(made, value.keywords, name)
     if inspect.isclass(value):
         return {"class_path": class_path(value)}
