@@ -166,12 +166,14 @@ class ZooCLI(LightningCLI):
 
     def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
-        if ckpt != "last" and not Path(ckpt).is_file() and (is_pretrained_folder(ckpt) or not ckpt.endswith(".ckpt")):
+        if ckpt != "last" and (is_pretrained_folder(ckpt) or not (Path(ckpt).exists() or ckpt.endswith(".ckpt"))):
             self._pretrained = resolve(ckpt)
             return {"model": _as_config(read_pretrained(self._pretrained)[0])}
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
             rank_zero_info(f"{self._run_folder} holds no checkpoint yet: starting anew.")
+            return {}
+        if self._ckpt_path.is_dir():  # of a sharding strategy, which stores no hyperparameters: the configuration has them
             return {}
         self._checkpoint = read_checkpoint(self._ckpt_path)
         stored = {}
