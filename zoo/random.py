@@ -1,0 +1,172 @@
+"""Random numbers as a pure function of who asks: seed, epoch, sample, name of the draw, element.
+
+A generator with a state gives each sample whatever comes next, so that results depend on the batch size, the rank and
+on what was drawn before. Here each number is computed from its own counter instead (the counter form of SplitMix64),
+which makes runs resumable in mid-epoch without stored state, and equal for any number of processes and on any device.
+
+Shape suffixes: B samples, N words per sample.
+"""
+
+import hashlib
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampleRandom", "splitmix64"]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment
+_MANTISSA = {torch.float32: 24, torch.float64: 53}
+
+
+def splitmix64(state: Tensor) -> Tensor:
+    """The output function of SplitMix64, applied to each 64-bit state.
+
+    The generator's i-th output (i = 1, 2, ...) from a seed is ``splitmix64(seed + i * 0x9E3779B97F4A7C15)``.
+    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+
+    Args:
+        state: int64 tensor of any shape, read as 64 bits without sign.
+
+    Returns:
+        New int64 tensor of the same shape: 64 well-mixed bits for each state.
+    """
+    z = state.clone()
+    shifted = torch.empty_like(z)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z.bitwise_xor_(_shift_right(z, shift, out=shifted)).mul_(_signed(factor))
+    return z.bitwise_xor_(_shift_right(z, 31, out=shifted))
+
+
+class SampleRandom:
+    """The random numbers of a batch, one independent stream for each (seed, epoch, sample index, name).
+
+    The same sample draws the same numbers in any batch, on any rank and device (up to the rounding of logarithm and
+    cosine), in any order of draws. A name stands for one draw: use another name for another draw.
+
+    Args:
+        seed: seed of the run.
+        index_B: integer tensor (B,) with the sample's global number; draws appear on its device.
+        epoch: pass over the data; the same sample draws anew in each.
+
+    Raises:
+        ValueError: ``index_B`` is not a one-dimensional integer tensor.
+
+    Example:
+        >>> one = SampleRandom(0, torch.tensor([3, 7])).normal("noise", (2, 2))
+        >>> torch.equal(SampleRandom(0, torch.tensor([7])).normal("noise", (2, 2))[0], one[1])
+        True
+    """
+
+    def __init__(self, seed: int, index_B: Tensor, epoch: int = 0) -> None:
+        if index_B.dim() != 1 or index_B.is_floating_point() or index_B.is_complex() or index_B.dtype == torch.bool:
+            raise ValueError(
+                "SampleRandom needs sample numbers as an integer tensor (B,),"
+                f" got {index_B.dtype} of shape {tuple(index_B.shape)}."
+            )
+        self.seed = seed
+        self.epoch = epoch
+        self.index_B = index_B.to(torch.int64)
+        self._run_key = _hash(f"{seed}/{epoch}")
+        self._key_B = splitmix64(self.index_B * _signed(_GOLDEN) + self._run_key)
+
+    def __len__(self) -> int:
+        return len(self.index_B)
+
+    def bits(self, name: str, num_words: int) -> Tensor:
+        """Raw draws: (B, num_words) int64, all 64 bits random."""
+        counter_N = torch.arange(1, num_words + 1, device=self.index_B.device).mul_(_signed(_GOLDEN))
+        return splitmix64((self._key_B + _hash(name))[:, None] + counter_N)
+
+    def uniform(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform draws in [0, 1).
+
+        Args:
+            name: what is drawn.
+            shape: shape per sample.
+            dtype: float32 (multiples of 2^-24) or float64 (multiples of 2^-53; the same draws with more digits).
+
+        Returns:
+            Tensor (B, *shape).
+        """
+        _check(dtype)
+        words = self.bits(name, math.prod(shape))
+        mantissa = _MANTISSA[dtype]
+        return _shift_right(words, 64 - mantissa).to(dtype).mul_(2.0**-mantissa).view(len(self), *shape)
+
+    def normal(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal draws by Box and Muller's transform; one word gives a pair, so that |draw| < 6.8.
+
+        Args:
+            name: what is drawn.
+            shape: shape per sample.
+            dtype: float32 or float64 (the same draws, rounded less).
+
+        Returns:
+            Tensor (B, *shape).
+        """
+        _check(dtype)
+        num_elements = math.prod(shape)
+        words = self.bits(name, (num_elements + 1) // 2)
+        angle = (words << 32).to(dtype).mul_(math.pi * 2.0**-63)
+        radius = _shift_right(words, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        pair = torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=1)
+        return pair[:, :num_elements].reshape(len(self), *shape)
+
+    def integers(self, name: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
+        """Integers in [0, high), uniform up to a relative bias below high / 2^32.
+
+        Args:
+            name: what is drawn.
+            high: number of possible values, 1 to 2^31.
+            shape: shape per sample.
+
+        Returns:
+            int64 tensor (B, *shape).
+
+        Raises:
+            ValueError: ``high`` out of range.
+        """
+        if not 1 <= high <= 2**31:
+            raise ValueError(f"SampleRandom.integers: high={high} must lie in 1 ... 2^31.")
+        words = self.bits(name, math.prod(shape))
+        return (_shift_right(words, 32) * high >> 32).view(len(self), *shape)
+
+    def stratified(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform draws in [0, 1) that lie evenly spread for consecutive samples.
+
+        Sample i draws the fractional part of (shift + i / golden ratio), Kronecker's sequence of low discrepancy with
+        one random shift per seed, epoch and name: each draw alone is uniform, any run of neighbours covers the interval
+        evenly, whatever the batch size, and the samples that several ranks hold do so together.
+
+        Returns:
+            Tensor (B,).
+        """
+        _check(dtype)
+        shift = _signed(_hash(f"{self._run_key}/{name}"))
+        mantissa = _MANTISSA[dtype]
+        words = self.index_B * _signed(_GOLDEN) + shift
+        return _shift_right(words, 64 - mantissa).to(dtype).mul_(2.0**-mantissa)
+
+
+def _shift_right(z: Tensor, shift: int, out: Tensor | None = None) -> Tensor:
+    """Shift in zeros from the left (int64's own shift repeats the sign)."""
+    shifted = torch.bitwise_right_shift(z, shift, out=out)
+    return shifted.bitwise_and_((1 << (64 - shift)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with these 64 bits."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+@lru_cache(maxsize=4096)
+def _hash(text: str) -> int:
+    """64 bits of a text as an int64, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _check(dtype: torch.dtype) -> None:
+    if dtype not in _MANTISSA:
+        raise ValueError(f"SampleRandom draws float32 or float64, not {dtype}: convert the result.")
