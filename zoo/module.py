@@ -276,7 +276,7 @@ class ZooModule(Configurable, LightningModule):
     @classmethod
     def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
         """Build this class, or the subclass that the hyperparameters name, from plain data."""
-        arguments = {k: v for k, v in hyperparameters.items() if k not in ("_class_path", "_instantiator", "zoo_version")}
+        arguments = {k: v for k, v in hyperparameters.items() if k != "zoo_version" and not k.startswith("_")}
         stored = find_class(hyperparameters["_class_path"], ZooModule) if "_class_path" in hyperparameters else cls
         if not (issubclass(stored, cls) or issubclass(cls, stored)):
             raise ValueError(f"The checkpoint holds a {stored.__name__}, which is not a {cls.__name__}.")
