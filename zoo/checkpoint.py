@@ -38,7 +38,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a Lightning checkpoint (it has no state_dict): convert foreign weights with `zoo convert`.")
+        raise ValueError(
+            f"{path} is not a Lightning checkpoint (it has no state_dict): convert foreign weights with `zoo convert`."
+        )
     return checkpoint
 
 

@@ -1,9 +1,7 @@
 """The command line: LightningCLI with class names, run folders, exact precedence of options and errors for people."""
 
-import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
@@ -28,6 +26,7 @@ from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
 from zoo.hyperparameters import find_class
 from zoo.module import ZooModule
+from zoo.option_errors import explain, nearest
 from zoo.runs import archive_run, find_checkpoint, run_folder
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
@@ -38,6 +37,10 @@ STAGES = ("fit", "validate", "test", "predict")
 class ZooArgumentParser(LightningArgumentParser):
     """Parser whose errors are one sentence with the nearest name, instead of a list of types."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # a shortened option would slip past the order of precedence
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what is near, and exit with status 2.
 
@@ -45,52 +48,20 @@ class ZooArgumentParser(LightningArgumentParser):
             SystemExit: always, unless the parser raises its errors.
         """
         if not self.exit_on_error:
-            return super().error(message, ex)  # type: ignore[return-value]
-        sys.stderr.write(f"error: {self._explain(message)}\n")
+            super().error(message, ex)
+        if os.environ.get("ZOO_TRACEBACK"):
+            sys.stderr.write(message + "\n")
+        sys.stderr.write(f"error: {explain(message, self._all_options())}\n")
         raise SystemExit(2)
 
-    def _explain(self, message: str) -> str:
-        if match := re.search(r"nrecognized arguments?: (.*)|Option '(\S+)' is not accepted", message):
-            option = (match[1] or match[2]).split("=")[0].split()[0]
-            return f"unknown option {option}{_nearest(option, self._option_names(message))}. --help lists all."
-        if match := re.search(r"Key '(\S+)' is not expected|No action for key \"?([\w.]+)", message):
-            option = match[1] or match[2]
-            return f"unknown option {option}{_nearest(option, self._option_names(message))}. --help lists all."
-        if match := re.search(r"Expected a dot import path string: (\S+)|[Uu]nexpected import path format: (\S+)", message):
-            name = match[1] or match[2]
-            kind = re.search(r'Parser key "([\w.]+)"', message)
-            key = kind[1] if kind else "class"
-            return f"unknown class {name} for {key}{_nearest(name, _class_names(message))}. Give a class name or an import path."
-        return " ".join(message.split())
-
-    def _option_names(self, message: str) -> list[str]:
-        names = [name for action in self._actions for name in action.option_strings]
-        if match := re.search(r"class_path '([\w.]+)'", message):
-            from jsonargparse import get_signature_parameters
-
-            module, _, name = match[1].rpartition(".")
-            cls = getattr(sys.modules.get(module), name, None)
-            names = [parameter.name for parameter in get_signature_parameters(cls)] if cls else names
-        return [name.lstrip("-") for name in names]
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    near = difflib.get_close_matches(name.lstrip("-"), candidates, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _class_names(message: str) -> list[str]:
-    """Names of the classes that fit the type which the message complains about."""
-
-    def descendants(cls: type) -> list[type]:
-        return [child for direct in cls.__subclasses__() for child in [direct, *descendants(direct)]]
-
-    bases: list[type] = [LightningModule, LightningDataModule, Callback, Logger]
-    if match := re.search(r"<class '([\w.]+)'>", message):
-        module, _, name = match[1].rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        bases = [found] if isinstance(found, type) else bases
-    return sorted({cls.__name__ for base in bases for cls in descendants(base)})
+    def _all_options(self) -> list[str]:
+        names = []
+        for action in self._actions:
+            names += [name.lstrip("-") for name in action.option_strings]
+            if isinstance(action.choices, Mapping):  # subcommands
+                for parser in action.choices.values():
+                    names += parser._all_options() if isinstance(parser, ZooArgumentParser) else []
+        return names
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -112,7 +83,7 @@ def find_config(name: str) -> Path:
     if short in configs:
         return configs[short]
     raise FileNotFoundError(
-        f"there is no configuration {name}{_nearest(short, list(configs))}. `zoo list` shows those that come with the package."
+        f"there is no configuration {name}{nearest(short, list(configs))}. `zoo list` shows those that come with the package."
     )
 
 
@@ -195,12 +166,14 @@ class ZooCLI(LightningCLI):
 
     def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
-        if ckpt != "last" and not Path(ckpt).is_file() and (is_pretrained_folder(ckpt) or not ckpt.endswith(".ckpt")):
+        if ckpt != "last" and (is_pretrained_folder(ckpt) or not (Path(ckpt).exists() or ckpt.endswith(".ckpt"))):
             self._pretrained = resolve(ckpt)
             return {"model": _as_config(read_pretrained(self._pretrained)[0])}
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
             rank_zero_info(f"{self._run_folder} holds no checkpoint yet: starting anew.")
+            return {}
+        if self._ckpt_path.is_dir():  # of a sharding strategy, which stores no hyperparameters: the configuration has them
             return {}
         self._checkpoint = read_checkpoint(self._ckpt_path)
         stored = {}
@@ -221,13 +194,6 @@ class ZooCLI(LightningCLI):
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._run_folder / "checkpoints")
         self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
-        if self.subcommand == "fit" and self._ckpt_path is None and not config.trainer.fast_dev_run:
-            self._archive()
-
-    @rank_zero_only
-    def _archive(self) -> None:
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0 and (moved := archive_run(self._run_folder)):
-            rank_zero_info(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; load shipped or shared weights (LightningCLI hook)."""
@@ -236,6 +202,14 @@ class ZooCLI(LightningCLI):
             weights = read_pretrained(self._pretrained)[1]
             check_weights(self.model, weights, str(self._pretrained))
             self.model.load_state_dict(weights)
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
+        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
+            rank_zero_info(
+                f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues)."
+            )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("logger") is None or config.get("logger") is True:

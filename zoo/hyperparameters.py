@@ -37,8 +37,11 @@ class Configurable:
         {'scale': 0.5}
     """
 
+    _init_arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
     # A `__new__` and no wrapped `__init__`: signatures stay as written for jsonargparse, type checkers and help().
     def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
+        """Remember the arguments; ``__init__`` follows as usual."""
         self = super().__new__(cls)
         object.__setattr__(self, "_init_arguments", (args, kwargs))
         return self
@@ -50,7 +53,7 @@ class Configurable:
         Raises:
             TypeError: an argument cannot be written as plain data.
         """
-        args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+        args, kwargs = self._init_arguments
         return {"class_path": class_path(type(self)), "init_args": plain_arguments(type(self), args, kwargs)}
 
 
@@ -79,7 +82,7 @@ def plain(value: Any, name: str = "value") -> Any:
     Raises:
         TypeError: for anything else.
     """
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, enum.Enum):
         return value.name
@@ -93,8 +96,12 @@ def plain(value: Any, name: str = "value") -> Any:
         return value.init_config
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), f"{name}.{f.name}") for f in dataclasses.fields(value)}
-    if isinstance(value, functools.partial) and not value.args:
-        return {"class_path": class_path(value.func), "init_args": plain(value.keywords, name)}
+    if isinstance(value, functools.partial):
+        # jsonargparse passes a Callable that makes objects as partial(instantiate, ..., cls, **arguments).
+        by_parser = bool(value.args) and value.func.__module__.startswith("jsonargparse")
+        made = value.args[-1] if by_parser else value.func
+        if inspect.isclass(made) and (by_parser or not value.args):
+            return _class_config(made, value.keywords, name)
     if inspect.isclass(value):
         return {"class_path": class_path(value)}
     if inspect.isfunction(value) and "<" not in value.__qualname__:
@@ -122,10 +129,21 @@ def plain_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _default_arguments(cls: type) -> dict[str, Any]:
     """Defaults of a constructor as plain data; those of base classes reached through ``**kwargs`` too."""
     defaults = {}
-    for parameter in jsonargparse.get_signature_parameters(cls):
-        if parameter.default is not inspect.Parameter.empty:
-            defaults[parameter.name] = plain(parameter.default, parameter.name)
+    for parameter in _resolvers.get_signature_parameters(cls):
+        default = parameter.default
+        if (
+            isinstance(default, Mapping) and "class_path" in default
+        ):  # `lambda params: AdamW(params, lr=...)`, read by jsonargparse
+            made = find_class(default["class_path"], object)
+            defaults[parameter.name] = _class_config(made, default.get("init_args", {}), parameter.name)
+        elif default is not inspect.Parameter.empty:
+            defaults[parameter.name] = plain(default, parameter.name)
     return defaults
+
+
+def _class_config(cls: type, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Notation of ``partial(cls, **arguments)``; complete, because jsonargparse fills gaps from the default's arguments."""
+    return {"class_path": class_path(cls), "init_args": {**_default_arguments(cls), **plain(arguments, name)}}
 
 
 def build(base: type[T], config: Mapping[str, Any]) -> T:
@@ -141,10 +159,17 @@ def build(base: type[T], config: Mapping[str, Any]) -> T:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object", required=True)
     try:
-        parsed = parser.parse_object({"object": dict(config)})
+        parsed = parser.parse_object({"object": _copied(config)})
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ValueError(f"Cannot build {config.get('class_path')} from its stored arguments: {error}") from error
     return cast(T, parser.instantiate(parsed).object)
+
+
+def _copied(config: Any) -> Any:
+    """Copy of nested plain data (jsonargparse changes it in place); objects in it stay the same objects."""
+    if isinstance(config, Mapping):
+        return {key: _copied(value) for key, value in config.items()}
+    return [_copied(value) for value in config] if isinstance(config, list) else config
 
 
 def find_class(path: str, base: type[T]) -> type[T]:
@@ -170,7 +195,7 @@ def find_class(path: str, base: type[T]) -> type[T]:
         )
     if not issubclass(target, base):
         raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
-    return cast(type[T], target)
+    return target
 
 
 def _is_literal(node: ast.AST) -> bool:

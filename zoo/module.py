@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from zoo.checkpoint import (
     read_checkpoint,
     read_pretrained,
 )
-from zoo.hyperparameters import Configurable, build, class_path, find_class, plain, plain_arguments
+from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 from zoo.random import SampleRandom
 
 __all__ = ["ZooModule"]
@@ -53,12 +52,8 @@ class ZooModule(Configurable, LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        given = _given_hyperparameters.get()
-        if given and given.get("_class_path") and find_class(given["_class_path"], ZooModule) is type(self):
-            hyperparameters = {name: value for name, value in given.items() if name != "_instantiator"}
-        else:
-            args, kwargs = self._init_arguments  # type: ignore[attr-defined]
-            hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
+        args, kwargs = self.__dict__["_init_arguments"]
+        hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
         self._set_hparams(hyperparameters)
         self._hparams_initial = self._to_hparams_dict(json.loads(json.dumps(hyperparameters)))
         self._log_hyperparams = True
@@ -88,7 +83,7 @@ class ZooModule(Configurable, LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -223,11 +218,18 @@ class ZooModule(Configurable, LightningModule):
 
     # Sharing
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder."""
+    def save_pretrained(self, folder: str | Path, description: str = "") -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder.
+
+        Args:
+            folder: where to write; made if missing.
+            description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        if description:
+            config["_description"] = description
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(folder / WEIGHTS_FILE))
         return folder
@@ -281,7 +283,7 @@ class ZooModule(Configurable, LightningModule):
     @classmethod
     def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
         """Build this class, or the subclass that the hyperparameters name, from plain data."""
-        arguments = {k: v for k, v in hyperparameters.items() if k not in ("_class_path", "_instantiator", "zoo_version")}
+        arguments = {k: v for k, v in hyperparameters.items() if k != "zoo_version" and not k.startswith("_")}
         stored = find_class(hyperparameters["_class_path"], ZooModule) if "_class_path" in hyperparameters else cls
         if not (issubclass(stored, cls) or issubclass(cls, stored)):
             raise ValueError(f"The checkpoint holds a {stored.__name__}, which is not a {cls.__name__}.")
@@ -290,10 +292,7 @@ class ZooModule(Configurable, LightningModule):
             if old in arguments:
                 rank_zero_warn(f"{target.__name__}: the argument {old!r} of the checkpoint is called {new!r} now.")
                 arguments[new] = arguments.pop(old)
-        replaced = {name: plain(value, name) for name, value in overrides.items()}
-        path = class_path(target)
-        with _given_hyperparameters_context({"_class_path": path, **arguments, **replaced}, "zoo.module.ZooModule"):
-            return build(cls, {"class_path": path, "init_args": {**arguments, **overrides}})
+        return build(cls, {"class_path": class_path(target), "init_args": {**arguments, **overrides}})
 
 
 class _SeedEachBatch(Callback):

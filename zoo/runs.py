@@ -26,7 +26,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
     """Resolve ``--ckpt_path``.
 
     Args:
-        ckpt_path: ``last`` or a file.
+        ckpt_path: ``last``, a file, or a folder that a sharding strategy wrote.
         folder: the run's folder.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -44,7 +44,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
                 " or give the path of a checkpoint."
             )
         return found
-    if not Path(ckpt_path).is_file():
+    if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file, pretrained folder or shipped model.")
     return Path(ckpt_path)
 
@@ -61,7 +61,8 @@ def archive_run(folder: Path) -> Path | None:
     target = folder / EARLIER / str(number)
     target.mkdir(parents=True)
     for entry in folder.iterdir():
-        # Folders of other runs may lie below this one (runs/bfn of a class beside runs/bfn/digits of a config).
-        if entry.name != EARLIER and not (entry.is_dir() and any(entry.glob(f"**/{CHECKPOINTS}"))) or entry.name == CHECKPOINTS:
+        # A folder of another run may lie inside (runs/bfn made with --model BFN, beside runs/bfn/digits of a config).
+        other_run = entry.is_dir() and entry.name != CHECKPOINTS and any(entry.glob(f"**/{CHECKPOINTS}"))
+        if entry.name != EARLIER and not other_run:
             shutil.move(os.fspath(entry), os.fspath(target / entry.name))
     return target

@@ -17,10 +17,9 @@ def assets(argv: list[str]) -> None:
 
 def _list_assets() -> None:
     """List name, size, licence, state and place of each asset."""
+    from datamodules.assets import list_assets
     from rich.console import Console
     from rich.table import Table
-
-    from datamodules.assets import list_assets
 
     table = Table("asset", "size", "licence", "state", "what it holds", title="assets")
     for asset in list_assets():
@@ -45,12 +44,13 @@ def convert(argv: list[str]) -> None:
     auto_cli(_convert, args=argv, prog="zoo convert", as_positional=True)
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, target: Path, description: str = "") -> None:
     """Write a Lightning checkpoint as a safetensors folder (config.json, model.safetensors) to share.
 
     Args:
         source: a .ckpt file of this package, or a safetensors folder.
         target: the folder to write.
+        description: one line on what the weights were trained on and what they reach.
     """
     module = ZooModule.from_pretrained(source) if is_pretrained_folder(source) else ZooModule.load_from_checkpoint(source)
-    print(f"wrote {type(module).__name__} to {module.save_pretrained(target)}")
+    print(f"wrote {type(module).__name__} to {module.save_pretrained(target, description)}")

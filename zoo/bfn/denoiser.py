@@ -26,9 +26,7 @@ class Denoiser:
         guide: corrects each estimate before the sampler uses it: guidance, constraints, in-painting.
     """
 
-    def __init__(
-        self, network: Callable[[Tensor, Tensor], Tensor], flow: Flow, head: Head, guide: Guide | None = None
-    ) -> None:
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], flow: Flow, head: Head, guide: Guide | None = None) -> None:
         self.network = network
         self.flow = flow
         self.head = head
@@ -36,9 +34,7 @@ class Denoiser:
         #: Number of network calls so far.
         self.nfe = 0
 
-    def __call__(
-        self, state: Tensor, t: float, statistic: Literal["mean", "mode", "sample"], random: SampleRandom
-    ) -> Tensor:
+    def __call__(self, state: Tensor, t: float, statistic: Literal["mean", "mode", "sample"], random: SampleRandom) -> Tensor:
         """Estimate the data.
 
         Args:

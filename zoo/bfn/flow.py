@@ -151,8 +151,7 @@ class ContinuousFlow(Flow):
     def __init__(self, min_variance: float = 1e-3) -> None:
         if not 0 < min_variance < 1:
             raise ValueError(
-                f"ContinuousFlow: min_variance={min_variance} must lie between 0 and 1; "
-                "1.0e-3 suits 16 levels, 1.0e-6 suits 256."
+                f"ContinuousFlow: min_variance={min_variance} must lie between 0 and 1; 1.0e-3 suits 16 levels, 1.0e-6 suits 256."
             )
         self.min_variance = min_variance
         self.log_variance = math.log(min_variance)

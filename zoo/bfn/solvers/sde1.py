@@ -21,6 +21,4 @@ class SDE1(Solver):
     def coefficients(self, flow: Flow, previous: float | None, start: float, end: float) -> Coefficients:
         """See the class."""
         scale, gain = flow.scale(end), flow.beta(end) - flow.beta(start)
-        return Coefficients(
-            scale / flow.scale(start), scale * gain, noise=scale * math.sqrt(flow.noise_variance * gain)
-        )
+        return Coefficients(scale / flow.scale(start), scale * gain, noise=scale * math.sqrt(flow.noise_variance * gain))

@@ -98,9 +98,7 @@ class Solver(Configurable, ABC):
     ) -> None:
         name = type(self).__name__
         if nfe < 1 + self.extra_calls:
-            raise ValueError(
-                f"{name}: nfe={nfe} must be at least {1 + self.extra_calls}; it counts the network's calls."
-            )
+            raise ValueError(f"{name}: nfe={nfe} must be at least {1 + self.extra_calls}; it counts the network's calls.")
         if not 0 <= eta < 1:
             raise ValueError(f"{name}: eta={eta} must lie in [0, 1); it is the time at which sampling starts.")
         if eta == 0 and (grid == "logsnr" or not self.starts_at_zero):

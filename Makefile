@@ -1,0 +1,40 @@
+# make demo: install, train on real digits for 2 to 3 minutes, test, sample.   make test: install, whole test suite.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ZOO := $(PY) -m zoo
+
+.PHONY: install demo test test-all bench lint assets
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# What the tests and the demo read; fetched once into the cache, before anything runs without network.
+assets: install
+	$(ZOO) assets fetch digits mnist-5k
+
+demo: install
+	$(ZOO) fit -c bfn/digits
+	$(ZOO) test -c bfn/digits --ckpt_path last
+	$(ZOO) predict -c bfn/digits --ckpt_path last
+	$(ZOO) predict -c bfn/digits --ckpt_path bfn-digits --trainer.default_root_dir runs/bfn-digits
+
+test: assets
+	$(PY) -m pytest
+
+test-all: assets
+	$(PY) -m pytest -m 'slow or not slow'
+
+bench: install
+	$(PY) -m benchmarks.bfn_solvers --data digits
+	$(PY) -m benchmarks.report
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

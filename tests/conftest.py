@@ -1,0 +1,14 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+from distributed import RankPool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """The warm gloo ranks of this run: started when a test first asks, killed when the run ends or is interrupted."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()

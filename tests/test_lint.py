@@ -1,0 +1,19 @@
+"""Style and types are part of the test run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("words", ["ruff check", "ruff format --check", "mypy"])
+def test_clean(words: str) -> None:
+    tool, *options = words.split()
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"not measured: {tool} is not installed; pip install lightning-zoo[dev]")
+    done = subprocess.run([sys.executable, "-m", tool, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"python -m {words}\n{done.stdout[-4000:]}{done.stderr[-2000:]}"

@@ -1,0 +1,327 @@
+"""The walls between the rooms, read from the imports of every file; each rule is shown to catch a planted breach."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("zoo", "datamodules", "strategies")
+GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.__main__")  # the command line and the hub see everything
+WIRING = ("__init__", "module", "state_dict_adapter", "strategy")  # files that plug the science into Lightning
+FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn")
+PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
+
+
+class Import(NamedTuple):
+    """One imported module, and where."""
+
+    importer: str
+    target: str
+    place: str
+    at_top: bool
+
+    def within(self, *names: str) -> bool:
+        return any(self.target == name or self.target.startswith(name + ".") for name in names)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files(root: Path, *folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+
+
+def imports(path: Path, root: Path) -> Iterator[Import]:
+    """Every import of a file that runs; ``from a import b`` names ``a.b`` where that is a module, else ``a``."""
+
+    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, at_top
+            elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from visit(child, at_top and not inside)
+
+    importer = module_name(path, root)
+    for node, at_top in visit(ast.parse(path.read_text()), True):
+        place = f"{path.relative_to(root)}:{node.lineno}"
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            parents = importer.split(".") if path.stem == "__init__" else importer.split(".")[:-1]
+            above = parents[: len(parents) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            targets = [f"{source}.{alias.name}" if is_module(f"{source}.{alias.name}", root) else source
+                       for alias in node.names]  # fmt: skip
+        yield from (Import(importer, target, place, at_top) for target in dict.fromkeys(targets))
+
+
+def is_module(name: str, root: Path) -> bool:
+    path = root.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def methods(root: Path) -> list[str]:
+    return [f"zoo.{path.parent.name}" for path in sorted((root / "zoo").glob("*/module.py"))]
+
+
+def science_knows_torch_only(root: Path) -> list[str]:
+    """Science imports torch, the standard library, its own room and the few files made for it; never Lightning."""
+    rooms = [
+        *methods(root),
+        *(f"strategies.{path.parent.name}" for path in (root / "strategies").glob("*/strategy.py")),
+    ]
+    science = [(room, path) for room in rooms for path in files(root, room.replace(".", "/"))]
+    science += [("zoo.nn", path) for path in files(root, "zoo/nn")]
+    science += [("strategies", path) for path in (root / "strategies").glob("[a-z]*.py")]
+    breaches = []
+    for room, path in science:
+        if path.stem in WIRING:
+            continue
+        for found in imports(path, root):
+            own = found.within(room) and found.target.rpartition(".")[2] not in WIRING
+            library = found.target.partition(".")[0] in {"torch", *sys.stdlib_module_names}
+            if not (own or library or found.within(*FOUNDATION_OF_SCIENCE)):
+                breaches.append(f"{found.place} science imports {found.target}")
+    return breaches
+
+
+def methods_know_no_data_and_no_strategy(root: Path) -> list[str]:
+    """A method imports no DataModule, no strategy, and of another method only the public names of its package."""
+    breaches = []
+    for room in methods(root):
+        others = [other for other in methods(root) if other != room]
+        for path in files(root, room.replace(".", "/")):
+            for found in imports(path, root):
+                inside = found.within(*others) and found.target not in others
+                if found.within("datamodules", "strategies", *GATEWAYS) or inside:
+                    breaches.append(f"{found.place} method imports {found.target}")
+    return breaches
+
+
+def foundation_knows_no_method(root: Path) -> list[str]:
+    """What methods stand on imports no method, DataModule or strategy; only the command line and the hub see all."""
+    rooms = tuple(room.replace(".", "/") + "/" for room in methods(root))
+    breaches = []
+    for path in files(root, "zoo"):
+        if path.relative_to(root).as_posix().startswith(rooms) or module_name(path, root) in GATEWAYS:
+            continue
+        for found in imports(path, root):
+            if found.within("datamodules", "strategies", *methods(root)):
+                breaches.append(f"{found.place} foundation imports {found.target}")
+    return breaches
+
+
+def data_and_strategies_know_no_method(root: Path) -> list[str]:
+    """DataModules and strategies import no method, and not one another."""
+    breaches = []
+    for package, other in (("datamodules", "strategies"), ("strategies", "datamodules")):
+        for path in files(root, package):
+            for found in imports(path, root):
+                if found.within(other, *GATEWAYS, *methods(root)):
+                    breaches.append(f"{found.place} {package} imports {found.target}")
+    return breaches
+
+
+def imports_run_in_no_circle(root: Path) -> list[str]:
+    """Imports at the top of files never lead back to where they began."""
+    graph: dict[str, set[str]] = {}
+    for path in files(root, *PACKAGES):
+        name = module_name(path, root)
+        tops = {found.target for found in imports(path, root) if found.at_top and is_module(found.target, root)}
+        graph[name] = {target for target in tops if target != name}
+    breaches, done = [], set()
+
+    def walk(name: str, way: list[str]) -> None:
+        if name in way:
+            breaches.append(" -> ".join([*way[way.index(name) :], name]))
+        elif name not in done:
+            for target in sorted(graph.get(name, ())):
+                walk(target, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        walk(name, [])
+    return breaches
+
+
+def needs_no_extra(root: Path) -> list[str]:
+    """What is imported at the top of a file is the standard library or a declared dependency, never an extra."""
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    lines = setup["options"]["install_requires"].split("\n")
+    declared = {canonical(re.split(r"[\[<>=~!]", line)[0].strip()) for line in lines if line.strip()}
+    owners = metadata.packages_distributions()
+    return [
+        f"{found.place} imports {found.target}, which setup.cfg does not list under install_requires"
+        for path in files(root, *PACKAGES)
+        for found in imports(path, root)
+        for package in [found.target.partition(".")[0]]
+        if found.at_top
+        and package not in {*PACKAGES, *sys.stdlib_module_names}
+        and not declared & {canonical(owner) for owner in owners.get(package, [])}
+    ]
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def nothing_is_unpickled(root: Path) -> list[str]:
+    """No file can run code by being read: weights_only=True, and an unpickler only with a find_class of its own."""
+    breaches = []
+    for path in files(root, *PACKAGES, "benchmarks", "examples"):
+        tree = ast.parse(path.read_text())
+        guarded = {
+            id(base)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef)
+            and any(isinstance(item, ast.FunctionDef) and item.name == "find_class" for item in node.body)
+            for base in node.bases
+        }
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute | ast.ImportFrom) else ""
+            place = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if given.get("weights_only") == "False" or given.get("allow_pickle") == "True":
+                    breaches.append(f"{place} {text}")
+                elif ast.unparse(node.func) == "torch.load" and given.get("weights_only") != "True":
+                    breaches.append(f"{place} {text} lacks weights_only=True")
+            elif isinstance(node, ast.Attribute):
+                unsafe = rf"({'|'.join(PICKLES)})\.(load|loads|open|Unpickler)"
+                if re.fullmatch(unsafe, text) and id(node) not in guarded:
+                    breaches.append(f"{place} {text}")
+            elif isinstance(node, ast.ImportFrom) and node.module in PICKLES:
+                breaches += [f"{place} {text}" for alias in node.names if alias.name in ("load", "loads", "Unpickler")]
+    return breaches
+
+
+def files_are_named_by_their_idea(root: Path) -> list[str]:
+    """No drawer of odds and ends: utils, helpers, common, misc."""
+    places = files(root, *PACKAGES, "benchmarks", "examples", "tests")
+    return [
+        f"{path.relative_to(root)} is named by no idea"
+        for path in places
+        if {*path.relative_to(root).parent.parts, *path.stem.split("_")} & FORBIDDEN_NAMES
+    ]
+
+
+def files_of_tests_are_flat(root: Path) -> list[str]:
+    """Test folders are no packages (tests/zoo would shadow zoo), and no two test files share a name."""
+    names = Counter(path.name for path in files(root, "tests") if path.name != "conftest.py")
+    packages = [f"{path.relative_to(root)} makes a package of a test folder" for path in files(root, "tests")
+                if path.name == "__init__.py"]  # fmt: skip
+    return packages + [f"{count} test files are called {name}" for name, count in names.items() if count > 1]
+
+
+def methods_have_their_rooms(root: Path) -> list[str]:
+    """Whoever knows one method's folder knows all: each has a model card."""
+    folders = [root / room.replace(".", "/") for room in methods(root)]
+    return [f"{folder.relative_to(root)} has no README.md" for folder in folders if not (folder / "README.md").exists()]
+
+
+BREACHES: dict[Callable[[Path], list[str]], dict[str, str]] = {
+    science_knows_torch_only: {
+        "zoo/one/flow.py": "import lightning",
+        "zoo/one/head.py": "from zoo.one.module import One",
+        "zoo/nn/attention.py": "def f():\n    import numpy",
+        "strategies/shard/ring.py": "from lightning.pytorch import Trainer",
+        "strategies/mesh.py": "import lightning",
+    },
+    methods_know_no_data_and_no_strategy: {
+        "zoo/one/module.py": "from datamodules import Digits",
+        "zoo/one/network.py": "import strategies.shard",
+        "zoo/two/module.py": "from zoo.one import flow",
+        "zoo/two/network.py": "from ..one.flow import Flow",
+    },
+    foundation_knows_no_method: {
+        "zoo/module.py": "def f():\n    from zoo.one import One",
+        "zoo/metrics/fid.py": "import datamodules",
+    },
+    data_and_strategies_know_no_method: {
+        "datamodules/digits.py": "from zoo.one import One",
+        "strategies/shard/strategy.py": "import zoo.two.module",
+        "strategies/mesh.py": "import datamodules",
+    },
+    imports_run_in_no_circle: {
+        "zoo/first.py": "from zoo.second import a",
+        "zoo/second.py": "import zoo.first",
+    },
+    needs_no_extra: {"zoo/spelling.py": "import hypothesis", "zoo/plan.py": "import no_such_package"},
+    nothing_is_unpickled: {
+        "zoo/one/reader.py": "import torch\ntorch.load('x', weights_only=False)",
+        "zoo/two/reader.py": "import torch\ntorch.load('x')",
+        "datamodules/cifar.py": "import pickle\npickle.load(open('x', 'rb'))",
+        "datamodules/reader.py": "from pickle import loads",
+        "examples/plain.py": "import pickle\npickle.Unpickler(open('x', 'rb'))",
+    },
+    files_are_named_by_their_idea: {"zoo/one/utils.py": "", "zoo/common/flow.py": "", "tests/string_helpers.py": ""},
+    files_of_tests_are_flat: {"tests/zoo/__init__.py": "", "tests/one/test_flow.py": "", "tests/two/test_flow.py": ""},
+}
+ALLOWED = {
+    "setup.cfg": "[options]\ninstall_requires =\n    torch>=2\n    lightning>=2.6\n    jsonargparse[signatures]>=4\n",
+    "zoo/__init__.py": "",
+    "zoo/hyperparameters.py": "import jsonargparse",
+    "zoo/module.py": "import lightning\nimport zoo\nfrom zoo.hyperparameters import Configurable",
+    "zoo/cli.py": "import datamodules\nimport zoo.one.module\nimport strategies",
+    "zoo/one/__init__.py": "from zoo.one.module import One",
+    "zoo/one/module.py": "from zoo.one.flow import Flow\nfrom zoo.module import ZooModule",
+    "zoo/one/README.md": "",
+    "zoo/one/flow.py": "import math\nimport torch\nfrom zoo.hyperparameters import Configurable\nfrom . import head",
+    "zoo/one/head.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from zoo.one import flow",
+    "zoo/one/solvers/euler.py": "from zoo.one.flow import Flow",
+    "zoo/two/module.py": "from zoo.one import One\ndef f():\n    import gguf",
+    "zoo/two/README.md": "",
+    "datamodules/__init__.py": "",
+    "datamodules/safe.py": "import pickle\nclass Safe(pickle.Unpickler):\n    def find_class(self, m, n): ...",
+    "strategies/__init__.py": "",
+    "strategies/shard/strategy.py": "import lightning\nfrom strategies import mesh",
+    "strategies/mesh.py": "import torch",
+    "tests/one/test_one.py": "import zoo",
+}
+
+
+def plant(root: Path, tree: dict[str, str]) -> Path:
+    for name, text in tree.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("rule", [*BREACHES, methods_have_their_rooms], ids=lambda rule: rule.__name__)
+def test_wall_stands(rule: Callable[[Path], list[str]]) -> None:
+    assert rule(ROOT) == []
+
+
+@pytest.mark.parametrize("rule", BREACHES, ids=lambda rule: rule.__name__)
+def test_rule_finds_what_is_planted_and_nothing_else(rule: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    assert rule(plant(tmp_path, ALLOWED)) == []
+    plant(tmp_path, BREACHES[rule])
+    found = " ".join(rule(tmp_path))
+    for name in BREACHES[rule]:
+        assert name in found or Path(name).name in found or module_name(tmp_path / name, tmp_path) in found
+
+
+def test_method_without_card_is_found(tmp_path: Path) -> None:
+    plant(tmp_path, ALLOWED)
+    (tmp_path / "zoo/two/README.md").unlink()
+    assert methods_have_their_rooms(tmp_path) == ["zoo/two has no README.md"]
+
+
+def test_import_of_the_package_loads_no_framework() -> None:
+    code = "import sys, zoo; print({'torch', 'lightning', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

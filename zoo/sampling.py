@@ -1,0 +1,75 @@
+"""What an image-generating module offers to callbacks and metrics: sampling by id, and samples as 8-bit pixels.
+
+Shape suffixes: B samples, C channels, H height, W width, T time steps of a trajectory.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of generated images.
+
+    Attributes:
+        images: (B, C, H, W), floating point in [0, 1].
+        nfe: Number of network function evaluations that each sample cost.
+        trajectory: (B, T, C, H, W) in [0, 1], the intermediate states from noise to sample; None if not kept.
+    """
+
+    images: Tensor
+    nfe: int
+    trajectory: Tensor | None = None
+
+
+@runtime_checkable
+class SupportsSampling(Protocol):
+    """A module from which images can be drawn by sample id.
+
+    Sample `i` under `seed` is the same picture whatever the batch, the rank or the number of ranks that draws it.
+    """
+
+    @property
+    def sampler_names(self) -> tuple[str, ...]:
+        """The samplers that `sample` accepts by name."""
+
+    def sample(self, index_B: Tensor, *, seed: int = 0, sampler: str | None = None, nfe: int | None = None) -> Samples:
+        """Draw one image per sample id.
+
+        Args:
+            index_B: (B,) int64, the global sample ids; with `seed` they are the whole random state.
+            seed: Seed of the run.
+            sampler: One of `sampler_names`; None for the module's own.
+            nfe: Network function evaluations to spend per sample; None for the module's own number.
+        """
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to 8 bits, to the nearest level: the pixels a PNG holds and every metric sees.
+
+    Args:
+        images: (..., C, H, W), floating point in [0, 1].
+
+    Returns:
+        uint8 tensor of the same shape on the same device, `round(255 * images)`.
+
+    Raises:
+        TypeError: If `images` is not floating point.
+        ValueError: If a value is not finite or falls outside 0..255 after rounding (nothing is clipped in silence).
+
+    Example:
+        >>> to_uint8(torch.tensor([0.0, 0.5, 1.0])).tolist()
+        [0, 128, 255]
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"to_uint8 wants floating point images in [0, 1], got {images.dtype}; pass uint8 images as is.")
+    level = images.float().mul(255).round()
+    if not bool(((level >= 0) & (level <= 255)).all()):  # also False for NaN
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(
+            f"Images must lie in [0, 1] and be finite, got values from {low:.4g} to {high:.4g}; clamp them where they are made."
+        )
+    return level.to(torch.uint8)
