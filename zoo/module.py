@@ -218,11 +218,18 @@ class ZooModule(Configurable, LightningModule):
 
     # Sharing
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder."""
+    def save_pretrained(self, folder: str | Path, description: str = "") -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder.
+
+        Args:
+            folder: where to write; made if missing.
+            description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        if description:
+            config["_description"] = description
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(folder / WEIGHTS_FILE))
         return folder
