@@ -1,7 +1,7 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -62,7 +62,7 @@ class BFN(ZooModule):
         record_trajectory: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: str = "step",
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
         compile: bool = False,
     ) -> None:
         super().__init__(
