@@ -137,12 +137,12 @@ def measure(record: Record, seed: int, model: Any, reference: Tensor, extractor:
             images, cost = draw(model, index_N, seed, sampler, nfe)
             if cost["calls"] != nfe:
                 raise RuntimeError(f"{sampler} was asked for {nfe} network calls and made {cost['calls']}.")
-            distance = feature_distances(images, reference, extractor).frechet_distance
+            distance = feature_distances(images, reference, extractor, kid_subsets=1).frechet_distance
             record.row(
                 seed=seed, sampler=sampler, nfe=nfe, distance=distance,
                 seconds=cost["seconds"], percent_outside_network=100 * cost["outside"],
             )  # fmt: skip
-    floor = real_data_floor(reference, extractor, count).frechet_distance
+    floor = real_data_floor(reference, extractor, count, kid_subsets=1).frechet_distance
     for nfe in nfes:
         record.row(seed=seed, sampler=FLOOR, nfe=nfe, distance=floor)
 
