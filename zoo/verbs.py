@@ -17,9 +17,10 @@ def assets(argv: list[str]) -> None:
 
 def _list_assets() -> None:
     """List name, size, licence, state and place of each asset."""
-    from datamodules.assets import list_assets
     from rich.console import Console
     from rich.table import Table
+
+    from datamodules.assets import list_assets
 
     table = Table("asset", "size", "licence", "state", "what it holds", title="assets")
     for asset in list_assets():
