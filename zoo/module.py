@@ -218,11 +218,18 @@ class ZooModule(Configurable, LightningModule):
 
     # Sharing
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder."""
+    def save_pretrained(self, folder: str | Path, description: str = "") -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder.
+
+        Args:
+            folder: where to write; made if missing.
+            description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        if description:
+            config["_description"] = description
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(folder / WEIGHTS_FILE))
         return folder
@@ -276,7 +283,7 @@ class ZooModule(Configurable, LightningModule):
     @classmethod
     def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
         """Build this class, or the subclass that the hyperparameters name, from plain data."""
-        arguments = {k: v for k, v in hyperparameters.items() if k not in ("_class_path", "_instantiator", "zoo_version")}
+        arguments = {k: v for k, v in hyperparameters.items() if k != "zoo_version" and not k.startswith("_")}
         stored = find_class(hyperparameters["_class_path"], ZooModule) if "_class_path" in hyperparameters else cls
         if not (issubclass(stored, cls) or issubclass(cls, stored)):
             raise ValueError(f"The checkpoint holds a {stored.__name__}, which is not a {cls.__name__}.")

@@ -44,12 +44,13 @@ def convert(argv: list[str]) -> None:
     auto_cli(_convert, args=argv, prog="zoo convert", as_positional=True)
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, target: Path, description: str = "") -> None:
     """Write a Lightning checkpoint as a safetensors folder (config.json, model.safetensors) to share.
 
     Args:
         source: a .ckpt file of this package, or a safetensors folder.
         target: the folder to write.
+        description: one line on what the weights were trained on and what they reach.
     """
     module = ZooModule.from_pretrained(source) if is_pretrained_folder(source) else ZooModule.load_from_checkpoint(source)
-    print(f"wrote {type(module).__name__} to {module.save_pretrained(target)}")
+    print(f"wrote {type(module).__name__} to {module.save_pretrained(target, description)}")

@@ -103,9 +103,9 @@ def test_single_files_are_all_written_and_pixel_exact(tmp_path: Path) -> None:
 
 
 def test_results_of_the_users_images_keep_their_file_names(tmp_path: Path) -> None:
-    predict(tmp_path, ImageGridWriter(), Ids([0, 1, 2], ["cat.png", "more/dog.jpeg", "/somewhere/else/bird.png"]))
+    predict(tmp_path, ImageGridWriter(), Ids([0, 1, 2], ["cat.png", "mine/dog.jpeg", "/somewhere/else/bird.png"]))
     images = tmp_path / "predictions" / "images"
-    for i, name in enumerate(["cat.png", "more/dog.png", "bird.png"]):
+    for i, name in enumerate(["cat.png", "dog.png", "bird.png"]):
         assert np.array_equal(np.asarray(Image.open(images / name)), as_array(picture_of(i)))
     with pytest.raises(ValueError, match=r"samples 0 and 1 would both be written to images/cat\.png"):
         predict(tmp_path, ImageGridWriter(), Ids([0, 1], ["cat.png", "/a/cat.jpg"]))

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoo.callbacks import SampleGridLogger, SampleQuality
+from zoo.callbacks import EMA, SampleGridLogger, SampleQuality
 from zoo.callbacks.picture import picture_grid
 from zoo.metrics import feature_distances, real_data_floor
 from zoo.sampling import Samples, to_uint8
@@ -151,10 +151,6 @@ def test_quality_during_training_is_logged_every_nth_epoch(tmp_path: Path) -> No
     assert not (tmp_path / "sample_quality.json").exists()
 
 
-class NoSampler(Sampler):
-    sample = None  # type: ignore[assignment]
-
-
 class NoReference(Stripes):
     reference_images = property()  # type: ignore[assignment]
 
@@ -165,7 +161,7 @@ class NoReference(Stripes):
         ({"samplers": ["erly"]}, Sampler, Stripes, ValueError, r"no sampler 'erly'; did you mean early\? \(it has early, late\)"),
         ({"nfes": [10, 0]}, Sampler, Stripes, ValueError, "at least 1, got nfe=0"),
         ({"extractor": "fd_digit"}, Sampler, Stripes, ValueError, "no feature extractor 'fd_digit'; did you mean fd_digits_mlp"),
-        ({"extractor": "inception-v3-compat", "weights_path": Path("no.pth")}, Sampler, Stripes, ValueError, "No Inception weights"),
+        ({"extractor": "inception-v3-compat", "weights_path": Path("no")}, Sampler, Stripes, ValueError, "No Inception weights"),
         ({}, BoringModel, Stripes, TypeError, "BoringModel does not offer"),
         ({}, Sampler, NoReference, TypeError, "DataModule NoReference without them"),
     ],
@@ -255,6 +251,25 @@ def test_pictures_reach_wandb_through_its_logger(tmp_path: Path, monkeypatch: py
     ((key, (picture,)),) = logged
     assert key == "samples"
     assert np.array_equal(np.asarray(picture), np.asarray(grid_of(model, 6)))
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+def test_samples_show_the_averaged_weights_wherever_ema_stands_in_the_list(tmp_path: Path, ema_first: bool) -> None:
+    seen: list[float] = []
+
+    class Watched(Sampler):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return -self.weight  # each step of SGD adds 0.1
+
+        def sample(self, *args: Any, **options: Any) -> Samples:
+            seen.append(self.weight.item())
+            return super().sample(*args, **options)
+
+    pictures, ema = SampleGridLogger(num_images=2), EMA(decay=0.5)
+    callbacks = (ema, pictures) if ema_first else (pictures, ema)
+    trainer_of(tmp_path, *callbacks, max_epochs=1).fit(Watched(), Stripes())
+    # Two steps: the weight goes 0, 0.1, 0.2, its average 0, 0.05, 0.125.
+    assert seen == pytest.approx([0.125])
 
 
 def test_pictures_refuse_an_unknown_sampler_before_training(tmp_path: Path) -> None:

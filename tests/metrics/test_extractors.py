@@ -1,5 +1,6 @@
 """Extractors: shipped classifiers, a user's own, and Inception with weights that are read safely."""
 
+import json
 import pickle
 import urllib.error
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from torch_fidelity import FeatureExtractorInceptionV3
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 
+from datamodules import MNIST, Digits, FashionMNIST, ImageDataModule
+from datamodules.assets import list_assets
 from zoo.metrics import (
     SHIPPED_EXTRACTORS,
     FeatureClassifier,
@@ -137,3 +140,29 @@ def test_inception_gives_float64_features_of_grey_and_colour(tmp_path: Path, mon
     assert features.dtype == torch.float64
     assert features.shape == (1, 2048)
     assert torch.equal(features.float(), inception(grey.repeat(1, 3, 1, 1))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "data_class", "asset"),
+    [
+        ("fd_digits_mlp", Digits, "digits"),
+        ("fd_mnist_cnn", MNIST, "mnist-5k"),
+        ("fd_fashion_cnn", FashionMNIST, "fashion-mnist"),
+    ],
+)
+def test_shipped_classifiers_reach_their_stated_accuracy_on_unseen_images(
+    name: str, data_class: type[ImageDataModule], asset: str
+) -> None:
+    if next(state for state in list_assets() if state.name == asset).state == "missing":
+        pytest.skip(f"not measured: zoo assets fetch {asset}")
+    data = data_class()
+    images, labels = data.splits.test
+    stated = json.loads((WEIGHTS_FOLDER / name / "config.json").read_text())
+    assert stated["_test_images"] == len(images)
+    images = (images.float() * 255 / data.largest).round().to(torch.uint8)
+    found = classifier_agreement(images[:2000], name, labels[:2000])
+    # Fashion-MNIST is judged on its first 2000 test images, to within three standard errors of a proportion.
+    accuracy = stated["_test_accuracy"]
+    margin = 0 if len(images) <= 2000 else 3 * (accuracy * (1 - accuracy) / 2000) ** 0.5
+    assert found.accuracy == pytest.approx(accuracy, abs=margin + 1e-9)
+    assert found.classes == tuple(range(10))

@@ -244,10 +244,8 @@ class TrajectoryWriter(FirstSamplesWriter):
 
 
 def _file_name(path: str) -> str:
-    """The file name of an input image, below its folder if it was given relative to one, as PNG."""
-    given = Path(path)
-    inside = given if not given.is_absolute() and ".." not in given.parts else Path(given.name)
-    return inside.with_suffix(".png").as_posix()
+    """The file name of an input image, as PNG."""
+    return Path(path).with_suffix(".png").name
 
 
 def _claim(written: dict[str, int], name: str, index: int) -> None:
