@@ -162,7 +162,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit_as_rank(folder: Path, batch_size: int, ckpt_path: Path | None = None, num_workers: int = 0):
+def fit_as_rank(folder: Path, batch_size: int, ckpt_path: Path | None = None):
     """What this process saw in training and in validation."""
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     module = Recorder()
@@ -170,7 +170,7 @@ def fit_as_rank(folder: Path, batch_size: int, ckpt_path: Path | None = None, nu
     callbacks = [] if ckpt_path else [SaveAt(8, folder / f"{ranks}.ckpt")]
     trainer(folder, *callbacks, **options).fit(
         module,
-        datamodule=IndexData(batch_size=batch_size, num_workers=num_workers),
+        datamodule=IndexData(batch_size=batch_size),
         ckpt_path=ckpt_path,
         weights_only=True,
     )
@@ -191,5 +191,5 @@ def test_two_processes_see_what_one_sees_and_resume_as_either(pool, tmp_path):
     assert [seen for _, seen in ranks] == [[0, 2, 4, 6] * 4, [1, 3, 5] * 4]
     for saved_by in (1, 2):
         path = tmp_path / f"{saved_by}.ckpt"
-        assert interleave(pool.run(fit_as_rank, tmp_path, 2, path, 1, world_size=2)) == expected[8:]
+        assert interleave(pool.run(fit_as_rank, tmp_path, 2, path, world_size=2)) == expected[8:]
         assert fit_as_rank(tmp_path, 4, path)[0] == expected[8:]
