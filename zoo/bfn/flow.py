@@ -16,6 +16,7 @@ Source: Graves et al., "Bayesian Flow Networks", arXiv 2308.07037, section 4; se
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -230,10 +231,7 @@ class ContinuousFlow(Flow):
             gamma = -torch.expm1(self.log_variance * t.clamp(min=MIN_TIME))
             known = t >= MIN_TIME
             return known / gamma, known * ((1 - gamma) / gamma).sqrt()
-        if t < MIN_TIME:
-            return 0.0, 0.0
-        gamma = -math.expm1(self.log_variance * t)
-        return 1 / gamma, math.sqrt((1 - gamma) / gamma)
+        return _noise_coefficients(self.log_variance, t)
 
 
 def noise_to_data(state: Tensor, noise: Tensor, inverse_gamma: Time, noise_scale: Time) -> Tensor:
@@ -245,7 +243,9 @@ def noise_to_data(state: Tensor, noise: Tensor, inverse_gamma: Time, noise_scale
         inverse_gamma: 1 / gamma, number or tensor, from `ContinuousFlow.noise_coefficients`.
         noise_scale: sqrt((1 - gamma) / gamma), likewise.
     """
-    return inverse_gamma * state - noise_scale * noise
+    if isinstance(noise_scale, Tensor):
+        return torch.addcmul(inverse_gamma * state, noise_scale, noise, value=-1)
+    return (inverse_gamma * state).sub_(noise, alpha=noise_scale)
 
 
 def data_to_noise(state: Tensor, x: Tensor, inverse_gamma: Time, noise_scale: Time) -> Tensor:
@@ -256,6 +256,14 @@ def data_to_noise(state: Tensor, x: Tensor, inverse_gamma: Time, noise_scale: Ti
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
     """Times (B,) in the form (B, 1, ..., 1) that broadcasts against ``like``."""
     return t.view(-1, *(1,) * (like.dim() - 1))
+
+
+@lru_cache(maxsize=8192)  # so that a sampler's loop computes nothing but tensors
+def _noise_coefficients(log_variance: float, t: float) -> tuple[float, float]:
+    if t < MIN_TIME:
+        return 0.0, 0.0
+    gamma = -math.expm1(log_variance * t)
+    return 1 / gamma, math.sqrt((1 - gamma) / gamma)
 
 
 def _expm1(value: Time) -> Time:

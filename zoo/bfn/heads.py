@@ -145,7 +145,9 @@ class DeltaHead(Head):
     def __call__(self, output: Tensor, state: Tensor, t: Tensor | float, flow: Flow) -> Delta:
         """See `Head`."""
         assert isinstance(flow, ContinuousFlow)
-        noise = output[..., 0].to(state.dtype)
+        noise = output.reshape(state.shape)
+        if noise.dtype != state.dtype:
+            noise = noise.to(state.dtype)
         if isinstance(t, Tensor):
             value = noise_to_data(state, noise, *flow.noise_coefficients(expand_time(t, state)))
         else:

@@ -137,7 +137,7 @@ class Solver(Configurable, ABC):
         coefficients: tuple[float, ...],
         noise: Tensor | None,
     ) -> Tensor:
-        """New state at the step's end: by default the linear step that `Coefficients` describes.
+        """New state at the step's end, by default the linear step that `Coefficients` describes, in the same memory.
 
         Args:
             flow: of the data.
@@ -148,10 +148,10 @@ class Solver(Configurable, ABC):
             noise: standard normal, of the state's shape; None unless the solver is stochastic.
         """
         a, b, c, d = coefficients
-        new = (a * state).add_(flow.embed(estimate), alpha=b)
+        state.mul_(a).add_(flow.embed(estimate), alpha=b)
         if previous is not None and c:
-            new.add_(flow.embed(previous), alpha=c)
-        return new if noise is None else new.add_(noise, alpha=d)
+            state.add_(flow.embed(previous), alpha=c)
+        return state if noise is None else state.add_(noise, alpha=d)
 
     def advance(
         self,
