@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from zoo.sampling import to_uint8
 
 from benchmarks.plots import Plot
 from benchmarks.record import Record
@@ -33,6 +32,7 @@ from benchmarks.tables import Table
 from zoo.cli import ZooCLI
 from zoo.metrics import NUM_SAMPLES, feature_distances, real_data_floor
 from zoo.module import ZooModule
+from zoo.sampling import to_uint8
 
 CONFIGS = {"digits": "bfn/digits"}
 SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m")

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from zoo.sampling import to_uint8
 
 from benchmarks.record import ROOT, Record
 from benchmarks.tables import Table
 from zoo.metrics import classifier_agreement
 from zoo.module import ZooModule
+from zoo.sampling import to_uint8
 
 
 def run_in_fresh_clone(target: str, folder: Path) -> tuple[float, int, str]:

@@ -43,7 +43,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 __all__ = ["MANIFEST", "Asset", "AssetError", "AssetState", "cache_folder", "fetch", "list_assets"]
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """An asset could not be fetched, verified or unpacked; the message says which file to put where."""
 
 
@@ -307,6 +307,8 @@ def fetch(name: str) -> Path:
                 (partial / "members").replace(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+    except AssetError:
+        raise
     except OSError as error:
         raise AssetError(
             f"Cannot write asset {name!r} to the cache folder {cache}: {error}; free some space or set "
@@ -408,7 +410,8 @@ def _extract(name: str, asset: Asset, archive: Path, folder: Path) -> None:
             matching = {pattern for pattern in asset.members if fnmatch.fnmatchcase(relative, pattern)}
             if not matching:
                 continue
-            if file is None or ".." in PurePosixPath(relative).parts or set(relative) & set("\\:"):
+            inside = PurePosixPath(relative)
+            if file is None or inside.is_absolute() or ".." in inside.parts or set(relative) & set("\\:"):
                 raise AssetError(
                     f"Refused to unpack asset {name!r}: member {path!r} of {archive.name} is a link or points outside "
                     f"its folder. Delete the archive and report it."

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 
-from datamodules.loader import EpochOrder, ResumableLoader
+from datamodules.loader import EpochOrder, ResumableLoader, WholeBatches
 from zoo.checkpoint import read_checkpoint
 from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 
@@ -52,7 +52,7 @@ class ZooDataModule(Configurable, LightningDataModule):
             raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, and must be 0 (no workers) or more.")
-        args, kwargs = self._init_arguments  # type: ignore[attr-defined]
+        args, kwargs = self._init_arguments
         self._set_hparams({"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)})
         self._hparams_initial = copy.deepcopy(self._hparams)
         self.batch_size = batch_size
@@ -98,7 +98,8 @@ class ZooDataModule(Configurable, LightningDataModule):
         """A loader for training: shuffled anew each epoch; the last incomplete *global* batch is left out.
 
         Args:
-            dataset: Map-style data set; if it has ``set_epoch(epoch)``, it is told the epoch.
+            dataset: Map-style data set; if it has ``set_epoch(epoch)``, it is told the epoch; if it has
+                ``batch(indices)``, that makes the batches.
             collate_fn: Makes a batch of samples; ``None`` is torch's default.
 
         Raises:
@@ -126,10 +127,12 @@ class ZooDataModule(Configurable, LightningDataModule):
         """A loader for validation, test or prediction: every sample once, in order, on one of the processes.
 
         All processes get equally many batches, which a model whose forward pass communicates needs. Where
-        ``batch_size`` would give one process a last batch that another lacks, the batches are a little smaller.
+        ``batch_size`` would give one process a last batch that another lacks, the batches are a little smaller. That
+        fails only where ``length // W`` is a multiple of every number up to ``batch_size``, as 12 is for 4, and
+        ``length`` is no multiple of ``W``: with a tiny batch, choose a number of samples that ``W`` divides.
 
         Args:
-            dataset: Map-style data set.
+            dataset: Map-style data set; if it has ``batch(indices)``, that makes the batches.
             collate_fn: Makes a batch of samples; ``None`` is torch's default.
 
         Raises:
@@ -147,6 +150,8 @@ class ZooDataModule(Configurable, LightningDataModule):
     def _loader(
         self, dataset: Dataset[Any], order: EpochOrder, batch_size: int, collate_fn: Callable[[Any], Any] | None
     ) -> ResumableLoader[Any]:
+        if hasattr(dataset, "batch"):
+            dataset, collate_fn = WholeBatches(dataset), WholeBatches.collate
         return ResumableLoader(
             dataset,
             batch_size=batch_size,
@@ -168,7 +173,7 @@ class ZooDataModule(Configurable, LightningDataModule):
 
 
 def _even_batch_size(length: int, processes: int, batch_size: int) -> int:
-    """The largest size up to ``batch_size`` with which all processes have equally many batches.
+    """The largest size up to ``batch_size`` with which all processes have equally many batches, if there is one.
 
     Some processes have one sample more than ``length // processes``; that sample must not start a batch of its own.
     """

@@ -42,7 +42,7 @@ _SPLIT_SEED = 2024
 
 
 class PredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given.
+    """What ``predict_step`` is given; without the axis B, one sample of it.
 
     Attributes:
         index: int64 (B,), number of the sample over all processes; its random seed.
@@ -54,7 +54,7 @@ class PredictBatch(TypedDict, total=False):
     index: Tensor
     image: Tensor
     mask: Tensor
-    path: list[str]
+    path: list[str] | str
 
 
 class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
@@ -84,10 +84,10 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
+        images, labels = self.batch([index])
         return images[0], labels[0]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch: images float (B, C, H, W) in [0, 1] and labels (B,)."""
         images = self.images[indices].float().div_(self.largest)
         if self.flip_seed is not None:
@@ -106,10 +106,6 @@ class SampleIndices(Dataset[PredictBatch]):
 
     def __getitem__(self, index: int) -> PredictBatch:
         return {"index": torch.tensor(index)}
-
-    def __getitems__(self, indices: list[int]) -> PredictBatch:
-        """A whole batch."""
-        return {"index": torch.tensor(indices)}
 
 
 class Pictures(Dataset[PredictBatch]):
@@ -130,17 +126,8 @@ class Pictures(Dataset[PredictBatch]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> PredictBatch:
-        batch = self.__getitems__([index])
-        return {"index": batch["index"][0], "image": batch["image"][0], "mask": batch["mask"][0], "path": batch["path"]}
-
-    def __getitems__(self, indices: list[int]) -> PredictBatch:
-        """A whole batch."""
-        return {
-            "index": torch.tensor(indices),
-            "image": self.images[indices].float().div_(255),
-            "mask": self.masks[indices],
-            "path": [self.paths[index] for index in indices],
-        }
+        image = self.images[index].float().div_(255)
+        return {"index": torch.tensor(index), "image": image, "mask": self.masks[index], "path": self.paths[index]}
 
 
 class Splits(NamedTuple):
@@ -170,11 +157,6 @@ def stratified_split(labels: Tensor, num_held_out: int) -> tuple[Tensor, Tensor]
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     held_out[order[places]] = True
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
-
-
-def _whole_batch(batch: Any) -> Any:
-    """Collate function of data sets whose ``__getitems__`` gives batches."""
-    return batch
 
 
 class ImageDataModule(ZooDataModule, ABC):
@@ -270,19 +252,19 @@ class ImageDataModule(ZooDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader[Any]:
         """Training batches (Lightning hook)."""
         flip_seed = self.data_seed if self.flip else None
-        return self.train_loader(LabelledImages(*self.splits.train, self.largest, flip_seed), _whole_batch)
+        return self.train_loader(LabelledImages(*self.splits.train, self.largest, flip_seed))
 
     def val_dataloader(self) -> ResumableLoader[Any]:
         """Validation batches (Lightning hook)."""
-        return self.eval_loader(LabelledImages(*self.splits.val, self.largest), _whole_batch)
+        return self.eval_loader(LabelledImages(*self.splits.val, self.largest))
 
     def test_dataloader(self) -> ResumableLoader[Any]:
         """Test batches (Lightning hook)."""
-        return self.eval_loader(LabelledImages(*self.splits.test, self.largest), _whole_batch)
+        return self.eval_loader(LabelledImages(*self.splits.test, self.largest))
 
     def predict_dataloader(self) -> ResumableLoader[Any]:
         """Batches of sample numbers, or of the user's pictures (Lightning hook)."""
-        return self.eval_loader(self._predict_set or self._read_predict_set(), _whole_batch)
+        return self.eval_loader(self._predict_set or self._read_predict_set())
 
 
 class Digits(ImageDataModule):

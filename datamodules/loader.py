@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sized
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 T = TypeVar("T", covariant=True)
 
@@ -99,6 +99,41 @@ class EpochOrder(DistributedSampler[int]):
         mine = order[self.rank :: self.num_replicas][: len(self)]
         start, self.start = self.start, 0
         return iter(mine[start:].tolist())
+
+
+class WholeBatches(Dataset[Any]):
+    """Lets a data set with ``batch(indices)`` make a whole batch at once, instead of samples that are then stacked.
+
+    For images in memory this is about eight times faster. It is an adapter, because a ``__getitems__`` that gives a batch
+    would break the data set's use with a plain ``DataLoader``, which takes it for a list of samples.
+
+    Args:
+        dataset: A map-style data set with ``batch(indices: list[int])``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set the epoch, if it wants to know."""
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """A whole batch."""
+        return self.dataset.batch(indices)
+
+    @staticmethod
+    def collate(batch: Any) -> Any:
+        """The collate function that belongs to it: the batch is made already."""
+        return batch
 
 
 class ResumableLoader(DataLoader[T]):

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-
-from tests.distributed import RankPool
+from distributed import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,9 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from distributed import MAX_RANKS, RankError, RankPool
 from torch import distributed
 from torch.utils.data import DataLoader, TensorDataset
-
-from tests.distributed import MAX_RANKS, RankError, RankPool
 
 
 @dataclass

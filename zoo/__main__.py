@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> None:
 
 def _is_ours(error: Exception) -> bool:
     """Whether our own code raised the error as a message for the user; ``ZOO_TRACEBACK=1`` shows where."""
-    if not isinstance(error, ValueError | TypeError | OSError | ImportError):
+    if not isinstance(error, ValueError | TypeError | RuntimeError | OSError | ImportError):
         return False
     last = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return last.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "datamodules", "strategies")

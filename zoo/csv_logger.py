@@ -1,7 +1,9 @@
 """A CSV log that a resumed run continues."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -13,7 +15,8 @@ __all__ = ["ResumableCSVLogger"]
 class ResumableCSVLogger(CSVLogger):
     """Lightning's CSV logger, which keeps the file of the interrupted run (Lightning's own deletes it).
 
-    Rows from the resumed step on are dropped, since these steps are trained again. Each row is on disk as soon as it is
+    Rows from the resumed step on are dropped, since these steps are trained again, and a validation that is run again after
+    resuming is not listed twice. Each row is on disk as soon as it is
     logged, so a killed process loses none.
 
     Args:
@@ -38,12 +41,14 @@ class ResumableCSVLogger(CSVLogger):
 class _ContinuedWriter(ExperimentWriter):
     def __init__(self, log_dir: str, resume_step: int | None) -> None:
         super().__init__(log_dir)
+        self._known: set[tuple[tuple[str, str], ...]] = set()
         path = Path(self.metrics_file_path)
         if not path.exists():
             return
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if resume_step is None or int(row["step"] or 0) < resume_step]
+            self._known = {_row_key(row) for row in rows if resume_step is not None and int(row["step"] or 0) == resume_step - 1}
             self.metrics_keys = list(reader.fieldnames or [])
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
@@ -52,5 +57,15 @@ class _ContinuedWriter(ExperimentWriter):
             writer.writerows(rows)
         temporary.replace(path)
 
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Record a row, unless it is one that the interrupted run has written already."""
+        super().log_metrics(metrics_dict, step)
+        if self._known and _row_key(self.metrics[-1]) in self._known:
+            self.metrics.pop()
+
     def _check_log_dir_exists(self) -> None:
         """The folder exists and holds the run that is continued."""
+
+
+def _row_key(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, str(value)) for name, value in row.items() if value not in ("", None)))

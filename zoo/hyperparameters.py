@@ -96,8 +96,12 @@ def plain(value: Any, name: str = "value") -> Any:
         return value.init_config
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name), f"{name}.{f.name}") for f in dataclasses.fields(value)}
-    if isinstance(value, functools.partial) and not value.args:
-        return {"class_path": class_path(value.func), "init_args": plain(value.keywords, name)}
+    if isinstance(value, functools.partial):
+        # jsonargparse passes a Callable that makes objects as partial(instantiate, ..., cls, **arguments).
+        by_parser = bool(value.args) and value.func.__module__.startswith("jsonargparse")
+        made = value.args[-1] if by_parser else value.func
+        if inspect.isclass(made) and (by_parser or not value.args):
+            return _class_config(made, value.keywords, name)
     if inspect.isclass(value):
         return {"class_path": class_path(value)}
     if inspect.isfunction(value) and "<" not in value.__qualname__:
@@ -126,9 +130,20 @@ def _default_arguments(cls: type) -> dict[str, Any]:
     """Defaults of a constructor as plain data; those of base classes reached through ``**kwargs`` too."""
     defaults = {}
     for parameter in _resolvers.get_signature_parameters(cls):
-        if parameter.default is not inspect.Parameter.empty:
-            defaults[parameter.name] = plain(parameter.default, parameter.name)
+        default = parameter.default
+        if (
+            isinstance(default, Mapping) and "class_path" in default
+        ):  # `lambda params: AdamW(params, lr=...)`, read by jsonargparse
+            made = find_class(default["class_path"], object)
+            defaults[parameter.name] = _class_config(made, default.get("init_args", {}), parameter.name)
+        elif default is not inspect.Parameter.empty:
+            defaults[parameter.name] = plain(default, parameter.name)
     return defaults
+
+
+def _class_config(cls: type, arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Notation of ``partial(cls, **arguments)``; complete, because jsonargparse fills gaps from the default's arguments."""
+    return {"class_path": class_path(cls), "init_args": {**_default_arguments(cls), **plain(arguments, name)}}
 
 
 def build(base: type[T], config: Mapping[str, Any]) -> T:
@@ -144,10 +159,17 @@ def build(base: type[T], config: Mapping[str, Any]) -> T:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object", required=True)
     try:
-        parsed = parser.parse_object({"object": dict(config)})
+        parsed = parser.parse_object({"object": _copied(config)})
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ValueError(f"Cannot build {config.get('class_path')} from its stored arguments: {error}") from error
     return cast(T, parser.instantiate(parsed).object)
+
+
+def _copied(config: Any) -> Any:
+    """Copy of nested plain data (jsonargparse changes it in place); objects in it stay the same objects."""
+    if isinstance(config, Mapping):
+        return {key: _copied(value) for key, value in config.items()}
+    return [_copied(value) for value in config] if isinstance(config, list) else config
 
 
 def find_class(path: str, base: type[T]) -> type[T]:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from zoo.checkpoint import (
     read_checkpoint,
     read_pretrained,
 )
-from zoo.hyperparameters import Configurable, build, class_path, find_class, plain, plain_arguments
+from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 from zoo.random import SampleRandom
 
 __all__ = ["ZooModule"]
@@ -53,12 +52,8 @@ class ZooModule(Configurable, LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        given = _given_hyperparameters.get()
-        if given and given.get("_class_path") and find_class(given["_class_path"], ZooModule) is type(self):
-            hyperparameters = {name: value for name, value in given.items() if name != "_instantiator"}
-        else:
-            args, kwargs = self.__dict__["_init_arguments"]
-            hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
+        args, kwargs = self.__dict__["_init_arguments"]
+        hyperparameters = {"_class_path": class_path(type(self)), **plain_arguments(type(self), args, kwargs)}
         self._set_hparams(hyperparameters)
         self._hparams_initial = self._to_hparams_dict(json.loads(json.dumps(hyperparameters)))
         self._log_hyperparams = True
@@ -223,11 +218,18 @@ class ZooModule(Configurable, LightningModule):
 
     # Sharing
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder."""
+    def save_pretrained(self, folder: str | Path, description: str = "") -> Path:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder.
+
+        Args:
+            folder: where to write; made if missing.
+            description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        if description:
+            config["_description"] = description
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(folder / WEIGHTS_FILE))
         return folder
@@ -290,10 +292,7 @@ class ZooModule(Configurable, LightningModule):
             if old in arguments:
                 rank_zero_warn(f"{target.__name__}: the argument {old!r} of the checkpoint is called {new!r} now.")
                 arguments[new] = arguments.pop(old)
-        replaced = {name: plain(value, name) for name, value in overrides.items()}
-        path = class_path(target)
-        with _given_hyperparameters_context({"_class_path": path, **arguments, **replaced}, "zoo.module.ZooModule"):
-            return build(cls, {"class_path": path, "init_args": {**arguments, **overrides}})
+        return build(cls, {"class_path": class_path(target), "init_args": {**arguments, **overrides}})
 
 
 class _SeedEachBatch(Callback):

@@ -26,7 +26,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
     """Resolve ``--ckpt_path``.
 
     Args:
-        ckpt_path: ``last`` or a file.
+        ckpt_path: ``last``, a file, or a folder that a sharding strategy wrote.
         folder: the run's folder.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -44,7 +44,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
                 " or give the path of a checkpoint."
             )
         return found
-    if not Path(ckpt_path).is_file():
+    if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file, pretrained folder or shipped model.")
     return Path(ckpt_path)
 

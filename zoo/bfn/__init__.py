@@ -1,1 +1,34 @@
 """Bayesian flow networks and their fast solvers."""
+
+from zoo.bfn.denoiser import Denoiser, Guide, InPainting
+from zoo.bfn.flow import ContinuousFlow, Flow
+from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
+from zoo.bfn.module import BFN
+from zoo.bfn.network import Network, ResidualMLP
+from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
+from zoo.bfn.statistics import DataStatistics
+
+__all__ = [
+    "BFN",
+    "ODE1",
+    "ODE2M",
+    "SDE1",
+    "SDE2M",
+    "BFNSampler",
+    "ContinuousFlow",
+    "DataStatistics",
+    "DeltaHead",
+    "Denoiser",
+    "Flow",
+    "Guide",
+    "Head",
+    "InPainting",
+    "Network",
+    "ODEEuler",
+    "OutputDistribution",
+    "ResidualMLP",
+    "SDEEuler",
+    "Solver",
+    "find_solver",
+    "solver_names",
+]

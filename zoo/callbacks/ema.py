@@ -13,7 +13,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["EMA"]
 
-_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+def _shards_weights(strategy: Strategy) -> bool:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return int(strategy.config["zero_optimization"]["stage"]) >= 3 if strategy.config else True
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "shards_parameters", False)
 
 
 class EMA(WeightAveraging):
@@ -51,7 +55,7 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights (Lightning hook)."""
         strategy: Strategy = trainer.strategy
-        if stage == "fit" and (isinstance(strategy, _SHARDING) or getattr(strategy, "shards_parameters", False)):
+        if stage == "fit" and _shards_weights(strategy):
             raise ValueError(
                 f"EMA: {type(strategy).__name__} shards the weights, which this callback cannot average:"
                 " remove EMA, or use ddp or a strategy of the zoo that averages its own shards."
@@ -122,9 +126,13 @@ class EMA(WeightAveraging):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load current and averaged weights (Lightning hook); outside of training the average is all that is needed."""
         if self._average_model is not None:
+            if "averaged_model_state" in checkpoint:
+                checkpoint = {**checkpoint, "state_dict": checkpoint["averaged_model_state"]}
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average where checkpoints keep the weights (Lightning hook)."""
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            if isinstance(trainer.strategy, DeepSpeedStrategy):  # which writes the engine's weights as `state_dict`
+                checkpoint["averaged_model_state"] = checkpoint["state_dict"]

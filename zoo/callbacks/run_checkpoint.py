@@ -40,11 +40,10 @@ class RunCheckpoint(Checkpoint):
         self.minutes = minutes
         self.folder = folder
         self._saved_at = time.monotonic()
-        self._saved_step = -1
+        self._saved_step = 0
         self._seen_step = 0
         self._boundary: dict[str, Any] | None = None
         self._boundary_step = -1
-        self._rewind = False
 
     def path(self, trainer: Trainer) -> Path:
         """The checkpoint file."""
@@ -63,7 +62,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = self._boundary_step = trainer.global_step
-        self._boundary = copy.deepcopy(trainer.fit_loop.state_dict())
+        self._boundary = _state_after_batch(trainer)
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if self.minutes is not None and not due:
             late = time.monotonic() - self._saved_at >= 60 * self.minutes
@@ -81,13 +80,12 @@ class RunCheckpoint(Checkpoint):
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and self._seen_step > self._saved_step
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
             return
-        self._rewind = trainer.global_step == self._boundary_step
         self._save(trainer)
         rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Describe the last applied step, not the batch that was cut off (Lightning hook)."""
-        if self._rewind and self._boundary is not None:
+        if self._boundary is not None and trainer.global_step == self._boundary_step:
             checkpoint["loops"]["fit_loop"] = self._boundary
 
     def _save(self, trainer: Trainer) -> None:
@@ -97,6 +95,26 @@ class RunCheckpoint(Checkpoint):
             logger.save()
         trainer.save_checkpoint(self.path(trainer), False)  # everything, not only the weights
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+
+def _state_after_batch(trainer: Trainer) -> dict[str, Any]:
+    """State of Lightning's loops after the batch whose end is being announced.
+
+    After the last batch of an epoch Lightning would take its state for that of a finished epoch, and go on with the used-up
+    loader: the next epoch would be lost, and this one's validation and end. So the state says instead that all batches are
+    done and validation is about to begin.
+    """
+    state: dict[str, Any] = copy.deepcopy(trainer.fit_loop.state_dict())
+    training, validation = state["epoch_loop.batch_progress"], state["epoch_loop.val_loop.batch_progress"]
+    if training["is_last_batch"]:
+        for count in (training["total"], training["current"]):
+            count["completed"] = count["processed"]
+        for key in ("ready", "started"):
+            validation["total"][key] = validation["total"]["completed"] + 1
+        validation["total"]["processed"] = validation["total"]["completed"]
+        validation["current"].update(ready=1, started=1, processed=0, completed=0)
+        validation["is_last_batch"] = False
+    return state
 
 
 def _is_agreed_stop(exception: BaseException) -> bool:

@@ -1,1 +1,5 @@
-"""Layers that two or more methods share."""
+"""Layers that several methods share."""
+
+from zoo.nn.time_embedding import SinusoidalEmbedding
+
+__all__ = ["SinusoidalEmbedding"]

@@ -1,0 +1,267 @@
+"""The command line as its users know it: precedence, run folders, discovery, composition, and errors in one sentence."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import MLP, Tiny
+
+from zoo.__main__ import main
+from zoo.checkpoint import read_checkpoint
+from zoo.cli import find_config, packaged_configs
+from zoo.runs import archive_run, last_checkpoint
+
+CONFIG = {
+    "model": {"class_path": "tiny.Tiny", "init_args": {"net": {"class_path": "tiny.MLP", "init_args": {"width": 6}}}},
+    "data": {"class_path": "tiny.TinyData"},
+    "trainer": {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "callbacks": [{"class_path": "EMA", "init_args": {"decay": 0.9}}],
+    },
+    "checkpoint": {"every_n_steps": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder with tiny.yaml in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    Path("tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def stored(path: str = "runs/tiny/checkpoints/last.ckpt") -> dict:
+    return read_checkpoint(path)["hyper_parameters"]
+
+
+def effective(capsys, *argv: str) -> dict:
+    """The configuration that a command would run with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--print_config"])
+    assert not stop.value.code
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_run_lives_in_a_stable_folder(folder):
+    assert main(["fit", "-c", "tiny.yaml"]) == 0
+    assert {"checkpoints", "config.yaml", "metrics.csv"} <= {path.name for path in Path("runs/tiny").iterdir()}
+    assert main(["validate", "-c", "tiny.yaml", "--ckpt_path", "last"]) == 0
+    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["ckpt_path"] is None  # still that of the training
+    assert Path("runs/tiny/validate.yaml").exists()
+
+
+def test_precedence_is_defaults_config_checkpoint_typed(folder, capsys):
+    options = ["--model.net.width", "7", "--model.noise", "0.3"]
+    assert main(["fit", "-c", "tiny.yaml", *options]) == 0
+
+    def width_noise_compile(*argv):
+        args = effective(capsys, *argv)["model"]["init_args"]
+        return args["net"]["init_args"]["width"], args["noise"], args["compile"]
+
+    assert width_noise_compile("fit", "-c", "tiny.yaml") == (6, 0.1, False)  # configuration, default, default
+    assert width_noise_compile("test", "-c", "tiny.yaml", "--ckpt_path", "last") == (7, 0.3, False)  # checkpoint wins
+    last = ["--ckpt_path", "last", "-c", "tiny.yaml"]
+    assert width_noise_compile("test", "--model.noise", "0.5", *last) == (7, 0.5, False)  # typed wins, wherever it stands
+    assert width_noise_compile("test", *last, "--model.compile=true") == (7, 0.3, True)
+
+
+def test_model_and_data_come_from_the_checkpoint_alone(folder, capsys):
+    assert main(["fit", "-c", "tiny.yaml", "--data.rows", "48"]) == 0
+    path = "runs/tiny/checkpoints/last.ckpt"
+    config = effective(capsys, "test", "--ckpt_path", path)
+    assert (config["model"]["class_path"], config["data"]["init_args"]["rows"]) == ("tiny.Tiny", 48)
+    assert effective(capsys, "test", "-c", "tiny.yaml", "--ckpt_path", path)["data"]["init_args"]["rows"] == 64
+    assert main(["test", "--ckpt_path", path, "--trainer.accelerator", "cpu"]) == 0
+    assert Path("runs/tiny/test.yaml").exists()  # in the folder of the checkpoint's run
+
+
+def test_last_starts_anew_only_for_fit(folder, capsys):
+    for stage in ("validate", "test", "predict"):
+        assert main([stage, "-c", "tiny.yaml", "--ckpt_path", "last"]) == 2
+        assert "runs/tiny holds no checkpoint yet, so there is nothing to" in capsys.readouterr().err
+    assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "last"]) == 0
+    assert "starting anew" in capsys.readouterr().err
+    assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "6"]) == 0
+    assert read_checkpoint("runs/tiny/checkpoints/last.ckpt")["global_step"] == 6
+    assert not Path("runs/tiny/earlier").exists()
+
+
+def test_a_new_run_never_overwrites_an_earlier_one(folder):
+    main(["fit", "-c", "tiny.yaml", "--model.noise", "0.25"])
+    main(["fit", "-c", "tiny.yaml"])
+    main(["fit", "-c", "tiny.yaml"])
+    assert stored("runs/tiny/earlier/0/checkpoints/last.ckpt")["noise"] == 0.25
+    assert sorted(path.name for path in Path("runs/tiny/earlier").iterdir()) == ["0", "1"]
+    assert stored()["noise"] == 0.1
+
+
+def test_wrong_input_leaves_an_earlier_run_in_its_place(folder):
+    main(["fit", "-c", "tiny.yaml"])
+    assert main(["fit", "-c", "tiny.yaml", "--checkpoint.every_n_steps", "0"]) == 2
+    assert not Path("runs/tiny/earlier").exists()
+
+
+def test_archiving_leaves_runs_of_other_configurations(tmp_path):
+    for run in ("a", "a/b"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "checkpoints/last.ckpt").touch()
+    assert archive_run(tmp_path / "a") == tmp_path / "a/earlier/0"
+    assert last_checkpoint(tmp_path / "a/b") is not None
+    assert last_checkpoint(tmp_path / "a") is None
+    assert archive_run(tmp_path / "a") is None
+
+
+def test_composed_configurations_keep_checkpointing_and_callbacks(folder, capsys):
+    Path("add.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": "LearningRateMonitor"}]}}))
+    Path("replace.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "LearningRateMonitor"}]}}))
+
+    def callbacks(*files):
+        config = effective(capsys, "fit", "-c", "tiny.yaml", *(word for file in files for word in ("-c", file)))
+        assert config["checkpoint"]["every_n_steps"] == 2
+        return [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+
+    assert callbacks("add.yaml") == ["EMA", "LearningRateMonitor"]
+    assert callbacks("replace.yaml") == ["LearningRateMonitor"]
+    assert main(["fit", "-c", "tiny.yaml", "-c", "replace.yaml"]) == 0
+    assert "replaces the callbacks of" in capsys.readouterr().err
+    assert last_checkpoint(Path("runs/tiny")) is not None
+
+
+def test_every_packaged_strategy_configuration_adds_instead_of_replacing():
+    for name, path in packaged_configs().items():
+        if name.startswith("strategies/"):
+            assert "callbacks" not in (yaml.safe_load(path.read_text()).get("trainer") or {}), name
+
+
+def test_packaged_configurations_are_found_by_name():
+    assert find_config("bfn/digits") == packaged_configs()["bfn/digits"]
+    assert find_config("configs/bfn/digits.yaml").samefile(packaged_configs()["bfn/digits"])
+    with pytest.raises(FileNotFoundError, match="did you mean bfn/digits"):
+        find_config("bfn/digit")
+
+
+def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
+    Tiny(MLP(3), noise=0.6).save_pretrained("shared")
+    config = effective(capsys, "predict", "-c", "tiny.yaml", "--ckpt_path", "shared")
+    assert config["model"]["init_args"]["net"]["init_args"]["width"] == 3
+    assert config["ckpt_path"] is None
+    assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "shared"]) == 0
+    assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.max_steps", "1"]) == 0
+    assert stored()["noise"] == 0.6
+
+
+def test_convert_writes_the_averaged_weights(folder):
+    import torch
+
+    from zoo import load
+
+    main(["fit", "-c", "tiny.yaml"])
+    assert main(["convert", "runs/tiny/checkpoints/last.ckpt", "out"]) == 0
+    weights = read_checkpoint("runs/tiny/checkpoints/last.ckpt")["state_dict"]
+    for name, tensor in load("out").state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_classes_of_the_current_folder_are_found(folder, capsys):
+    Path("mine_in_this_folder.py").write_text("from tiny import Tiny\n\n\nclass Mine(Tiny):\n    '''My model.'''\n")
+    assert main(["fit", "-c", "tiny.yaml", "--model", "mine_in_this_folder.Mine"]) == 0
+    sys.modules.pop("mine_in_this_folder")
+    config = effective(capsys, "test", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
+    assert config["model"]["class_path"] == "mine_in_this_folder.Mine"
+
+
+def test_small_floats_without_a_point_are_numbers(folder, capsys):
+    text = Path("tiny.yaml").read_text().replace("data:", "  # comment\ndata:")
+    Path("tiny.yaml").write_text(text)
+    assert effective(capsys, "fit", "-c", "tiny.yaml", "--model.noise", "1e-6")["model"]["init_args"]["noise"] == 1e-6
+    config = json.loads(json.dumps(CONFIG))
+    config["model"]["init_args"]["noise"] = "1e-6"  # what PyYAML makes of 1e-6
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    assert effective(capsys, "fit", "-c", "tiny.yaml")["model"]["init_args"]["noise"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--model.nett", "3"], "unknown option model.nett of Tiny; did you mean net?"),
+        (["--model.net.widht", "3"], "unknown option model.net.widht of MLP; did you mean width?"),
+        (["--model.net", "MLQ"], "unknown class MLQ for model.net; did you mean MLP?"),
+        (["--model", "Tinny"], "unknown class Tinny for model; did you mean Tiny?"),
+        (["--data", "Digit"], "unknown class Digit for data; did you mean Digits?"),
+        (["--model.optimizer", "AdamX"], "unknown class AdamX for model.optimizer; did you mean Adam"),
+        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean trainer.max_epochs"),
+        (["--trainer.max_epochs", "three"], "option trainer.max_epochs: expected int or null, got three"),
+        (["--model.net.width", "wide"], "option model.net.width: expected int, got wide"),
+        (["--trainer.callbacks", "EMMA"], "unknown class EMMA for trainer.callbacks; did you mean EMA?"),
+        (["--ckpt_path", "no.ckpt"], "--ckpt_path no.ckpt: there is no such checkpoint file"),
+        (["--ckpt_path", "bfn-digitz"], "There is no pretrained model 'bfn-digitz'. Did you mean bfn-digits"),
+        (["--checkpoint.every_n_steps", "0"], "every_n_steps=0 must be at least 1"),
+        (["-c", "strategies/dpp"], "there is no configuration strategies/dpp; did you mean strategies/ddp"),
+    ],
+)
+def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sentence):
+    try:
+        status = main(["fit", "-c", "tiny.yaml", *argv])
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and sentence in lines[0]
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+def test_without_model_and_data_the_way_is_shown(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    assert "error: --data and --model must be given, or a configuration that holds them" in capsys.readouterr().err
+
+
+def test_weights_of_another_shape_are_one_sentence(folder, capsys):
+    main(["fit", "-c", "tiny.yaml"])
+    capsys.readouterr()
+    assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "last", "--model.net.width", "9"]) == 2
+    assert "do not fit Tiny (of another shape: net.layers.0.weight (6, 4) instead of (9, 4)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_holds_code_is_one_sentence(folder, capsys):
+    import torch
+
+    Path("x.py").write_text("")
+    torch.save({"state_dict": {}, "hyper_parameters": {"path": Path("a")}}, "unsafe.ckpt")
+    assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "unsafe.ckpt"]) == 2
+    assert "which is not a tensor or plain data and could run code when loaded" in capsys.readouterr().err
+
+
+def test_errors_of_foreign_code_keep_their_traceback(folder):
+    Path("broken_module.py").write_text(
+        "from tiny import Tiny\nclass Broken(Tiny):\n    def training_step(self, batch, i):\n        raise ValueError('mine')\n"
+    )
+    with pytest.raises(ValueError, match="mine"):
+        main(["fit", "-c", "tiny.yaml", "--model", "broken_module.Broken"])
+
+
+def test_list_names_everything(folder, capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("BFN", "Digits", "bfn/digits", "bfn-digits", "strategies/ddp"):
+        assert name in out
+
+
+def test_model_help_reads_well(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "BFN"])
+    out = capsys.readouterr().out
+    assert "--model.network" in out and "--model.solver" in out
+    assert "torch.nn.modules" not in out  # components are typed by our own small base classes

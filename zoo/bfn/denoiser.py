@@ -1,0 +1,74 @@
+"""The denoiser: what a sampler sees of a model."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoo.bfn.flow import Flow
+from zoo.bfn.heads import Head
+from zoo.random import SampleRandom
+
+__all__ = ["Denoiser", "Guide", "InPainting"]
+
+#: Corrects an estimate: (estimate, state, t) -> estimate.
+Guide = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class Denoiser:
+    """Estimates the data from a state, and counts how often the network is called.
+
+    Args:
+        network: maps (network input (B, ...), t (B,)) to the output that ``head`` reads.
+        flow: of the data.
+        head: of the network.
+        guide: corrects each estimate before the sampler uses it: guidance, constraints, in-painting.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], flow: Flow, head: Head, guide: Guide | None = None) -> None:
+        self.network = network
+        self.flow = flow
+        self.head = head
+        self.guide = guide
+        #: Number of network calls so far.
+        self.nfe = 0
+
+    def __call__(self, state: Tensor, t: float, statistic: Literal["mean", "mode", "sample"], random: SampleRandom) -> Tensor:
+        """Estimate the data.
+
+        Args:
+            state: (B, ...).
+            t: time of the state.
+            statistic: what to take of the predicted distribution.
+            random: the batch's random numbers, for ``sample``.
+        """
+        times = torch.full((len(state),), t, dtype=state.dtype, device=state.device)
+        prediction = self.head(self.network(self.flow.network_input(state), times), state, t, self.flow)
+        self.nfe += 1
+        if statistic == "sample":
+            estimate = prediction.sample(random, f"output {self.nfe}")
+        else:
+            estimate = prediction.mean() if statistic == "mean" else prediction.mode()
+        return self.correct(estimate, state, t)
+
+    def correct(self, estimate: Tensor, state: Tensor, t: float) -> Tensor:
+        """Apply the guide."""
+        return estimate if self.guide is None else self.guide(estimate, state, t)
+
+
+class InPainting:
+    """Guide that keeps known elements: their estimate is the truth, the sampler fills in the others.
+
+    Args:
+        known: the truth as an estimate (B, ...); unknown elements may hold anything.
+        mask: bool, broadcastable to ``known``; true where it is known.
+    """
+
+    def __init__(self, known: Tensor, mask: Tensor) -> None:
+        self.known = known
+        self.mask = mask
+
+    def __call__(self, estimate: Tensor, state: Tensor, t: float) -> Tensor:
+        """Put the truth into the estimate."""
+        return torch.where(self.mask, self.known, estimate)

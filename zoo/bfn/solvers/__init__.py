@@ -1,0 +1,28 @@
+"""Samplers: one class a file, one shared loop in `Solver`."""
+
+from zoo.bfn.solvers.bfn_sampler import BFNSampler
+from zoo.bfn.solvers.ode1 import ODE1
+from zoo.bfn.solvers.ode2m import ODE2M
+from zoo.bfn.solvers.ode_euler import ODEEuler
+from zoo.bfn.solvers.sde1 import SDE1
+from zoo.bfn.solvers.sde2m import SDE2M
+from zoo.bfn.solvers.sde_euler import SDEEuler
+from zoo.bfn.solvers.solver import Coefficients, Noise, Sample, Solver, Step, find_solver, random_noise, solver_names
+
+__all__ = [
+    "ODE1",
+    "ODE2M",
+    "SDE1",
+    "SDE2M",
+    "BFNSampler",
+    "Coefficients",
+    "Noise",
+    "ODEEuler",
+    "SDEEuler",
+    "Sample",
+    "Solver",
+    "Step",
+    "find_solver",
+    "random_noise",
+    "solver_names",
+]

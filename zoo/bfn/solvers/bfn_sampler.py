@@ -1,0 +1,51 @@
+"""The sampler that Bayesian flow networks came with."""
+
+from torch import Tensor
+
+from zoo.bfn.denoiser import Denoiser
+from zoo.bfn.flow import Flow
+from zoo.bfn.solvers.solver import Solver
+from zoo.random import SampleRandom
+
+__all__ = ["BFNSampler"]
+
+
+class BFNSampler(Solver):
+    """Ancestral sampling: draw data from the prediction, send it as a noisy message, update the belief.
+
+    This is repeated nfe - 1 times. The last call predicts at t = 1; the mode of that prediction is the sample.
+    Source: Graves et al., arXiv 2308.07037, algorithms 3 and 6.
+
+    Args:
+        nfe: number of network calls, at least 2.
+    """
+
+    names = ("ancestral", "bfn")
+    stochastic = True
+    extra_calls = 1
+    statistic = "sample"
+
+    def __init__(self, nfe: int = 10) -> None:
+        super().__init__(nfe=nfe, eta=0.0, last_drop=False)
+
+    def coefficients(self, flow: Flow, previous: float | None, start: float, end: float) -> tuple[float, ...]:
+        """Accuracy of the step's message, and the accuracy received before."""
+        return flow.beta(end) - flow.beta(start), flow.beta(start)
+
+    def update(
+        self,
+        flow: Flow,
+        state: Tensor,
+        estimate: Tensor,
+        previous: Tensor | None,
+        coefficients: tuple[float, ...],
+        noise: Tensor | None,
+    ) -> Tensor:
+        """Send the estimate, update the belief."""
+        assert noise is not None
+        alpha, beta = coefficients
+        return flow.update(state, flow.sender(estimate, alpha, noise), alpha, beta)
+
+    def finish(self, denoiser: Denoiser, state: Tensor, random: SampleRandom) -> Tensor:
+        """Predict once more."""
+        return denoiser(state, 1.0, "mode", random)
