@@ -43,4 +43,6 @@ def test_callbacks_are_built_from_a_configuration() -> None:
 
 def test_wrong_types_are_refused_with_the_option() -> None:
     with pytest.raises(ArgumentError, match="nfes"):
-        parser().parse_object({"callbacks": [{"class_path": "SampleQuality", "init_args": {"samplers": ["a"], "nfes": ["many"]}}]})
+        parser().parse_object(
+            {"callbacks": [{"class_path": "SampleQuality", "init_args": {"samplers": ["a"], "nfes": ["many"]}}]}
+        )
