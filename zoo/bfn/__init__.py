@@ -2,10 +2,10 @@
 
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.flow import ContinuousFlow, Flow
-from zoo.bfn.heads import DeltaHead, Head
+from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
 from zoo.bfn.network import Network, ResidualMLP
-from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver
+from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
 from zoo.bfn.statistics import DataStatistics
 
 __all__ = [
@@ -25,7 +25,10 @@ __all__ = [
     "InPainting",
     "Network",
     "ODEEuler",
+    "OutputDistribution",
     "ResidualMLP",
     "SDEEuler",
     "Solver",
+    "find_solver",
+    "solver_names",
 ]

@@ -1,17 +1,17 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.bfn.bins import bin_centre, bin_index
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.flow import ContinuousFlow, Flow
-from zoo.bfn.heads import DeltaHead, Head
+from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import bits, continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.network import Network
 from zoo.bfn.solvers import ODE2M, Solver, solver_names
@@ -88,7 +88,7 @@ class BFN(ZooModule):
         self.likelihood_steps = list(likelihood_steps)
         self.likelihood_repeats = likelihood_repeats
         self.record_trajectory = record_trajectory
-        self.losses = torch.nn.ModuleDict({stage: MeanMetric() for stage in ("val", *self._test_losses())})
+        self.bounds = nn.ModuleDict({name: MeanMetric() for name in ("val_loss", "val_bits_per_dim", *self._test_names())})
 
     # Data
 
@@ -119,73 +119,70 @@ class BFN(ZooModule):
 
     # Losses
 
-    def loss(self, x: Tensor, random: SampleRandom) -> Tensor:
-        """Continuous-time loss of each sample (B,), nats per element of the data.
+    def predict_data(self, x: Tensor, t: Tensor, noise: Tensor) -> OutputDistribution:
+        """What the network says of data x (B, H, W, C) that the flow shows at times t (B,) under standard normal noise."""
+        return predict_from_data(self.network, self.flow, self.head, x, t, noise)
 
-        Args:
-            x: data (B, H, W, C).
-            random: the batch's random numbers.
-        """
-        t = self._times(random, x.dtype)
-        noise = random.normal("noise", self.flow.state_shape(self.data_shape), x.dtype)
-        prediction = predict_from_data(self.network, self.flow, self.head, x, t, noise)
-        return continuous_time_loss(self.flow, prediction, x, t, clip=self.clip_in_loss)
-
-    def bound(self, x: Tensor, random: SampleRandom, num_steps: int = 0) -> Tensor:
-        """Upper bound of -ln p(x) for each sample (B,), nats per element: loss and reconstruction.
+    def loss(self, x: Tensor, random: SampleRandom, num_steps: int = 0, stratified: bool = False) -> Tensor:
+        """Loss of each sample (B,), nats per element of the data, at a time drawn for it.
 
         Args:
             x: data (B, H, W, C).
             random: the batch's random numbers.
             num_steps: number of messages; 0 for infinitely many.
+            stratified: spread the times evenly over the batch; in continuous time only.
         """
+        noise = self._noise("noise", x, random)
         if num_steps:
             step = random.integers("step", num_steps) + 1
-            noise = random.normal("noise", self.flow.state_shape(self.data_shape), x.dtype)
-            t = (step - 1).to(x.dtype) / num_steps
-            prediction = predict_from_data(self.network, self.flow, self.head, x, t, noise)
-            loss = discrete_time_loss(self.flow, prediction, x, step, num_steps, random)
-        else:
-            loss = self.loss(x, random)
-        noise = random.normal("reconstruction noise", self.flow.state_shape(self.data_shape), x.dtype)
-        final = predict_from_data(self.network, self.flow, self.head, x, torch.ones_like(x[:, 0, 0, 0]), noise)
-        return loss + reconstruction_loss(final, x)
+            prediction = self.predict_data(x, (step - 1).to(x.dtype) / num_steps, noise)
+            return discrete_time_loss(self.flow, prediction, x, step, num_steps, random)
+        t = (random.stratified if stratified else random.uniform)("time", dtype=x.dtype)
+        return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, clip=self.clip_in_loss)
 
-    def _times(self, random: SampleRandom, dtype: torch.dtype) -> Tensor:
-        t = random.uniform("time", dtype=dtype)
-        if not self.stratified_time:
-            return t
-        # One time in each of as many strata as there are samples: sample i of the global batch takes stratum i.
-        strata = max(int(self.trainer.world_size) if self._trainer is not None else 1, 1) * len(t)
-        return (random.index_B % strata + t) / strata
+    def reconstruction(self, x: Tensor, random: SampleRandom) -> Tensor:
+        """Cost of each sample (B,) once everything is sent, nats per element; with `loss` it bounds -ln p(x)."""
+        t = torch.ones(len(x), dtype=x.dtype, device=x.device)
+        return reconstruction_loss(self.predict_data(x, t, self._noise("reconstruction noise", x, random)), x)
+
+    def _noise(self, name: str, x: Tensor, random: SampleRandom) -> Tensor:
+        return random.normal(name, self.flow.state_shape(self.data_shape), x.dtype)
 
     # Lightning
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch ``(image (B, C, H, W) in [0, 1], label)`` (Lightning hook)."""
         x = self.quantize(batch[0])
-        loss = self.loss(x, self.train_random(len(x))).mean()
+        loss = self.loss(x, self.train_random(len(x)), stratified=self.stratified_time).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss in nats per element (Lightning hook)."""
+        """Log the loss in nats and the likelihood's bound in bits, per element (Lightning hook)."""
         x = self.quantize(batch[0])
-        self.losses["val"].update(self.loss(x, self.eval_random(len(x))))
-        self.log("val_loss", self.losses["val"], prog_bar=True)
+        random = self.eval_random(len(x))
+        loss = self.loss(x, random)
+        self._log_mean("val_loss", loss, prog_bar=True)
+        self._log_mean("val_bits_per_dim", bits(loss + self.reconstruction(x, random)))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log bounds of the negative log-likelihood, in bits per element (Lightning hook)."""
         x = self.quantize(batch[0])
         draws = self.eval_random(len(x))
-        for name, steps in zip(self._test_losses(), self.likelihood_steps, strict=True):
-            for repeat in range(self.likelihood_repeats):
-                random = SampleRandom(draws.seed, draws.index_B, epoch=-2 - repeat)
-                self.losses[name].update(bits(self.bound(x, random, steps)))
-            self.log(f"test/bits_per_dim/{name}", self.losses[name])
+        for repeat in range(self.likelihood_repeats):
+            random = SampleRandom(draws.seed, draws.index_B, epoch=-2 - repeat)
+            reconstruction = self.reconstruction(x, random)
+            for name, num_steps in zip(self._test_names(), self.likelihood_steps, strict=True):
+                self._log_mean(name, bits(self.loss(x, random, num_steps) + reconstruction))
 
-    def _test_losses(self) -> list[str]:
-        return [f"n={steps}" if steps else "continuous" for steps in self.likelihood_steps]
+    def _test_names(self) -> list[str]:
+        return [f"test/bits_per_dim/{f'n={n}' if n else 'continuous'}" for n in self.likelihood_steps]
+
+    def _log_mean(self, name: str, values: Tensor, prog_bar: bool = False) -> None:
+        """Log the mean over all samples of all batches and ranks, whatever the sizes of the batches."""
+        mean = cast(MeanMetric, self.bounds[name])
+        mean.update(values)
+        self.log(name, mean, prog_bar=prog_bar)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Draw samples, or fill in the unknown pixels of the user's images (Lightning hook).
@@ -198,11 +195,11 @@ class BFN(ZooModule):
         Returns:
             ``index``; ``images`` (B, C, H, W) in [0, 1]; ``trajectory`` (B, T, C, H, W) if it is recorded; ``path``.
         """
-        guide = None
+        options: dict[str, Any] = {"seed": self.random_seed, "record": self.record_trajectory}
         if "image" in batch:
-            known = batch["mask"].movedim(1, -1)
-            guide = InPainting(self.flow.embed(batch["image"].movedim(1, -1).float() * 2 - 1), known)
-        drawn = self._sample(batch["index"], self.random_seed, self.solver, guide, self.record_trajectory)
+            drawn = self.in_paint(batch["image"], batch["mask"], batch["index"], **options)
+        else:
+            drawn = self.sample(batch["index"], **options)
         result = {"index": batch["index"], "images": drawn.images}
         if drawn.trajectory is not None:
             result["trajectory"] = drawn.trajectory
@@ -215,7 +212,16 @@ class BFN(ZooModule):
         """Names that `sample` takes."""
         return solver_names()
 
-    def sample(self, index_B: Tensor, *, seed: int = 0, sampler: str | None = None, nfe: int | None = None) -> Samples:
+    def sample(
+        self,
+        index_B: Tensor,
+        *,
+        seed: int = 0,
+        sampler: str | None = None,
+        nfe: int | None = None,
+        guide: Guide | None = None,
+        record: bool = False,
+    ) -> Samples:
         """Draw one image per number; equal numbers and seeds give equal images in any batch.
 
         Args:
@@ -223,16 +229,29 @@ class BFN(ZooModule):
             seed: seed of all samples.
             sampler: method, one of `sampler_names` or a published name; None for the module's own solver.
             nfe: number of network calls; None for the solver's own.
+            guide: corrects each estimate (B, H, W, C) of the data; see `Denoiser`.
+            record: return the estimate after each network call too, as ``trajectory``.
 
         Raises:
             ValueError: unknown sampler, or too few network calls for it.
         """
         solver = self.solver if sampler is None and nfe is None else self.solver.rebuilt(sampler, nfe)
-        return self._sample(index_B, seed, solver, None, False)
-
-    def _sample(self, index_B: Tensor, seed: int, solver: Solver, guide: Guide | None, record: bool) -> Samples:
         denoiser = Denoiser(self.network, self.flow, self.head, guide)
         random = SampleRandom(seed, index_B.to(self.device))
         drawn = solver.sample(denoiser, self.data_shape, random, record=record)
-        trajectory = None if drawn.estimates is None else self.to_images(drawn.estimates)
+        trajectory = None if drawn.trajectory is None else self.to_images(drawn.trajectory)
         return Samples(self.to_images(drawn.x), drawn.nfe, trajectory)
+
+    def in_paint(self, image: Tensor, mask: Tensor, index_B: Tensor, **options: Any) -> Samples:
+        """Fill in the unknown pixels of images; the known ones are returned as they are.
+
+        Args:
+            image: (B, C, H, W) in [0, 1].
+            mask: bool (B, 1, H, W), true where a pixel is known.
+            index_B: numbers of the samples (B,).
+            options: as for `sample`.
+        """
+        known = InPainting(self.flow.encode(self.quantize(image)), mask.movedim(1, -1))
+        drawn = self.sample(index_B, guide=known, **options)
+        images = torch.where(mask, image.to(drawn.images.dtype), drawn.images)
+        return Samples(images, drawn.nfe, drawn.trajectory)

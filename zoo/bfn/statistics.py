@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = ["DataStatistics"]
@@ -52,7 +51,7 @@ class DataStatistics:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a ``.safetensors`` file, or the official ``.pt`` file, that holds ``mean`` and ``std``.
+        """Read a file of `save`, or of the published code: ``torch.save`` of ``{"mean", "std"}``.
 
         Raises:
             FileNotFoundError: no such file.
@@ -61,14 +60,11 @@ class DataStatistics:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path} with the data's statistics.")
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
         if not {"mean", "std"} <= set(tensors):
             raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}; data statistics need `mean` and `std`.")
         return cls(tensors["mean"], tensors["std"])
 
     def save(self, path: Path) -> None:
-        """Write a ``.safetensors`` file."""
-        save_file({"mean": self.mean.float().contiguous(), "std": self.std.float().contiguous()}, path)
+        """Write ``{"mean", "std"}``, float32, with ``torch.save``."""
+        torch.save({"mean": self.mean.float(), "std": self.std.float()}, path)

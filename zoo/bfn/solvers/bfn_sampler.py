@@ -20,7 +20,7 @@ class BFNSampler(Solver):
         nfe: number of network calls, at least 2.
     """
 
-    names = ("bfn", "ancestral")
+    names = ("ancestral", "bfn")
     stochastic = True
     extra_calls = 1
     statistic = "sample"

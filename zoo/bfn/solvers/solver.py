@@ -50,12 +50,12 @@ class Sample:
     Args:
         x: data (B, ...).
         nfe: network calls that it took.
-        estimates: estimates at each of them (B, nfe, ...), if they were recorded.
+        trajectory: the data as estimated at each of them (B, T, ...), if that was recorded.
     """
 
     x: Tensor
     nfe: int
-    estimates: Tensor | None = None
+    trajectory: Tensor | None = None
 
 
 class Solver(Configurable, ABC):
@@ -315,8 +315,8 @@ def find_solver(name: str) -> type[Solver]:
     known = {_plain(alias): cls for cls in _solvers() for alias in _all_names(cls)}
     if _plain(name) not in known:
         near = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"There is no sampler {name!r}; {hint or 'known are'} {', '.join(solver_names())}.")
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"There is no sampler {name!r}.{hint} There are {', '.join(solver_names())}.")
     return known[_plain(name)]
 
 
