@@ -9,7 +9,7 @@ import pytest
 # (ranks, workers) spinning slows small networks down by a factor of ten and more.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from distributed import RankPool  # noqa: E402
+from distributed import RankPool
 
 
 @pytest.fixture(scope="session")
