@@ -89,7 +89,7 @@ class Report:
         """Every page that has markers, as it ought to read.
 
         Raises:
-            BarError: A marker is not closed, or names neither a result nor an entry of ``bars.yaml``.
+            BarError: A marker is not closed, or names no result, benchmark or entry of ``bars.yaml``.
         """
         found = {}
         for path in sorted({path for pattern in PAGES for path in self.root.glob(pattern)}):
@@ -124,14 +124,17 @@ class Report:
         """What stands between the markers for a result, or for ``bars``, in Markdown.
 
         Raises:
-            BarError: There is neither a result nor an entry of ``bars.yaml`` of this name.
+            BarError: There is no result, benchmark or entry of ``bars.yaml`` of this name.
         """
         if name == "bars":
             return self._bars_table([(result, bar) for result, bars in self.bars.items() for bar in bars.values()])
         if name not in self.results:
-            if name not in self.bars:
-                raise BarError(f"{page.relative_to(self.root)}: no result and no entry of bars.yaml is named {name!r}.")
-            return f"*Not measured:* `{self.commands[name]}`."
+            command = self.commands.get(name)
+            if command is None and (self.root / "benchmarks" / f"{name}.py").exists():
+                command = f"python -m benchmarks.{name}"
+            if command is None:
+                raise BarError(f"{page.relative_to(self.root)}: no result, benchmark or entry of bars.yaml is named {name!r}.")
+            return f"*Not measured:* `{command}`."
         result = self.results[name]
         parts = [Table(**table).markdown(result["rows"]) for table in result["tables"]]
         for path in self._plots(name):

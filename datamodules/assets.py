@@ -43,7 +43,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 __all__ = ["MANIFEST", "Asset", "AssetError", "AssetState", "cache_folder", "fetch", "list_assets"]
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """An asset could not be fetched, verified or unpacked; the message says which file to put where."""
 
 
@@ -307,6 +307,8 @@ def fetch(name: str) -> Path:
                 (partial / "members").replace(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+    except AssetError:
+        raise
     except OSError as error:
         raise AssetError(
             f"Cannot write asset {name!r} to the cache folder {cache}: {error}; free some space or set "

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import strategies
@@ -32,6 +32,11 @@ from zoo.runs import archive_run, find_checkpoint, run_folder
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
 
 STAGES = ("fit", "validate", "test", "predict")
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 class ZooArgumentParser(LightningArgumentParser):
@@ -171,7 +176,7 @@ class ZooCLI(LightningCLI):
             return {"model": _as_config(read_pretrained(self._pretrained)[0])}
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
-            rank_zero_info(f"{self._run_folder} holds no checkpoint yet: starting anew.")
+            _say(f"{self._run_folder} holds no checkpoint yet: starting anew.")
             return {}
         if self._ckpt_path.is_dir():  # of a sharding strategy, which stores no hyperparameters: the configuration has them
             return {}
@@ -207,7 +212,7 @@ class ZooCLI(LightningCLI):
     def before_fit(self) -> None:
         """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
         if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
-            rank_zero_info(
+            _say(
                 f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues)."
             )
 
@@ -295,7 +300,7 @@ def _warn_of_replaced_callbacks(paths: list[Path], parsed: list[dict[str, Any]])
     for path, config in zip(paths, parsed, strict=True):
         if (config.get("trainer") or {}).get("callbacks"):
             if first is not None:
-                rank_zero_info(f"{path}: `callbacks:` replaces the callbacks of {first}; write `callbacks+:` to add to them.")
+                _say(f"{path}: `callbacks:` replaces the callbacks of {first}; write `callbacks+:` to add to them.")
             first = path
 
 

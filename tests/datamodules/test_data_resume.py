@@ -1,13 +1,13 @@
 """Training that is cut anywhere and resumed sees the samples it would have seen."""
 
-import itertools
+from itertools import count as counting
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import Dataset
 
 from datamodules.datamodule import ZooDataModule
@@ -46,6 +46,7 @@ class Recorder(L.LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         self.seen: list[tuple[int, list[int]]] = []
+        self.validated: list[int] = []
         self.fail_in_step = fail_in_step
 
     def training_step(self, batch, batch_idx):
@@ -55,7 +56,7 @@ class Recorder(L.LightningModule):
         return self.layer(batch.float().unsqueeze(1)).mean()
 
     def validation_step(self, batch, batch_idx):
-        pass
+        self.validated += batch.tolist()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.01)
@@ -69,7 +70,7 @@ class SaveAndKill(Callback):
     """Saves a checkpoint at the ``count``-th call of a hook, and kills the run there."""
 
     def __init__(self, hook: str, count: int, path: Path) -> None:
-        calls = itertools.count(1)
+        calls = counting(1)
 
         def act(trainer, *args):
             if not trainer.sanity_checking and next(calls) == count:
@@ -148,3 +149,47 @@ def test_a_batch_that_was_fetched_and_not_trained_is_trained_after_resuming(step
 @pytest.mark.parametrize("stop", [3, 5])
 def test_limited_epochs_resume_too(stop, tmp_path):
     cut_and_resume("on_train_batch_end", stop, {"max_epochs": 7, "limit_train_batches": 3, "max_steps": 20}, tmp_path, (0, 0))
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_as_rank(folder: Path, batch_size: int, ckpt_path: Path | None = None):
+    """What this process saw in training and in validation."""
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    module = Recorder()
+    options = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
+    callbacks = [] if ckpt_path else [SaveAt(8, folder / f"{ranks}.ckpt")]
+    trainer(folder, *callbacks, **options).fit(
+        module,
+        datamodule=IndexData(batch_size=batch_size),
+        ckpt_path=ckpt_path,
+        weights_only=True,
+    )
+    return module.seen, module.validated
+
+
+def interleave(ranks) -> list[tuple[int, list[int]]]:
+    """The global batches of several ranks."""
+    steps = zip(*(seen for seen, _ in ranks), strict=True)
+    return [(parts[0][0], [i for row in zip(*(b for _, b in parts), strict=True) for i in row]) for parts in steps]
+
+
+def test_two_processes_see_what_one_sees_and_resume_as_either(pool, tmp_path):
+    expected, validated = fit_as_rank(tmp_path, 4)
+    ranks = pool.run(fit_as_rank, tmp_path, 2, world_size=2)
+    assert interleave(ranks) == expected
+    assert validated == list(range(7)) * 4
+    assert [seen for _, seen in ranks] == [[0, 2, 4, 6] * 4, [1, 3, 5] * 4]
+    for saved_by in (1, 2):
+        path = tmp_path / f"{saved_by}.ckpt"
+        assert interleave(pool.run(fit_as_rank, tmp_path, 2, path, world_size=2)) == expected[8:]
+        assert fit_as_rank(tmp_path, 4, path)[0] == expected[8:]

@@ -40,7 +40,7 @@ class RunCheckpoint(Checkpoint):
         self.minutes = minutes
         self.folder = folder
         self._saved_at = time.monotonic()
-        self._saved_step = -1
+        self._saved_step = 0
         self._seen_step = 0
         self._boundary: dict[str, Any] | None = None
         self._boundary_step = -1

@@ -1,0 +1,55 @@
+"""The examples run as they stand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from zoo import ZooModule
+from zoo.__main__ import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo"])
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+
+
+def test_sampling_in_ten_lines():
+    code = (EXAMPLES / "sample.py").read_text()
+    exec(compile(code, "sample.py", "exec"), {"__name__": "__main__"})
+    assert Image.open("samples.png").size == (8 * 10 + 2, 8 * 10 + 2)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+
+
+def test_a_subclass_with_another_network_and_metric(capsys):
+    import my_bfn
+
+    loaded = my_bfn.main(max_steps=8)
+    assert type(loaded) is my_bfn.MyBFN
+    assert loaded.denoising_time == 0.3
+    assert type(loaded.network) is my_bfn.ConvNet
+    images = loaded.eval().sample(torch.arange(3), nfe=3).images
+    assert images.shape == (3, 1, 8, 8)
+
+
+def test_the_same_from_the_command_line():
+    options = ["--model.network", "my_bfn.ConvNet", "--model.network.channels", "8", "--data", "Digits"]
+    steps = ["--trainer.max_steps", "6", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "5"]
+    assert main(["fit", "--model", "my_bfn.MyBFN", *options, *steps, *QUIET]) == 0
+    header = Path("runs/mybfn/metrics.csv").read_text().splitlines()[0]
+    assert "val_denoising_error" in header
+    loaded = ZooModule.load_from_checkpoint("runs/mybfn/checkpoints/last.ckpt")
+    assert loaded.hparams_initial["network"]["init_args"]["channels"] == 8
+
+
+def test_data_of_your_own():
+    options = ["--model", "BFN", "--model.network", "ResidualMLP", "--model.network.width", "32", "--data", "my_data.Stripes"]
+    assert main(["fit", *options, "--trainer.max_steps", "5", *QUIET]) == 0
+    assert Path("runs/bfn/checkpoints/last.ckpt").exists()
