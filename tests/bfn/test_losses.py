@@ -29,7 +29,7 @@ def test_constant_estimate_costs_the_same_for_any_number_of_messages(n):
     discrete = sum(discrete_time_loss(FLOW, delta(estimate), x, torch.full((5,), i), n) for i in range(1, n + 1)) / n
     assert torch.allclose(discrete, expected, rtol=1e-10)
     nodes, weights = legendre(60)
-    continuous = sum(w * continuous_time_loss(FLOW, delta(estimate), x, t.expand(5)) for t, w in zip(nodes, weights))
+    continuous = sum(w * continuous_time_loss(FLOW, delta(estimate), x, t.expand(5)) for t, w in zip(nodes, weights, strict=True))
     assert torch.allclose(continuous, expected, rtol=1e-10)
 
 

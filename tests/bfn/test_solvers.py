@@ -1,5 +1,6 @@
 """Samplers of continuous data: closed formulas, equivalences, exact solutions, measured orders of convergence (float64)."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def dpm_solver_pp(mu, times, noises, order, stochastic):
     alpha, sigma = gamma, lambda t: math.sqrt(gamma(t) * S2**t)
     lam = lambda t: math.log(alpha(t) / sigma(t))  # noqa: E731
     previous = None
-    for i, (s, t) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(times)):
         data = mixture(mu, torch.full((len(mu),), s, dtype=torch.float64))
         h = lam(t) - lam(s)
         slope = 0.0
@@ -204,7 +205,7 @@ def brownian_noise(times, fine=None, num=64, shape=(2,)):
     betas = [FLOW.beta(t) for t in nodes]
     random = SampleRandom(7, torch.arange(num))
     path = [torch.zeros(num, *shape, dtype=torch.float64)]
-    for i, (low, high) in enumerate(zip(betas, betas[1:], strict=False)):
+    for i, (low, high) in enumerate(itertools.pairwise(betas)):
         path.append(path[-1] + math.sqrt(high - low) * random.normal(f"increment {i}", shape, torch.float64))
     at = {round(t, 9): w for t, w in zip(nodes, path, strict=True)}
 
@@ -270,7 +271,7 @@ def orders(cls, reference, steps, noise_for=lambda solver: None):
     for n in steps:
         solver = cls(nfe=n, last_drop=False)
         errors.append((draw(solver, mixture, noise=noise_for(solver))[0].x - reference).square().mean().sqrt().item())
-    return [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
 
 
 def test_ode_solvers_converge_with_their_orders():
@@ -374,7 +375,7 @@ def test_published_names_find_their_solver(name, cls):
 
 
 def test_unknown_name_is_answered_with_near_ones():
-    with pytest.raises(ValueError, match="no sampler 'ode3m'. Did you mean .*ode2m"):
+    with pytest.raises(ValueError, match=r"no sampler 'ode3m'\. Did you mean .*ode2m"):
         find_solver("ode3m")
 
 
@@ -404,7 +405,7 @@ def test_rebuilding_keeps_what_both_solvers_have():
 def test_grids_are_even_on_their_scale(grid, scale):
     times = ODE1(nfe=8, eta=0.02, grid=grid).times(FLOW)
     assert (times[0], times[-1], len(times)) == (0.02, 1.0, 9)
-    gaps = [scale(b) - scale(a) for a, b in zip(times, times[1:], strict=False)]
+    gaps = [scale(b) - scale(a) for a, b in itertools.pairwise(times)]
     assert gaps == pytest.approx([gaps[0]] * 8)
 
 

@@ -41,6 +41,7 @@ class ResidualMLP(Network):
         width: width of the residual stream.
         depth: number of blocks.
         time_features: number of features of time.
+        dropout: share of each block's hidden units that training switches off, against memorising small data sets.
         num_inputs: numbers per element that the flow shows.
         num_outputs: numbers per element that the head reads.
 
@@ -54,6 +55,7 @@ class ResidualMLP(Network):
         width: int = 256,
         depth: int = 3,
         time_features: int = 128,
+        dropout: float = 0.0,
         num_inputs: int = 1,
         num_outputs: int = 1,
     ) -> None:
@@ -69,7 +71,7 @@ class ResidualMLP(Network):
         self.input = nn.Linear(num_elements * num_inputs, width)
         self.time_features = SinusoidalEmbedding(time_features)
         self.time = nn.Linear(time_features, time_features)
-        self.blocks = nn.ModuleList(_Block(width, time_features) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, time_features, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, num_elements * num_outputs)
         nn.init.zeros_(self.output.weight)
@@ -99,11 +101,12 @@ class ResidualMLP(Network):
 class _Block(nn.Module):
     """h + MLP(norm(h) * (1 + scale(time)) + shift(time))."""
 
-    def __init__(self, width: int, time_features: int) -> None:
+    def __init__(self, width: int, time_features: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(time_features, 2 * width)
         self.hidden = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -112,4 +115,4 @@ class _Block(nn.Module):
         """Add the block's perceptron."""
         scale_BW, shift_BW = self.modulation(time_BT).chunk(2, dim=-1)
         x_BW = torch.addcmul(shift_BW, self.norm(h_BW), 1 + scale_BW)
-        return h_BW + self.output(nn.functional.silu(self.hidden(x_BW)))
+        return h_BW + self.output(self.dropout(nn.functional.silu(self.hidden(x_BW))))
