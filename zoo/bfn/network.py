@@ -53,10 +53,10 @@ class ResidualMLP(Network):
     def __init__(
         self,
         num_elements: int = 64,
-        width: int = 256,
+        width: int = 304,
         depth: int = 3,
         passes: int = 3,
-        time_features: int = 128,
+        time_features: int = 64,
         num_inputs: int = 1,
         num_outputs: int = 1,
     ) -> None:
