@@ -1,0 +1,53 @@
+"""The wheel holds everything: outside the checkout the command line lists, trains and samples."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Folder with the unpacked wheel, built from the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    # Built from a copy, so that no build folder appears in the tree.
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "tree")], check=True)
+    changed = subprocess.run(["git", "diff", "HEAD", "--binary"], cwd=ROOT, capture_output=True, check=True).stdout
+    if changed:
+        subprocess.run(["git", "apply", "--whitespace=nowarn"], cwd=folder / "tree", input=changed, check=True)
+    subprocess.run([*build, str(folder / "tree")], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def zoo(installed: Path, cwd: Path, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    program = [sys.executable, "-m", "zoo", *words]
+    done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_only_the_packages_and_their_data_are_installed(installed):
+    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"zoo", "datamodules", "strategies"}
+    configs = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
+    assert {path.relative_to(installed / "zoo/configs") for path in (installed / "zoo/configs").rglob("*.yaml")} == configs
+    for folder in (ROOT / "zoo").glob("*/weights/*"):
+        assert (installed / folder.relative_to(ROOT) / "model.safetensors").stat().st_size
+
+
+def test_it_lists_trains_and_samples_outside_the_checkout(installed, tmp_path):
+    assert "bfn-digits" in zoo(installed, tmp_path, "list")
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    zoo(installed, tmp_path, "fit", "-c", "bfn/digits", "--trainer.max_steps", "3", *quiet)
+    assert (tmp_path / "runs/bfn/digits/checkpoints/last.ckpt").exists()
+    zoo(installed, tmp_path, "predict", "-c", "bfn/digits", "--ckpt_path", "bfn-digits", "--data.predict_samples", "4", *quiet)
+    assert list((tmp_path / "runs/bfn/digits/predictions").glob("*.png"))
