@@ -1,5 +1,6 @@
 """Callbacks that draw samples: the same ones on any number of ranks, measured, shown and checked before training."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -98,8 +99,9 @@ QUALITY: dict[str, Any] = {"num_samples": 150, "batch_size": 64, "kid_subset_siz
 
 def test_quality_is_the_distance_of_the_samples_with_the_floor_beside(tmp_path: Path, capsys) -> None:
     model, data = Sampler(), Stripes()
-    trainer = trainer_of(tmp_path, SampleQuality(["early", "late"], [2, 20], **QUALITY))
-    (logged,) = trainer.test(model, data, verbose=False)
+    callback = SampleQuality(["early", "late"], [2, 20], **QUALITY)
+    trainer = trainer_of(tmp_path, callback, logger=CSVLogger(tmp_path, name="", version=""))
+    (own,) = trainer.test(model, data, verbose=False)
     found = json.loads((tmp_path / "sample_quality.json").read_text())
     with torch.no_grad():
         images = to_uint8(model.sample(torch.arange(150), sampler="early", nfe=2).images)
@@ -112,26 +114,27 @@ def test_quality_is_the_distance_of_the_samples_with_the_floor_beside(tmp_path: 
     floor = real_data_floor(data.reference_images(), "fd_digits_mlp", 150, kid_subset_size=50)
     assert found["floor"]["frechet_distance"] == floor.frechet_distance
     assert (found["num_samples"], found["num_reference"], found["floor"]["num_samples"]) == (150, 200, 100)
-    assert logged["test/frechet_distance/early/nfe2"] == pytest.approx(first["frechet_distance"], rel=1e-6)
-    assert logged["test/frechet_distance/floor"] == pytest.approx(floor.frechet_distance, rel=1e-6)
+    assert callback.result == found
+    assert list(own) == ["val/loss"]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        logged = next(row for row in csv.DictReader(file) if row["test/frechet_distance/floor"])
+    assert float(logged["test/frechet_distance/early/nfe2"]) == first["frechet_distance"]
+    assert float(logged["test/frechet_distance/floor"]) == floor.frechet_distance
     printed = capsys.readouterr().out
     assert f"{first['frechet_distance']:.3f}" in printed and "floor" in printed
     assert "sample_quality.json" in printed.replace("\n", "")
 
 
-def _quality_on_ranks(folder: str) -> tuple[list[int], dict[str, Any]]:
-    model = Sampler()
-    trainer = trainer_of(
-        Path(folder), SampleQuality(["early"], [5], **{**QUALITY, "num_samples": 151}), devices=2, strategy="ddp"
-    )
-    trainer.test(model, Stripes(), verbose=False)
-    return model.drawn, dict(trainer.callback_metrics)
+def _quality_on_ranks(folder: str) -> tuple[list[int], dict[str, Any] | None]:
+    model, callback = Sampler(), SampleQuality(["early"], [5], **{**QUALITY, "num_samples": 151})
+    trainer_of(Path(folder), callback, devices=2, strategy="ddp").test(model, Stripes(), verbose=False)
+    return model.drawn, callback.result
 
 
 def test_two_ranks_share_the_samples_and_find_the_same_quality(tmp_path: Path, pool) -> None:
-    (drawn_0, metrics_0), (drawn_1, metrics_1) = pool.run(_quality_on_ranks, str(tmp_path / "two"), world_size=2)
+    (drawn_0, result_0), (drawn_1, result_1) = pool.run(_quality_on_ranks, str(tmp_path / "two"), world_size=2)
     assert drawn_0 == list(range(0, 152, 2)) and drawn_1 == list(range(1, 152, 2))
-    assert metrics_0 == metrics_1
+    assert result_0 == result_1
     trainer = trainer_of(tmp_path / "one", SampleQuality(["early"], [5], **{**QUALITY, "num_samples": 151}))
     trainer.test(Sampler(), Stripes(), verbose=False)
     one, two = (json.loads((tmp_path / name / "sample_quality.json").read_text()) for name in ("one", "two"))

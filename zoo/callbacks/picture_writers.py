@@ -52,7 +52,8 @@ class FirstSamplesWriter(RankMergingWriter):
         if not isinstance(pixels, Tensor) or len(pixels) != len(prediction["index"]):
             raise ValueError(
                 f'{type(self).__name__} wants predict_step of {type(pl_module).__name__} to return "{self.entry}", '
-                f"one for each sample id, got {sorted(prediction)}: switch it on in the module, or drop this writer."
+                f"one for each sample id, got {sorted(prediction)}: switch it on in the module (an option such as "
+                "--model.record_trajectory true), or drop this writer."
             )
         return to_uint8(pixels).cpu()
 

@@ -24,7 +24,8 @@ class SampleQuality(Callback):
 
     At the end of `test`, and of the validation in every n-th epoch of `fit`, each pair of sampler and NFE draws the
     same sample ids; the distances are logged, as `test/frechet_distance/<sampler>/nfe<n>` and so on. `test` also prints
-    them as a table, beside the real-data floor, and writes `sample_quality.json` to `trainer.default_root_dir`. With
+    them as a table, beside the real-data floor, writes `sample_quality.json` to `trainer.default_root_dir`, and keeps
+    them in the attribute `result`; its figures go to the loggers only, not into Lightning's own table of results. With
     one of our classifiers as the extractor, the table also says how sure it is of the samples and how many classes it
     sees.
 
@@ -79,6 +80,7 @@ class SampleQuality(Callback):
         self.weights_path = weights_path
         self.kid_subset_size = kid_subset_size
         self.seed = seed
+        self.result: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check samplers, NFEs, reference images, extractor and weights (Lightning hook).
@@ -112,12 +114,14 @@ class SampleQuality(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log in the validation of every n-th epoch of `fit` (Lightning hook)."""
         if is_due(trainer, self.every_n_epochs):
-            _log(pl_module, "val", self.measure(trainer, pl_module))
+            for name, value in _scalars("val", self.measure(trainer, pl_module)).items():
+                pl_module.log(name, value)  # all ranks log the same
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log, print and write (Lightning hook)."""
-        result = self.measure(trainer, pl_module)
-        _log(pl_module, "test", result)
+        self.result = result = self.measure(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(_scalars("test", result), step=trainer.global_step)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / RESULT_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,13 +200,11 @@ def _row(distances: FeatureDistances) -> dict[str, float]:
     return {name: fields[name] for name in fields if name not in ("extractor", "num_samples", "num_reference")}
 
 
-def _log(pl_module: LightningModule, stage: str, result: dict[str, Any]) -> None:
-    """Log the figures; all ranks log the same ones."""
-    named = [(f"{row['sampler']}/nfe{row['requested_nfe']}", row) for row in result["rows"]]
-    for place, row in [*named, ("floor", result["floor"])]:
-        for name in ("frechet_distance", "kernel_distance", "inception_score", "mean_max_probability"):
-            if name in row:
-                pl_module.log(f"{stage}/{name}/{place}", row[name])
+def _scalars(stage: str, result: dict[str, Any]) -> dict[str, float]:
+    """The figures by the names under which they are logged."""
+    rows = {f"{row['sampler']}/nfe{row['requested_nfe']}": row for row in result["rows"]} | {"floor": result["floor"]}
+    names = ("frechet_distance", "kernel_distance", "inception_score", "mean_max_probability")
+    return {f"{stage}/{name}/{place}": row[name] for place, row in rows.items() for name in names if name in row}
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -218,7 +220,7 @@ def _table(result: dict[str, Any]) -> Table:
     if judged:
         table.add_column("mean max probability", justify="right")
         table.add_column("classes seen", justify="right")
-    floor = {"sampler": "floor: real against real", "nfe": "", **result["floor"]}
+    floor = {"sampler": "floor (real)", "nfe": "", **result["floor"]}
     for row in [*result["rows"], floor]:
         cells = [
             row["sampler"],
