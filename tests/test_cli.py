@@ -197,7 +197,7 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
         (["--model.net.widht", "3"], "unknown option model.net.widht of MLP; did you mean width?"),
         (["--model.net", "MLQ"], "unknown class MLQ for model.net; did you mean MLP?"),
         (["--model", "Tinny"], "unknown class Tinny for model; did you mean Tiny?"),
-        (["--data", "Digit"], "unknown class Digit for data; did you mean Digits?"),
+        (["--data", "Digit"], "unknown class Digit for data; did you mean Digits"),
         (["--model.optimizer", "AdamX"], "unknown class AdamX for model.optimizer; did you mean Adam"),
         (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean trainer.max_epochs"),
         (["--trainer.max_epochs", "three"], "option trainer.max_epochs: expected int or null, got three"),
