@@ -32,7 +32,11 @@ def splitmix64(state: Tensor) -> Tensor:
     Returns:
         New int64 tensor of the same shape: 64 well-mixed bits for each state.
     """
-    z = state.clone()
+    return _mix_(state.clone())
+
+
+def _mix_(z: Tensor) -> Tensor:
+    """`splitmix64` in place."""
     shifted = torch.empty_like(z)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z.bitwise_xor_(_shift_right(z, shift, out=shifted)).mul_(_signed(factor))
@@ -69,15 +73,18 @@ class SampleRandom:
         self.epoch = epoch
         self.index_B = index_B.to(torch.int64)
         self._run_key = _hash(f"{seed}/{epoch}")
-        self._key_B = splitmix64(self.index_B * _signed(_GOLDEN) + self._run_key)
+        self._key_B = _mix_(self.index_B * _signed(_GOLDEN) + self._run_key)
+        self._counters: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.index_B)
 
     def bits(self, name: str, num_words: int) -> Tensor:
         """Raw draws: (B, num_words) int64, all 64 bits random."""
-        counter_N = torch.arange(1, num_words + 1, device=self.index_B.device).mul_(_signed(_GOLDEN))
-        return splitmix64((self._key_B + _hash(name))[:, None] + counter_N)
+        if num_words not in self._counters:
+            counter_N = torch.arange(1, num_words + 1, device=self.index_B.device)
+            self._counters[num_words] = counter_N.mul_(_signed(_GOLDEN))
+        return _mix_((self._key_B + _hash(name))[:, None] + self._counters[num_words])
 
     def uniform(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform draws in [0, 1).
@@ -109,8 +116,9 @@ class SampleRandom:
         _check(dtype)
         num_elements = math.prod(shape)
         words = self.bits(name, (num_elements + 1) // 2)
-        angle = (words << 32).to(dtype).mul_(math.pi * 2.0**-63)
-        radius = _shift_right(words, 32).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        # The upper bits decide the angle, the lower half of the word the radius.
+        angle = words.to(dtype).mul_(math.pi * 2.0**-63)
+        radius = words.bitwise_and_(2**32 - 1).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         pair = torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=1)
         return pair[:, :num_elements].reshape(len(self), *shape)
 

@@ -205,11 +205,12 @@ class ContinuousFlow(Flow):
 
     def sender(self, estimate: Tensor, alpha: float, noise: Tensor) -> Tensor:
         """y ~ N(x, 1 / alpha)."""
-        return estimate + noise / math.sqrt(alpha)
+        return estimate.add(noise, alpha=1 / math.sqrt(alpha))
 
     def update(self, state: Tensor, message: Tensor, alpha: float, beta: float) -> Tensor:
         """(rho mu + alpha y) / (rho + alpha) with precision rho = 1 + beta."""
-        return ((1 + beta) * state + alpha * message) / (1 + beta + alpha)
+        total = 1 + beta + alpha
+        return ((1 + beta) / total * state).add_(message, alpha=alpha / total)
 
     def squared_error(self, x: Tensor, estimate: Tensor) -> Tensor:
         """(x - estimate)^2."""

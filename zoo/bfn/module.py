@@ -114,8 +114,9 @@ class BFN(ZooModule):
         return bin_centre(bin_index(x.to(dtype), self.head.num_bins), self.head.num_bins, dtype)
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Data (..., H, W, C) in [-1, 1] as images (..., C, H, W) in [0, 1]."""
-        return (x.movedim(-1, -3) / 2 + 0.5).clamp(0, 1)
+        """Data (..., H, W, C) as images (..., C, H, W) in [0, 1]: the first bin's centre is black, the last one's white."""
+        num_bins = self.head.num_bins
+        return (x.movedim(-1, -3) * (num_bins / (2 * num_bins - 2)) + 0.5).clamp(0, 1)
 
     # Losses
 
