@@ -38,7 +38,8 @@ CONFIGS = {"digits": "bfn/digits"}
 SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m")
 NFES = (5, 10, 20, 50, 100)
 LEVELS = (20, 50)
-"""Network calls of the ancestral sampler whose quality the second-order ODE solver has to reach with fewer."""
+"""Network calls of the ancestral sampler whose quality the second-order ODE solver has to reach with fewer; the bar is
+set at the first."""
 FLOOR = "real data (floor)"
 
 
@@ -137,12 +138,12 @@ def measure(record: Record, seed: int, model: Any, reference: Tensor, extractor:
             images, cost = draw(model, index_N, seed, sampler, nfe)
             if cost["calls"] != nfe:
                 raise RuntimeError(f"{sampler} was asked for {nfe} network calls and made {cost['calls']}.")
-            distance = feature_distances(images, reference, extractor).frechet_distance
+            distance = feature_distances(images, reference, extractor, kid_subsets=1).frechet_distance
             record.row(
                 seed=seed, sampler=sampler, nfe=nfe, distance=distance,
                 seconds=cost["seconds"], percent_outside_network=100 * cost["outside"],
             )  # fmt: skip
-    floor = real_data_floor(reference, extractor, count).frechet_distance
+    floor = real_data_floor(reference, extractor, count, kid_subsets=1).frechet_distance
     for nfe in nfes:
         record.row(seed=seed, sampler=FLOOR, nfe=nfe, distance=floor)
 
@@ -164,8 +165,8 @@ def judge(record: Record, seeds: Sequence[int]) -> None:
                 factors[level].append(level / calls if calls else 0.0)
                 record.row(seed=seed, as_good_as=f"ancestral at {level}", calls_of_ode2m=calls, factor=factors[level][-1])
     record.measure("ode2m_over_ancestral_at_10_nfe", statistics.median(ratios))
-    measured = [statistics.median(factor) for factor in factors.values() if factor]
-    record.measure("fewer_calls_at_equal_quality", min(measured) if measured else None)
+    at_bar = factors[LEVELS[0]]
+    record.measure("fewer_calls_at_equal_quality", statistics.median(at_bar) if at_bar else None)
     shares = {
         sampler: statistics.median(
             float(row["percent_outside_network"]) / 100  # type: ignore[arg-type]

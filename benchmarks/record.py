@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.bars import BARS, BarError, read_bars
 from benchmarks.plots import Plot
-from benchmarks.tables import Cell, Row, Table, rich_table
+from benchmarks.tables import Cell, Row, Table, rich_table, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -126,9 +125,9 @@ def save_plots(result: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def show(result: dict[str, Any], console: Console | None = None) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print the tables and bars of a result."""
-    console = console or Console()
+    console = terminal()
     for table in result["tables"]:
         console.print(Table(**table).rich(result["rows"]))
     if result["bars"]:

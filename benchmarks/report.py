@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.bars import Bar, BarError, read_bars, read_commands
 from benchmarks.record import ROOT, save_plots, shown, verdict
-from benchmarks.tables import Table, markdown_table, rich_table
+from benchmarks.tables import Table, markdown_table, rich_table, terminal
 
 CERTIFICATE = ("command", "commit", "device", "versions", "seeds", "date", "rows", "tables", "plots", "bars")
 PAGES = ("README.md", "zoo/*/README.md", "strategies/*/README.md", "docs/**/*.md")
@@ -174,7 +172,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail on contradictions and stale tables")
     parser.add_argument("--strict", action="store_true", help="fail also if a bar does not hold or is not measured")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal()
     try:
         report = Report(root)
         problems = report.contradictions()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.table import Table as RichTable
 
 Cell = str | int | float | bool | None
@@ -78,6 +80,11 @@ def median_and_spread(cells: Sequence[Cell], digits: int = 2) -> str:
     if len(set(numbers)) == 1:
         return median
     return f"{median} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
+
+
+def terminal() -> Console:
+    """Where tables are printed: as wide as the terminal, 140 columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def rich_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> RichTable:

@@ -78,7 +78,7 @@ def methods(root: Path) -> list[str]:
 
 
 def science_knows_torch_only(root: Path) -> list[str]:
-    """Science imports torch, the standard library, its own room and the few files made for it; never Lightning."""
+    """Science imports torch (and its files), the standard library, its own room, what is made for it; never Lightning."""
     rooms = [
         *methods(root),
         *(f"strategies.{path.parent.name}" for path in (root / "strategies").glob("*/strategy.py")),
@@ -92,7 +92,7 @@ def science_knows_torch_only(root: Path) -> list[str]:
             continue
         for found in imports(path, root):
             own = found.within(room) and found.target.rpartition(".")[2] not in WIRING
-            library = found.target.partition(".")[0] in {"torch", *sys.stdlib_module_names}
+            library = found.target.partition(".")[0] in {"torch", "safetensors", *sys.stdlib_module_names}
             if not (own or library or found.within(*FOUNDATION_OF_SCIENCE)):
                 breaches.append(f"{found.place} science imports {found.target}")
     return breaches

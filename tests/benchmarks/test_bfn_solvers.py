@@ -49,6 +49,8 @@ def test_clock_counts_the_time_inside_the_network_only() -> None:
 
 def test_smoke_run_measures_every_sampler_and_keeps_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # restored afterwards: seed_everything sets them for the whole process
     path = main(["--data", "digits", "--smoke"])
     assert path == Path("runs/benchmarks/bfn_solvers_digits.json")
     result = json.loads(path.read_text())
