@@ -212,9 +212,7 @@ class ZooCLI(LightningCLI):
     def before_fit(self) -> None:
         """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
         if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
-            _say(
-                f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues)."
-            )
+            _say(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("logger") is None or config.get("logger") is True:
