@@ -70,6 +70,16 @@ def folder(tmp_path_factory):
     os.environ.update(environment)
 
 
+def test_an_epoch_without_validation_ends_and_resumes(folder):
+    """The last batch of an epoch after which no validation is due: the steps after it keep their numbers."""
+    for name, stop in (("sparse_whole", "20"), ("sparse_cut", "8")):
+        Path(f"{name}.yaml").write_text(Path("whole.yaml").read_text())
+        command = [*options(name, 0, 1), "--trainer.check_val_every_n_epoch", "2", "--checkpoint.every_n_steps", "8"]
+        assert main([stop if word == "20" else word for word in command]) == 0
+        assert main(command) == 0
+    assert curve("sparse_cut") == curve("sparse_whole")
+
+
 def options(name: str, workers: int, accumulate: int) -> list[str]:
     steps = ["--trainer.max_steps", str(20 // accumulate), "--trainer.accumulate_grad_batches", str(accumulate)]
     return ["fit", "-c", f"{name}.yaml", "--ckpt_path", "last", "--data.num_workers", str(workers), *steps]

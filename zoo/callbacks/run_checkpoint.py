@@ -102,13 +102,17 @@ def _state_after_batch(trainer: Trainer) -> dict[str, Any]:
 
     After the last batch of an epoch Lightning would take its state for that of a finished epoch, and go on with the used-up
     loader: the next epoch would be lost, and this one's validation and end. So the state says instead that all batches are
-    done and validation is about to begin.
+    done and, if it is due after this epoch, validation is about to begin.
     """
     state: dict[str, Any] = copy.deepcopy(trainer.fit_loop.state_dict())
     training, validation = state["epoch_loop.batch_progress"], state["epoch_loop.val_loop.batch_progress"]
     if training["is_last_batch"]:
         for count in (training["total"], training["current"]):
             count["completed"] = count["processed"]
+        loop = trainer.fit_loop
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # Lightning leaves that to the end of validation
+            return state
         for key in ("ready", "started"):
             validation["total"][key] = validation["total"]["completed"] + 1
         validation["total"]["processed"] = validation["total"]["completed"]
