@@ -60,6 +60,7 @@ class Record:
         self._bars = read_bars(bars).get(name, {})
         self._values: dict[str, float | None] = dict.fromkeys(self._bars)
         self._begin = datetime.now(UTC)
+        self._commit = commit()  # now: the tree may move on while the benchmark runs
 
     def row(self, **cells: Cell) -> None:
         """Add one row of the result; a number that is not finite is stored as ``None``, for *not measured*."""
@@ -81,7 +82,7 @@ class Record:
         return {
             "name": self.name,
             "command": command(),
-            "commit": commit(),
+            "commit": self._commit,
             "device": device(),
             "versions": versions(),
             "seeds": self.seeds,

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch is imported: threads that wait for one another then sleep instead of spinning. Beside any other process
-# (ranks, workers) spinning slows small networks down by a factor of ten and more.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch is imported: threads that wait for one another spin for a moment only, then sleep. GNU's default is to spin
+# for long, which beside any other busy process (ranks, workers) makes small networks ten and more times slower.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from distributed import RankPool
 

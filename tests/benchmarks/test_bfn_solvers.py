@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.bfn_solvers import FLOOR, SAMPLERS, NetworkClock, calls_at_distance, main
+from benchmarks.bfn_solvers import FLOOR, PUBLISHED_GRID, SAMPLERS, NetworkClock, calls_at_distance, main
 
 
 @given(power=st.floats(0.2, 3.0), scale=st.floats(0.1, 1000.0), calls=st.floats(5.0, 100.0))
@@ -55,7 +55,8 @@ def test_smoke_run_measures_every_sampler_and_keeps_no_result(tmp_path: Path, mo
     assert path == Path("runs/benchmarks/bfn_solvers_digits.json")
     result = json.loads(path.read_text())
     rows = [row for row in result["rows"] if row.get("distance") is not None]
-    assert {row["sampler"] for row in rows} == {*SAMPLERS, FLOOR}
-    assert len({row["distance"] for row in rows}) == 2 * len(SAMPLERS) + 1
+    published = {f"{sampler}, published grid" for sampler in PUBLISHED_GRID}
+    assert {row["sampler"] for row in rows} == {*SAMPLERS, *published, FLOOR}
+    assert len({row["distance"] for row in rows}) == 2 * len([*SAMPLERS, *published]) + 1
     assert [bar["name"] for bar in result["bars"] if bar["value"] is None] == ["fewer_calls_at_equal_quality"]
     assert torch.get_default_dtype() == torch.float32
