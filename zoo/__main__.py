@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
     # Threads that wait for one another spin for a moment only, then sleep. GNU's default is to spin for long, which beside
-    # any other busy process makes small networks ten and more times slower.
+    # any other busy process slows small networks down several times.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if str(Path.cwd()) not in sys.path:
