@@ -30,7 +30,7 @@ def read_pictures(folder: Path, image_shape: tuple[int, int, int], resize: bool)
         ValueError: A file is broken, has more than 8 bits a channel, transparent pixels, or another size; it is named.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"The folder of pictures {folder} does not exist.")
+        raise FileNotFoundError(f"The folder of pictures {folder} does not exist: give a folder of PNG or JPEG files.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"The folder of pictures {folder} holds no file ending in {', '.join(_SUFFIXES)}.")
@@ -66,7 +66,9 @@ def read_masks(source: Path, pictures: list[Path], image_shape: tuple[int, int, 
     elif source.is_file():
         paths = [source] * len(pictures)
     else:
-        raise FileNotFoundError(f"The mask file or folder {source} does not exist.")
+        raise FileNotFoundError(
+            f"The mask file or folder {source} does not exist: give one, with white pixels where the picture is known."
+        )
     read = {path: _read(path, "L", image_shape, resize, Image.Resampling.NEAREST) for path in set(paths)}
     return torch.stack([read[path] for path in paths]) >= 128
 

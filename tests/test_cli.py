@@ -1,10 +1,14 @@
 """The command line as its users know it: precedence, run folders, discovery, composition, and errors in one sentence."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import MLP, Tiny
 
@@ -161,8 +165,6 @@ def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
 
 
 def test_convert_writes_the_averaged_weights(folder):
-    import torch
-
     from zoo import load
 
     main(["fit", "-c", "tiny.yaml"])
@@ -206,6 +208,9 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
         (["--ckpt_path", "no.ckpt"], "--ckpt_path no.ckpt: there is no such checkpoint file"),
         (["--ckpt_path", "bfn-digitz"], "There is no pretrained model 'bfn-digitz'. Did you mean bfn-digits"),
         (["--checkpoint.every_n_steps", "0"], "every_n_steps=0 must be at least 1"),
+        (["-c", "bfn/digits", "--model.solver.nfe", "0"], "nfe=0 must be at least 1; it counts the network's calls"),
+        (["--trainer.callbacks", "EMA", "--trainer.callbacks.decay", "2"], "decay=2.0 must lie in [0, 1)"),
+        (["--data.batch_size", "0"], "batch_size is 0, and must be at least 1"),
         (["-c", "strategies/dpp"], "there is no configuration strategies/dpp; did you mean strategies/ddp"),
     ],
 )
@@ -236,9 +241,6 @@ def test_weights_of_another_shape_are_one_sentence(folder, capsys):
 
 
 def test_a_checkpoint_that_holds_code_is_one_sentence(folder, capsys):
-    import torch
-
-    Path("x.py").write_text("")
     torch.save({"state_dict": {}, "hyper_parameters": {"path": Path("a")}}, "unsafe.ckpt")
     assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "unsafe.ckpt"]) == 2
     assert "which is not a tensor or plain data and could run code when loaded" in capsys.readouterr().err
@@ -250,6 +252,29 @@ def test_errors_of_foreign_code_keep_their_traceback(folder):
     )
     with pytest.raises(ValueError, match="mine"):
         main(["fit", "-c", "tiny.yaml", "--model", "broken_module.Broken"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="not measured: torch.compile needs a C++ compiler")
+def test_compiling_changes_neither_names_nor_results(folder):
+    # A process of its own, as for a user: torch's compiler minds what other tests have imported.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    weights = []
+    for compiled in ("false", "true"):
+        root = ["--trainer.default_root_dir", f"compile_{compiled}", "--model.net.dropout", "0.0"]
+        command = [sys.executable, "-m", "zoo", "fit", "-c", "tiny.yaml", "--model.compile", compiled, *root]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights.append(read_checkpoint(f"compile_{compiled}/checkpoints/last.ckpt")["current_model_state"])
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
+
+
+def test_tab_completion_is_printed(folder, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        main(["--print_completion", "shtab-bash"])
+    assert "-F _shtab_zoo zoo" in capsys.readouterr().out
 
 
 def test_list_names_everything(folder, capsys):

@@ -152,19 +152,6 @@ def test_each_checkpoint_names_the_version(tmp_path):
     assert read_checkpoint(tmp_path / "a.ckpt")["zoo_version"] == zoo.__version__
 
 
-def test_compile_is_in_place_and_changes_neither_names_nor_results(tmp_path):
-    torch._dynamo.config.suppress_errors = False
-    plain_module, compiled = built_by("python"), Tiny(MLP(5), compile=True)
-    compiled.load_state_dict(plain_module.state_dict())
-    for network in compiled.networks():
-        assert network._compiled_call_impl is None
-    calls = []
-    compiled.net.compile = lambda: calls.append(1)  # the backend is torch's own business
-    compiled.setup("fit")
-    assert calls == [1]
-    assert compiled.state_dict().keys() == plain_module.state_dict().keys()
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(tmp_path, precision):
     with warnings.catch_warnings():

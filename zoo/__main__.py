@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
+    os.environ.setdefault("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")  # zoo --print_completion
     # Threads that wait for one another spin for a moment only, then sleep. GNU's default is to spin for long, which beside
     # any other busy process slows small networks down several times.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -31,9 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped by SIGTERM after saving; the same command with --ckpt_path last continues.", file=sys.stderr)
         return 143
     except Exception as error:
-        if not _is_ours(error) or os.environ.get("ZOO_TRACEBACK"):
+        message = _message(error)
+        if message is None or os.environ.get("ZOO_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 
@@ -58,12 +60,21 @@ def _run(argv: list[str]) -> None:
         ZooCLI(argv)
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether our own code raised the error as a message for the user; ``ZOO_TRACEBACK=1`` shows where."""
-    if not isinstance(error, ValueError | TypeError | RuntimeError | OSError | ImportError):
-        return False
-    last = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return last.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "datamodules", "strategies")
+def _message(error: BaseException) -> str | None:
+    """What our own code says is wrong, if it raised the error as a message for the user; ``ZOO_TRACEBACK=1`` shows where."""
+    home = _home(error)
+    if home in ("zoo", "datamodules", "strategies") and isinstance(
+        error, ValueError | TypeError | RuntimeError | OSError | ImportError
+    ):
+        return str(error)
+    # The parser wraps what the constructor of a component says.
+    return _message(error.__cause__) if home == "jsonargparse" and error.__cause__ is not None else None
+
+
+def _home(error: BaseException) -> str:
+    """Package that raised the error."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").partition(".")[0] if frames else ""
 
 
 if __name__ == "__main__":

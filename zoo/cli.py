@@ -116,7 +116,10 @@ class ZooCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_class=ZooArgumentParser,
-            parser_kwargs={"description": "Research systems that people can actually run. More verbs: list, assets, convert."},
+            parser_kwargs={
+                "prog": "zoo",
+                "description": "Research systems that people can actually run. More verbs: list, assets, convert.",
+            },
             args=args,
             **kwargs,
         )
@@ -196,6 +199,10 @@ class ZooCLI(LightningCLI):
         config: Namespace = self.config[self.subcommand]
         config.trainer.default_root_dir = str(self._run_folder)
         config["weights_only"] = True
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: their number is not ours to choose
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
+            config.trainer.devices = local
+            config.trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // local
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._run_folder / "checkpoints")
         self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"

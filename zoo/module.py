@@ -302,4 +302,7 @@ class _SeedEachBatch(Callback):
         if not isinstance(pl_module, ZooModule):
             return
         key = (pl_module.random_seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        torch.manual_seed(hash(key) & 0x7FFFFFFFFFFFFFFF)
+        seed = hash(key) & 0x7FFFFFFFFFFFFFFF
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)

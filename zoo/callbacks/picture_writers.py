@@ -3,6 +3,7 @@
 Shape suffixes: B samples, T time steps, C channels, H height, W width.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,9 @@ class FirstSamplesWriter(RankMergingWriter):
         index = sorted(found)[: self.num_samples]
         return self.draw(self.folder(trainer), index, torch.stack([found[i] for i in index]))
 
+    @abstractmethod
     def draw(self, folder: Path, index: list[int], pixels: Tensor) -> list[Path]:
         """Write the picture of some samples, given in the order of their ids; returns the paths."""
-        raise NotImplementedError
 
 
 class ImageGridWriter(FirstSamplesWriter):

@@ -1,5 +1,6 @@
 """Prediction writers whose ranks each write a part, which rank 0 merges into one file."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 
-class RankMergingWriter(BasePredictionWriter):
+class RankMergingWriter(BasePredictionWriter, ABC):
     """Base of writers that lose no prediction and write none twice, on any number of ranks.
 
     Below `default_root_dir/predictions` each rank writes a part while it predicts; when all are done, rank 0 merges
@@ -104,21 +105,21 @@ class RankMergingWriter(BasePredictionWriter):
                 part.unlink()
         trainer.strategy.barrier("prediction writer: parts merged")
 
+    @abstractmethod
     def open(self, trainer: Trainer) -> None:
         """Begin this rank's part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[str, Any]) -> None:
         """Take up the predictions of one batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, trainer: Trainer) -> None:
         """Complete this rank's part on disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, trainer: Trainer, parts: list[Path]) -> list[Path]:
         """Make the final files of all ranks' parts, on rank 0; returns their paths, to be printed."""
-        raise NotImplementedError
 
 
 def per_sample(value: Any, count: int, name: str) -> list[Any]:

@@ -5,6 +5,7 @@ Shape suffixes: B images, C channels, H height, W width, D features, K classes.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Features(NamedTuple):
     logits: Tensor
 
 
-class FeatureNetwork(Configurable, nn.Module):
+class FeatureNetwork(Configurable, nn.Module, ABC):
     """Base of the classifiers: images in, penultimate features and logits out.
 
     Nothing in such a network may depend on the other images of a batch, so that a feature is a function of its image.
@@ -50,9 +51,9 @@ class FeatureNetwork(Configurable, nn.Module):
         self.num_classes = num_classes
         self.classify = nn.Linear(num_features, num_classes)
 
+    @abstractmethod
     def embed(self, image_BCHW: Tensor) -> Tensor:
         """Penultimate features (B, D) of images in [0, 1]."""
-        raise NotImplementedError
 
     def forward(self, image_BCHW: Tensor) -> Features:
         """Features and logits of a batch.

@@ -1,0 +1,49 @@
+"""Every configuration that comes with the package parses, builds, and does its first steps."""
+
+import importlib.util
+import sys
+
+import pytest
+import yaml
+
+from datamodules.assets import list_assets
+from zoo.__main__ import main
+from zoo.cli import packaged_configs
+
+CONFIGS = packaged_configs()
+WHOLE = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text())]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+ASSETS = {"FashionMNIST": "fashion-mnist"}  # those that `make test` does not fetch
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_it_trains_validates_and_tests(name):
+    config = yaml.safe_load(CONFIGS[name].read_text())
+    asset = ASSETS.get(config["data"]["class_path"])
+    if asset and not any(state.name == asset and state.state == "ready" for state in list_assets()):
+        pytest.skip(f"not measured: zoo assets fetch {asset}")
+    few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
+    assert main(["fit", "-c", name, *few, *QUIET]) == 0
+    without = ["--trainer.callbacks", "null"]  # drawing thousands of samples is the benchmark's business
+    assert main(["test", "-c", name, "--ckpt_path", "last", *few, *QUIET, *without]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("strategies/")])
+def test_strategies_compose_with_every_configuration(name, capsys):
+    if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("not measured: pip install lightning-zoo[deepspeed]")
+    for whole in WHOLE:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "-c", whole, "-c", name, "--print_config"])
+        assert not stop.value.code
+        merged = yaml.safe_load(capsys.readouterr().out)
+        for key, value in yaml.safe_load(CONFIGS[name].read_text())["trainer"].items():
+            assert merged["trainer"][key] == value
+        callbacks = yaml.safe_load(CONFIGS[whole].read_text())["trainer"].get("callbacks", [])
+        assert len(merged["trainer"]["callbacks"] or []) == len(callbacks)

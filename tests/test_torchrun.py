@@ -1,0 +1,41 @@
+"""The README's line for many processes, typed as it stands there: real torchrun, real command line."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+def fit(folder: Path, launcher: list[str], *options: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "fit", "-c", "bfn/digits", "--trainer.log_every_n_steps", "1", *QUIET, *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "runs/bfn/digits/metrics.csv").open() as file:
+        return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
+
+
+def test_two_processes_train_as_one_and_resume(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
+    shared = ["-c", "strategies/ddp", "--data.batch_size", "128", "--ckpt_path", "last"]
+    fit(one, ["zoo"], "--trainer.max_steps", "8")
+    fit(two, torchrun, *shared, "--trainer.max_steps", "4")
+    fit(two, torchrun, *shared, "--trainer.max_steps", "8")
+    # Lightning logs the loss of rank 0; the sum of steps is compared through the weights.
+    assert len(losses(two)) == len(losses(one)) == 8
+    import torch
+
+    from zoo.checkpoint import read_checkpoint
+
+    a, b = (read_checkpoint(f / "runs/bfn/digits/checkpoints/last.ckpt")["current_model_state"] for f in (one, two))
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-5), name
