@@ -13,7 +13,7 @@ from torch.distributed import get_world_size
 
 from datamodules import Digits
 from zoo.bfn.module import BFN
-from zoo.bfn.network import ResidualMLP
+from zoo.bfn.networks import ResidualMLP
 from zoo.callbacks import EMA
 
 GLOBAL_BATCH = 96

@@ -11,6 +11,7 @@ import enum
 import functools
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,9 @@ class Configurable:
 
 
 def class_path(cls: Any) -> str:
-    """Import path of a class or function.
+    """Import path of a class or function, through the outermost package that offers it.
+
+    Checkpoints name what users import (``zoo.bfn.ODE2M``), so that they outlive a file's move within its package.
 
     Raises:
         TypeError: it is defined inside a function (or is a lambda), where no import can reach it.
@@ -68,6 +71,10 @@ def class_path(cls: Any) -> str:
             f"{cls.__qualname__} of {cls.__module__} is defined inside a function, so a checkpoint could not find it again:"
             " define it at the top level of a module."
         )
+    packages = list(itertools.accumulate(cls.__module__.split("."), "{}.{}".format))
+    for package in packages:
+        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

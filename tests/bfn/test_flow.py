@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.bfn.bins import bin_centre, bin_index, bin_log_prob
-from zoo.bfn.flow import ContinuousFlow, data_to_noise, noise_to_data
+from zoo.bfn.continuous_flow import ContinuousFlow, data_to_noise, noise_to_data
 
 VARIANCES = [1e-6, 1e-3, 0.3]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo.bfn.bins import bin_centre
-from zoo.bfn.flow import ContinuousFlow
+from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.heads import Delta, DeltaHead
 from zoo.bfn.losses import bits, continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 

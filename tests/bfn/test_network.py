@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.bfn.network import ResidualMLP
+from zoo.bfn.networks import ResidualMLP
 from zoo.nn import SinusoidalEmbedding
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, InPainting
-from zoo.bfn.flow import ContinuousFlow
 from zoo.bfn.heads import DeltaHead
 from zoo.bfn.solvers import (
     ODE1,

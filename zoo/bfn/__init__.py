@@ -1,10 +1,12 @@
 """Bayesian flow networks and their fast solvers."""
 
+from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
-from zoo.bfn.flow import ContinuousFlow, Flow
+from zoo.bfn.discrete_flow import DiscreteFlow
+from zoo.bfn.flow import Flow
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
-from zoo.bfn.network import Network, ResidualMLP
+from zoo.bfn.networks import Network, ResidualMLP
 from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
 from zoo.bfn.statistics import DataStatistics
 
@@ -19,6 +21,7 @@ __all__ = [
     "DataStatistics",
     "DeltaHead",
     "Denoiser",
+    "DiscreteFlow",
     "Flow",
     "Guide",
     "Head",

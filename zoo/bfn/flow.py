@@ -14,9 +14,8 @@ Source: Graves et al., "Bayesian Flow Networks", arXiv 2308.07037, section 4; se
 "Unifying Bayesian Flow Networks and Diffusion Models through Stochastic Differential Equations", arXiv 2404.15766.
 """
 
-import math
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -24,12 +23,9 @@ from torch import Tensor
 
 from zoo.hyperparameters import Configurable
 
-__all__ = ["ContinuousFlow", "Flow", "data_to_noise", "expand_time", "noise_to_data"]
+__all__ = ["Flow", "Time", "expand_time", "quadratic_weights"]
 
 Time = TypeVar("Time", float, Tensor)
-
-#: Before this time the state carries no information that floats can resolve, and the estimate is 0.
-MIN_TIME = 1e-6
 
 
 class Flow(Configurable, ABC):
@@ -59,14 +55,18 @@ class Flow(Configurable, ABC):
         """Derivative of ln `scale`."""
 
     @abstractmethod
-    def slope_weight(self, previous: float, start: float, end: float, *, stochastic: bool) -> float:
-        """Weight w in ``x_i + w * (x_i - x_(i-1))``, the mean estimate over the step by linear extrapolation.
+    def midpoint(self, start: float, end: float) -> float:
+        """The time at which single-step methods of second order evaluate the estimate once more."""
+
+    @abstractmethod
+    def extrapolation(self, times: Sequence[float], end: float, *, stochastic: bool) -> tuple[float, ...]:
+        """Weights w, which sum to 1, of the last estimates in ``sum_j w_j x_j``, the mean estimate over the step.
 
         Args:
-            previous: time of the estimate before.
-            start: time of the present estimate, where the step begins.
+            times: of the estimates, latest first; the step starts at the first. One to three: the estimate is taken as
+                constant, as linear, as quadratic.
             end: time at which the step ends.
-            stochastic: for the SDE instead of the ODE.
+            stochastic: for the SDE instead of the ODE; up to two times.
         """
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Flow(Configurable, ABC):
 
     @abstractmethod
     def decode(self, estimate: Tensor) -> Tensor:
-        """The data that an estimate, or a state, favours most."""
+        """The data that an estimate favours most."""
 
     @abstractmethod
     def embed(self, estimate: Tensor) -> Tensor:
@@ -84,6 +84,10 @@ class Flow(Configurable, ABC):
     @abstractmethod
     def network_input(self, state: Tensor) -> Tensor:
         """The state in the form that networks see."""
+
+    @abstractmethod
+    def belief(self, state: Tensor) -> Tensor:
+        """The state as an estimate of the data."""
 
     @abstractmethod
     def state_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -135,137 +139,23 @@ class Flow(Configurable, ABC):
         return scale * beta * self.embed(self.encode(x)) + scale * (self.noise_variance * beta).sqrt() * noise
 
 
-class ContinuousFlow(Flow):
-    """Flow of real numbers in [-1, 1]: the state is the mean mu of a Gaussian of precision 1 + beta(t).
-
-    beta(t) = s^(-2t) - 1 with s^2 = ``min_variance``, so that the variance of the belief falls to s^2 at t = 1;
-    with gamma = 1 - s^(2t), mu(t) ~ N(gamma x, gamma (1 - gamma)).
-
-    Args:
-        min_variance: variance of the belief at t = 1, in (0, 1). Published: 1e-3 for 16 levels, 1e-6 for 256.
-
-    Raises:
-        ValueError: ``min_variance`` outside (0, 1).
-    """
-
-    def __init__(self, min_variance: float = 1e-3) -> None:
-        if not 0 < min_variance < 1:
-            raise ValueError(
-                f"ContinuousFlow: min_variance={min_variance} must lie between 0 and 1; 1.0e-3 suits 16 levels, 1.0e-6 suits 256."
-            )
-        self.min_variance = min_variance
-        self.log_variance = math.log(min_variance)
-
-    def beta(self, t: Time) -> Time:
-        """s^(-2t) - 1."""
-        return _expm1(-self.log_variance * t)
-
-    def beta_rate(self, t: Time) -> Time:
-        """-ln(s^2) s^(-2t)."""
-        return -self.log_variance * (1 + self.beta(t))
-
-    def time(self, beta: float) -> float:
-        """ln(1 + beta) / -ln(s^2)."""
-        return math.log1p(beta) / -self.log_variance
-
-    def scale(self, t: Time) -> Time:
-        """The belief's variance, s^(2t)."""
-        return self.min_variance**t
-
-    def log_scale_rate(self, t: float) -> float:
-        """ln(s^2)."""
-        return self.log_variance
-
-    def slope_weight(self, previous: float, start: float, end: float, *, stochastic: bool) -> float:
-        """Midpoint rule in half the log-SNR, ½ ln beta, as in DPM-Solver++(2M), for ODE and SDE alike."""
-        if previous == 0:  # infinitely far away in the log-SNR
-            return 0.0
-        before, at, after = (math.log(self.beta(t)) for t in (previous, start, end))
-        return (after - at) / (at - before) / 2
-
-    def encode(self, x: Tensor) -> Tensor:
-        """The data itself."""
-        return x
-
-    def decode(self, estimate: Tensor) -> Tensor:
-        """The estimate itself."""
-        return estimate
-
-    def embed(self, estimate: Tensor) -> Tensor:
-        """The estimate itself."""
-        return estimate
-
-    def network_input(self, state: Tensor) -> Tensor:
-        """The mean of the belief itself."""
-        return state
-
-    def state_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The data's shape."""
-        return shape
-
-    def sender(self, estimate: Tensor, alpha: float, noise: Tensor) -> Tensor:
-        """y ~ N(x, 1 / alpha)."""
-        return estimate.add(noise, alpha=1 / math.sqrt(alpha))
-
-    def update(self, state: Tensor, message: Tensor, alpha: float, beta: float) -> Tensor:
-        """(rho mu + alpha y) / (rho + alpha) with precision rho = 1 + beta."""
-        total = 1 + beta + alpha
-        return ((1 + beta) / total * state).add_(message, alpha=alpha / total)
-
-    def squared_error(self, x: Tensor, estimate: Tensor) -> Tensor:
-        """(x - estimate)^2."""
-        return (x - estimate).square()
-
-    def sample(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """gamma x + sqrt(gamma (1 - gamma)) z; see `Flow.sample`."""
-        t = expand_time(t, noise)
-        gamma = -torch.expm1(self.log_variance * t)
-        return gamma * x + (gamma * (1 - gamma)).sqrt() * noise
-
-    def noise_coefficients(self, t: Time) -> tuple[Time, Time]:
-        """The factors (1 / gamma, sqrt((1 - gamma) / gamma)) of `noise_to_data`; both 0 before `MIN_TIME`.
-
-        Args:
-            t: time, a number or a tensor.
-        """
-        if isinstance(t, Tensor):
-            gamma = -torch.expm1(self.log_variance * t.clamp(min=MIN_TIME))
-            known = t >= MIN_TIME
-            return known / gamma, known * ((1 - gamma) / gamma).sqrt()
-        return _noise_coefficients(self.log_variance, t)
-
-
-def noise_to_data(state: Tensor, noise: Tensor, inverse_gamma: Time, noise_scale: Time) -> Tensor:
-    """The data estimate that a noise estimate implies: mu / gamma - sqrt((1 - gamma) / gamma) noise.
-
-    Args:
-        state: mu.
-        noise: estimate of z in mu = gamma x + sqrt(gamma (1 - gamma)) z.
-        inverse_gamma: 1 / gamma, number or tensor, from `ContinuousFlow.noise_coefficients`.
-        noise_scale: sqrt((1 - gamma) / gamma), likewise.
-    """
-    if isinstance(noise_scale, Tensor):
-        return torch.addcmul(inverse_gamma * state, noise_scale, noise, value=-1)
-    return (inverse_gamma * state).sub_(noise, alpha=noise_scale)
-
-
-def data_to_noise(state: Tensor, x: Tensor, inverse_gamma: Time, noise_scale: Time) -> Tensor:
-    """The noise estimate that a data estimate implies: inverse of `noise_to_data`, with the same arguments."""
-    return (inverse_gamma * state - x) / noise_scale
-
-
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
     """Times (B,) in the form (B, 1, ..., 1) that broadcasts against ``like``."""
     return t.view(-1, *(1,) * (like.dim() - 1))
 
 
-@lru_cache(maxsize=8192)  # so that a sampler's loop computes nothing but tensors
-def _noise_coefficients(log_variance: float, t: float) -> tuple[float, float]:
-    if t < MIN_TIME:
-        return 0.0, 0.0
-    gamma = -math.expm1(log_variance * t)
-    return 1 / gamma, math.sqrt((1 - gamma) / gamma)
+def quadratic_weights(back: float, far: float, first: float, second: float) -> tuple[float, float, float]:
+    """Weights of three values whose interpolating quadratic has the given mean over a step.
 
+    Args:
+        back: distance of the second value behind the first, > 0.
+        far: distance of the third value behind the first, > ``back``.
+        first: mean distance from the first value over the step.
+        second: mean squared distance.
 
-def _expm1(value: Time) -> Time:
-    return torch.expm1(value) if isinstance(value, Tensor) else math.expm1(value)
+    Returns:
+        Weights of the first, second and third value; their sum is 1.
+    """
+    near_weight = -(second + first * far) / (back * (far - back))
+    far_weight = (second + first * back) / (far * (far - back))
+    return 1 - near_weight - far_weight, near_weight, far_weight

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.bfn.bins import bin_centre, bin_index
+from zoo.bfn.continuous_flow import ContinuousFlow, Flow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
-from zoo.bfn.flow import ContinuousFlow, Flow
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import bits, continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
-from zoo.bfn.network import Network
+from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Solver, solver_names
 from zoo.module import ZooModule
 from zoo.random import SampleRandom

@@ -21,8 +21,8 @@ class SDE2M(SDE1):
         first = super().coefficients(flow, previous, start, end)
         if previous is None:
             return first
-        weight = flow.slope_weight(previous, start, end, stochastic=True)
-        return first._replace(estimate=first.estimate * (1 + weight), previous=-first.estimate * weight)
+        now, before = flow.extrapolation((start, previous), end, stochastic=True)
+        return first._replace(estimate=first.estimate * now, previous=first.estimate * before)
 
     def drops_last(self) -> bool:
         """Whether the last estimate is the sample."""

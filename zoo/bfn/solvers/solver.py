@@ -267,7 +267,7 @@ class Solver(Configurable, ABC):
 
     def finish(self, denoiser: Denoiser, state: Tensor, random: SampleRandom) -> Tensor:
         """Final estimate from the state at t = 1, where the last estimate of the loop is not the sample."""
-        return denoiser.correct(denoiser.flow.network_input(state), state, 1.0)
+        return denoiser.correct(denoiser.flow.belief(state), state, 1.0)
 
     def rebuilt(self, name: str | None = None, nfe: int | None = None) -> "Solver":
         """A solver with this one's options, of another method or number of network calls.

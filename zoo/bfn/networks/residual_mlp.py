@@ -1,33 +1,15 @@
-"""Networks of Bayesian flow networks.
+"""Residual multilayer perceptron: the small network for the CPU.
 
 Shape suffixes: B samples, E elements of the data times numbers per element, W width, D depth, T time features.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor, nn
 
-from zoo.hyperparameters import Configurable
+from zoo.bfn.networks.network import Network
 from zoo.nn import SinusoidalEmbedding
 
-__all__ = ["Network", "ResidualMLP"]
-
-
-class Network(Configurable, nn.Module, ABC):
-    """Maps what a flow shows of the data, and the time, to the output that a head reads."""
-
-    @abstractmethod
-    def forward(self, mu: Tensor, t: Tensor) -> Tensor:
-        """Predict.
-
-        Args:
-            mu: the flow's network input, (B, *data shape) for continuous data, channels last for images.
-            t: times (B,) in [0, 1].
-
-        Returns:
-            Output (B, *data shape, numbers per element that the head reads).
-        """
+__all__ = ["ResidualMLP"]
 
 
 class ResidualMLP(Network):
