@@ -71,11 +71,11 @@ def class_path(cls: Any) -> str:
             f"{cls.__qualname__} of {cls.__module__} is defined inside a function, so a checkpoint could not find it again:"
             " define it at the top level of a module."
         )
-    packages = list(itertools.accumulate(cls.__module__.split("."), "{}.{}".format))
-    for package in packages:
-        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
-            return f"{package}.{cls.__qualname__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+    name = cls.__qualname__
+    for package in itertools.accumulate(cls.__module__.split("."), "{}.{}".format):
+        if getattr(sys.modules.get(package), name, None) is cls:
+            return f"{package}.{name}"
+    return f"{cls.__module__}.{name}"
 
 
 def plain(value: Any, name: str = "value") -> Any:
