@@ -207,6 +207,11 @@ class ImageDataModule(ZooDataModule, ABC):
         self._splits: Splits | None = None
         self._predict_set: Dataset[PredictBatch] | None = None
 
+    @property
+    def num_levels(self) -> int:
+        """Number of values that a pixel can have."""
+        return self.largest + 1
+
     @abstractmethod
     def read(self) -> Splits:
         """Read the data set; called once, on first use."""

@@ -25,6 +25,21 @@ class Samples:
     trajectory: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TextSamples:
+    """A batch of generated texts.
+
+    Attributes:
+        texts: B texts.
+        nfe: Number of network function evaluations that each sample cost.
+        trajectory: For each of the B samples the T texts on the way from noise to sample; None if not kept.
+    """
+
+    texts: list[str]
+    nfe: int
+    trajectory: list[list[str]] | None = None
+
+
 @runtime_checkable
 class SupportsSampling(Protocol):
     """A module from which images can be drawn by sample id.

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from zoo.bfn.bins import bin_centre
 from zoo.bfn.flow import Flow, Time, expand_time, quadratic_weights
 
 __all__ = ["ContinuousFlow", "data_to_noise", "noise_to_data"]
@@ -84,6 +85,14 @@ class ContinuousFlow(Flow):
         first = (h * math.exp(h) - total) / total
         second = h * h * math.exp(h) / total - 2 * first
         return quadratic_weights(at - before[0], at - before[1], first, second)
+
+    def from_levels(self, levels: Tensor, num_levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Centres of the bins; see `Flow.from_levels`."""
+        return bin_centre(levels, num_levels, dtype)
+
+    def to_levels(self, x: Tensor, num_levels: int) -> Tensor:
+        """Linear: the centre of bin k becomes k."""
+        return (x + 1) * (num_levels / 2) - 0.5
 
     def encode(self, x: Tensor) -> Tensor:
         """The data itself."""

@@ -83,6 +83,14 @@ class DiscreteFlow(Flow):
         assert not stochastic
         return quadratic_weights(at - before[0], at - before[1], first, step * step / 3)
 
+    def from_levels(self, levels: Tensor, num_levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The levels are the classes."""
+        return levels
+
+    def to_levels(self, x: Tensor, num_levels: int) -> Tensor:
+        """The classes are the levels."""
+        return x
+
     def encode(self, x: Tensor) -> Tensor:
         """Probability 1 for each element's class, float32 (B, ..., K)."""
         return one_hot(x, self.num_classes).float()

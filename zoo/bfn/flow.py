@@ -70,6 +70,20 @@ class Flow(Configurable, ABC):
         """
 
     @abstractmethod
+    def from_levels(self, levels: Tensor, num_levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Data from level numbers 0 ... K - 1, int64 of the data's shape.
+
+        Args:
+            levels: the numbers.
+            num_levels: K.
+            dtype: float type of continuous data.
+        """
+
+    @abstractmethod
+    def to_levels(self, x: Tensor, num_levels: int) -> Tensor:
+        """Level numbers of data; of continuous data they may lie between whole numbers, and outside 0 ... K - 1."""
+
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Data as an estimate that is certain of it."""
 

@@ -1,6 +1,6 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -8,36 +8,38 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.bfn.bins import bin_centre, bin_index
+from zoo.bfn.codecs import Codec, ImageCodec
 from zoo.bfn.continuous_flow import ContinuousFlow, Flow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
-from zoo.bfn.losses import bits, continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
+from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Solver, solver_names
+from zoo.metrics.mean_and_error import MeanAndError
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
-from zoo.sampling import Samples
+from zoo.sampling import Samples, TextSamples
 
 __all__ = ["BFN"]
 
 
 class BFN(ZooModule):
-    """Bayesian flow network for images: training, likelihood, and samplers with few network calls.
+    """Bayesian flow network: training, likelihood, and samplers with few network calls, for images and text.
 
-    Images (B, C, H, W) in [0, 1] are taken to the centres of the head's bins in [-1, 1], channels last.
+    Flow and head say what kind of data it is: `ContinuousFlow` with `DeltaHead` (continuous) or `DiscretizedNormalHead`
+    (discretised), `DiscreteFlow` with `CategoricalHead` or, for two classes, `BernoulliHead` (discrete).
     Sources: Graves et al., arXiv 2308.07037; samplers: Xue et al., arXiv 2404.15766.
 
     Args:
-        network: estimates the noise from the flow's mean and the time.
+        network: predicts the data from what the flow shows of them, and the time.
         flow: how data become noise.
-        head: what the network's output means, and how many levels the data have.
+        head: what the network's output means.
         solver: draws samples; its method and number of network calls can be overridden where samples are drawn.
-        image_shape: (channels, height, width).
+        codec: how batches become the flow's data, and samples become images or text.
         stratified_time: spread the times of a batch evenly over [0, 1], which lowers the variance of the loss.
         clip_in_loss: compare the loss's estimate after confining it to the data's range, as the published code does.
         likelihood_steps: numbers of messages for which `test` bounds the likelihood; 0 stands for infinitely many.
-        likelihood_repeats: passes over each test image, with new times and noise each.
+        likelihood_repeats: passes over each test sample, with new times and noise each.
         record_trajectory: let `predict` return the estimate after each network call too.
         optimizer: makes the optimizer.
         lr_scheduler: makes the learning-rate schedule.
@@ -54,7 +56,7 @@ class BFN(ZooModule):
         flow: Flow = ContinuousFlow(min_variance=1.0e-3),  # noqa: B008 (a default that jsonargparse shows; never changed)
         head: Head = DeltaHead(num_bins=16),  # noqa: B008
         solver: Solver = ODE2M(nfe=10),  # noqa: B008
-        image_shape: tuple[int, int, int] = (1, 8, 8),
+        codec: Codec = ImageCodec((1, 8, 8)),  # noqa: B008
         stratified_time: bool = False,
         clip_in_loss: bool = True,
         likelihood_steps: Sequence[int] = (0,),
@@ -68,11 +70,8 @@ class BFN(ZooModule):
         super().__init__(
             optimizer=optimizer, lr_scheduler=lr_scheduler, lr_scheduler_interval=lr_scheduler_interval, compile=compile
         )
-        if not isinstance(flow, head.flow_type):
-            raise ValueError(
-                f"BFN: {type(head).__name__} belongs to a {head.flow_type.__name__}, not to a {type(flow).__name__}:"
-                " choose head and flow of the same kind of data."
-            )
+        head.check(flow)
+        codec.check(head.num_levels(flow))
         if any(steps < 0 for steps in likelihood_steps) or likelihood_repeats < 1:
             raise ValueError(
                 f"BFN: likelihood_steps={list(likelihood_steps)} must be positive, or 0 for continuous time, and"
@@ -82,128 +81,169 @@ class BFN(ZooModule):
         self.flow = flow
         self.head = head
         self.solver = solver
-        self.image_shape = tuple(image_shape)
+        self.codec = codec
         self.stratified_time = stratified_time
         self.clip_in_loss = clip_in_loss
         self.likelihood_steps = list(likelihood_steps)
         self.likelihood_repeats = likelihood_repeats
         self.record_trajectory = record_trajectory
-        self.bounds = nn.ModuleDict({name: MeanMetric() for name in ("val_loss", "val_bits_per_dim", *self._test_names())})
+        names = ["val_loss", *(f"val_{unit}" for unit in self.codec.units())]
+        self.bounds = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.test_bounds = nn.ModuleDict({name: MeanAndError() for name in self._test_names()})
 
     # Data
 
     @property
-    def data_shape(self) -> tuple[int, int, int]:
-        """Shape of one image's data, (H, W, C)."""
-        channels, height, width = self.image_shape
-        return height, width, channels
+    def num_levels(self) -> int:
+        """Number of values that each element of the data can have."""
+        return self.head.num_levels(self.flow)
 
-    def quantize(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] as bin centres (B, H, W, C) in (-1, 1).
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's data, (H, W, C) or (L,)."""
+        return self.codec.data_shape
+
+    def encode(self, batch: Any, random: SampleRandom | None = None) -> Tensor:
+        """A batch as the flow's data (B, *data shape): bin centres in (-1, 1), or class numbers.
+
+        Args:
+            batch: ``(image (B, C, H, W) in [0, 1], label)``, or ``{"input_ids": (B, L)}``.
+            random: the batch's random numbers, for data that are drawn (dynamic binarisation).
 
         Raises:
-            ValueError: the images have another shape than ``image_shape``.
+            ValueError: the data have another shape than the codec, or values outside their range.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"BFN was built for images of shape {self.image_shape}, but the data has {tuple(images.shape[1:])}:"
-                " set model.image_shape (and the network's size) to the data's."
-            )
-        x = images.movedim(1, -1) * 2 - 1
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return bin_centre(bin_index(x.to(dtype), self.head.num_bins), self.head.num_bins, dtype)
+        random = self.eval_random(self._batch_size(batch)) if random is None else random
+        levels = self.codec.encode(batch, self.num_levels, random)
+        return self.flow.from_levels(levels, self.num_levels, self._dtype)
 
-    def to_images(self, x: Tensor) -> Tensor:
-        """Data (..., H, W, C) as images (..., C, H, W) in [0, 1]: the first bin's centre is black, the last one's white."""
-        num_bins = self.head.num_bins
-        return (x.movedim(-1, -3) * (num_bins / (2 * num_bins - 2)) + 0.5).clamp(0, 1)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Float type of data, noise and losses."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @staticmethod
+    def _batch_size(batch: Any) -> int:
+        return len(batch["input_ids"] if isinstance(batch, dict) else batch[0])
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that have fewer levels than the model, before the first step (Lightning hook).
+
+        Raises:
+            ValueError: some of the model's levels never occur in the data.
+        """
+        super().setup(stage)
+        levels = getattr(self.trainer.datamodule, "num_levels", None)  # type: ignore[attr-defined]
+        if levels is not None and levels < self.num_levels:
+            raise ValueError(
+                f"{type(self.head).__name__} and {type(self.flow).__name__} are made for {self.num_levels} levels, but the"
+                f" data has only {levels}: the others would never occur. Use {levels} or fewer (bins or classes)."
+            )
 
     # Losses
 
     def predict_data(self, x: Tensor, t: Tensor, noise: Tensor) -> OutputDistribution:
-        """What the network says of data x (B, H, W, C) that the flow shows at times t (B,) under standard normal noise."""
+        """What the network says of data x (B, *data shape) that the flow shows at times t (B,) under standard normal noise."""
         return predict_from_data(self.network, self.flow, self.head, x, t, noise)
 
     def loss(self, x: Tensor, random: SampleRandom, num_steps: int = 0, stratified: bool = False) -> Tensor:
         """Loss of each sample (B,), nats per element of the data, at a time drawn for it.
 
         Args:
-            x: data (B, H, W, C).
+            x: data (B, *data shape).
             random: the batch's random numbers.
             num_steps: number of messages; 0 for infinitely many.
             stratified: spread the times evenly over the batch; in continuous time only.
         """
-        noise = self._noise("noise", x, random)
+        noise = self._noise("noise", random)
         if num_steps:
             step = random.integers("step", num_steps) + 1
-            prediction = self.predict_data(x, (step - 1).to(x.dtype) / num_steps, noise)
+            prediction = self.predict_data(x, (step - 1).to(noise.dtype) / num_steps, noise)
             return discrete_time_loss(self.flow, prediction, x, step, num_steps, random)
-        t = (random.stratified if stratified else random.uniform)("time", dtype=x.dtype)
+        t = (random.stratified if stratified else random.uniform)("time", dtype=noise.dtype)
         return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, clip=self.clip_in_loss)
 
     def reconstruction(self, x: Tensor, random: SampleRandom) -> Tensor:
         """Cost of each sample (B,) once everything is sent, nats per element; with `loss` it bounds -ln p(x)."""
-        t = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        return reconstruction_loss(self.predict_data(x, t, self._noise("reconstruction noise", x, random)), x)
+        noise = self._noise("reconstruction noise", random)
+        t = torch.ones(len(x), dtype=noise.dtype, device=x.device)
+        return reconstruction_loss(self.predict_data(x, t, noise), x)
 
-    def _noise(self, name: str, x: Tensor, random: SampleRandom) -> Tensor:
-        return random.normal(name, self.flow.state_shape(self.data_shape), x.dtype)
+    def _noise(self, name: str, random: SampleRandom) -> Tensor:
+        return random.normal(name, self.flow.state_shape(self.data_shape), self._dtype)
 
     # Lightning
 
+    def parameter_groups(self) -> Iterable[Any]:
+        """All parameters, except from weight decay those that the network exempts."""
+        return self.network.parameter_groups()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of a batch ``(image (B, C, H, W) in [0, 1], label)`` (Lightning hook)."""
-        x = self.quantize(batch[0])
-        loss = self.loss(x, self.train_random(len(x)), stratified=self.stratified_time).mean()
+        """Loss of a batch; see `encode` (Lightning hook)."""
+        random = self.train_random(self._batch_size(batch))
+        loss = self.loss(self.encode(batch, random), random, stratified=self.stratified_time).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss in nats and the likelihood's bound in bits, per element (Lightning hook)."""
-        x = self.quantize(batch[0])
-        random = self.eval_random(len(x))
+        random = self.eval_random(self._batch_size(batch))
+        x = self.encode(batch, random)
         loss = self.loss(x, random)
-        self._log_mean("val_loss", loss, prog_bar=True)
-        self._log_mean("val_bits_per_dim", bits(loss + self.reconstruction(x, random)))
+        bound = loss + self.reconstruction(x, random)
+        for name, values in {"loss": loss, **{unit: bound * factor for unit, factor in self.codec.units().items()}}.items():
+            mean = cast(MeanMetric, self.bounds[f"val_{name}"])
+            mean.update(values)
+            self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log bounds of the negative log-likelihood, in bits per element (Lightning hook)."""
-        x = self.quantize(batch[0])
-        draws = self.eval_random(len(x))
+        """Log bounds of the negative log-likelihood with their standard errors (Lightning hook).
+
+        The error is that of the mean over the test samples, each one's bound being the mean of its repeats.
+        """
+        draws = self.eval_random(self._batch_size(batch))
+        bounds: dict[int, Tensor] = {}
         for repeat in range(self.likelihood_repeats):
             random = SampleRandom(draws.seed, draws.index_B, epoch=-2 - repeat)
+            x = self.encode(batch, random)
             reconstruction = self.reconstruction(x, random)
-            for name, num_steps in zip(self._test_names(), self.likelihood_steps, strict=True):
-                self._log_mean(name, bits(self.loss(x, random, num_steps) + reconstruction))
+            for num_steps in self.likelihood_steps:
+                bound = (self.loss(x, random, num_steps) + reconstruction) / self.likelihood_repeats
+                bounds[num_steps] = bounds.get(num_steps, 0) + bound
+        for unit, factor in self.codec.units().items():
+            for num_steps, bound in bounds.items():
+                cast(MeanAndError, self.test_bounds[self._test_name(unit, num_steps)]).update(bound * factor)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what `test_step` gathered (Lightning hook)."""
+        for name, bound in self.test_bounds.items():
+            mean, error = cast(MeanAndError, bound).compute()
+            self.log(f"test/{name}", mean)
+            self.log(f"test/{name}/standard_error", error)
+            cast(MeanAndError, bound).reset()
 
     def _test_names(self) -> list[str]:
-        return [f"test/bits_per_dim/{f'n={n}' if n else 'continuous'}" for n in self.likelihood_steps]
+        return [self._test_name(unit, num_steps) for unit in self.codec.units() for num_steps in self.likelihood_steps]
 
-    def _log_mean(self, name: str, values: Tensor, prog_bar: bool = False) -> None:
-        """Log the mean over all samples of all batches and ranks, whatever the sizes of the batches."""
-        mean = cast(MeanMetric, self.bounds[name])
-        mean.update(values)
-        self.log(name, mean, prog_bar=prog_bar)
+    @staticmethod
+    def _test_name(unit: str, num_steps: int) -> str:
+        return f"{unit}/{f'n={num_steps}' if num_steps else 'continuous'}"
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Draw samples, or fill in the unknown pixels of the user's images (Lightning hook).
+        """Draw samples, or fill in what is unknown of the user's images or texts (Lightning hook).
 
         Args:
-            batch: ``index`` (B,), the samples' numbers, which are their seeds; for in-painting also ``image``
-                (B, C, H, W) in [0, 1], ``mask`` (B, 1, H, W), true where a pixel is known, and ``path``.
+            batch: ``index`` (B,), the samples' numbers, which are their seeds. For in-painting also ``image``
+                (B, C, H, W) in [0, 1] and ``mask`` (B, 1, H, W), true where a pixel is known, or ``input_ids`` (B, L)
+                and ``known`` (B, L). ``path`` is passed on.
             batch_idx: number of the batch.
 
         Returns:
-            ``index``; ``images`` (B, C, H, W) in [0, 1]; ``trajectory`` (B, T, C, H, W) if it is recorded; ``path``.
+            ``index``; ``images`` (B, C, H, W) in [0, 1], or ``text``, B of them; ``trajectory``, if it is recorded:
+            (B, T, C, H, W), or B lists of T texts; ``path``.
         """
-        options: dict[str, Any] = {"seed": self.random_seed, "record": self.record_trajectory}
-        if "image" in batch:
-            drawn = self.in_paint(batch["image"], batch["mask"], batch["index"], **options)
-        else:
-            drawn = self.sample(batch["index"], **options)
-        result = {"index": batch["index"], "images": drawn.images}
-        if drawn.trajectory is not None:
-            result["trajectory"] = drawn.trajectory
+        drawn = self.in_paint(batch, seed=self.random_seed, record=self.record_trajectory)
+        result = {"index": batch["index"], **self.codec.prediction(drawn, batch)}
         return result | ({"path": batch["path"]} if "path" in batch else {})
 
     # Sampling
@@ -222,15 +262,15 @@ class BFN(ZooModule):
         nfe: int | None = None,
         guide: Guide | None = None,
         record: bool = False,
-    ) -> Samples:
-        """Draw one image per number; equal numbers and seeds give equal images in any batch.
+    ) -> Samples | TextSamples:
+        """Draw one image or text per number; equal numbers and seeds give equal ones in any batch.
 
         Args:
             index_B: (B,) int64, the samples' numbers.
             seed: seed of all samples.
             sampler: method, one of `sampler_names` or a published name; None for the module's own solver.
             nfe: number of network calls; None for the solver's own.
-            guide: corrects each estimate (B, H, W, C) of the data; see `Denoiser`.
+            guide: corrects each estimate of the data; see `Denoiser`.
             record: return the estimate after each network call too, as ``trajectory``.
 
         Raises:
@@ -240,19 +280,19 @@ class BFN(ZooModule):
         denoiser = Denoiser(self.network, self.flow, self.head, guide)
         random = SampleRandom(seed, index_B.to(self.device))
         drawn = solver.sample(denoiser, self.data_shape, random, record=record)
-        trajectory = None if drawn.trajectory is None else self.to_images(drawn.trajectory)
-        return Samples(self.to_images(drawn.x), drawn.nfe, trajectory)
+        trajectory = None if drawn.trajectory is None else self.flow.to_levels(drawn.trajectory, self.num_levels)
+        return self.codec.samples(self.flow.to_levels(drawn.x, self.num_levels), drawn.nfe, trajectory, self.num_levels)
 
-    def in_paint(self, image: Tensor, mask: Tensor, index_B: Tensor, **options: Any) -> Samples:
-        """Fill in the unknown pixels of images; the known ones are returned as they are.
+    def in_paint(self, batch: dict[str, Any], **options: Any) -> Samples | TextSamples:
+        """Samples that agree with what is known of them; without input, free ones.
 
         Args:
-            image: (B, C, H, W) in [0, 1].
-            mask: bool (B, 1, H, W), true where a pixel is known.
-            index_B: numbers of the samples (B,).
+            batch: as for `predict_step`.
             options: as for `sample`.
         """
-        known = InPainting(self.flow.encode(self.quantize(image)), mask.movedim(1, -1))
-        drawn = self.sample(index_B, guide=known, **options)
-        images = torch.where(mask, image.to(drawn.images.dtype), drawn.images)
-        return Samples(images, drawn.nfe, drawn.trajectory)
+        known = self.codec.known(batch, self.num_levels)
+        if known is None:
+            return self.sample(batch["index"], **options)
+        levels, mask = known
+        truth = self.flow.encode(self.flow.from_levels(levels, self.num_levels, self._dtype))
+        return self.sample(batch["index"], guide=InPainting(truth, mask), **options)
