@@ -1,6 +1,7 @@
 """What every network of a Bayesian flow network is."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,3 +24,24 @@ class Network(Configurable, nn.Module, ABC):
         Returns:
             Output (B, *data shape, numbers per element that the head reads).
         """
+
+    def parameter_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """What the optimizer gets: one group, all of it decayed; networks whose recipe spares some weights override it.
+
+        Args:
+            weight_decay: that of the decayed group; None leaves it to the optimizer.
+        """
+        return parameter_groups(list(self.parameters()), [], weight_decay)
+
+
+def parameter_groups(decayed: list[nn.Parameter], spared: list[nn.Parameter], weight_decay: float | None) -> list[dict[str, Any]]:
+    """Groups for the optimizer, without empty ones.
+
+    Args:
+        decayed: parameters that weight decay shrinks.
+        spared: parameters that it does not.
+        weight_decay: that of the decayed group; None leaves it to the optimizer.
+    """
+    own = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = [{"params": decayed, **own}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
