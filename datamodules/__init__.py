@@ -3,5 +3,7 @@
 from datamodules.datamodule import ZooDataModule as ZooDataModule
 from datamodules.images import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images import ImageDataModule as ImageDataModule
+from datamodules.text import CharacterText as CharacterText
+from datamodules.text import Shakespeare, Text8
 
-__all__ = ["CIFAR10", "MNIST", "Digits", "FashionMNIST"]
+__all__ = ["CIFAR10", "MNIST", "Digits", "FashionMNIST", "Shakespeare", "Text8"]

@@ -22,6 +22,7 @@ from datamodules.datamodule import ZooDataModule
 from datamodules.image_files import cifar_folder, find_idx, read_cifar, read_idx
 from datamodules.loader import ResumableLoader, epoch_generator
 from datamodules.picture_folder import read_masks, read_pictures
+from datamodules.sample_indices import SampleIndices
 
 __all__ = [
     "CIFAR10",
@@ -32,7 +33,6 @@ __all__ = [
     "ImageDataModule",
     "LabelledImages",
     "Pictures",
-    "SampleIndices",
     "Splits",
     "stratified_split",
 ]
@@ -93,19 +93,6 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         if self.flip_seed is not None:
             images = torch.where(self.flipped[indices, None, None, None], images.flip(-1), images)
         return images, self.labels[indices]
-
-
-class SampleIndices(Dataset[PredictBatch]):
-    """The numbers of the samples to draw: batches ``{"index"}``."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> PredictBatch:
-        return {"index": torch.tensor(index)}
 
 
 class Pictures(Dataset[PredictBatch]):
@@ -205,7 +192,7 @@ class ImageDataModule(ZooDataModule, ABC):
         self.predict_resize = predict_resize
         self.flip = False
         self._splits: Splits | None = None
-        self._predict_set: Dataset[PredictBatch] | None = None
+        self._predict_set: Dataset[Any] | None = None
 
     @property
     def num_levels(self) -> int:
@@ -244,7 +231,7 @@ class ImageDataModule(ZooDataModule, ABC):
         else:
             _ = self.splits
 
-    def _read_predict_set(self) -> Dataset[PredictBatch]:
+    def _read_predict_set(self) -> Dataset[Any]:
         if self.predict_images is None:
             return SampleIndices(self.predict_samples)
         images, paths = read_pictures(self.predict_images, self.image_shape, self.predict_resize)
