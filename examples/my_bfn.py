@@ -53,7 +53,7 @@ class MyBFN(BFN):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the usual loss, and the mean squared error of the denoised images."""
         super().validation_step(batch, batch_idx)
-        x = self.quantize(batch[0])
+        x = self.encode(batch)
         t = x.new_full((len(x),), self.denoising_time)
         noise = self.eval_random(len(x)).normal("denoising", x.shape[1:], x.dtype)
         mu = self.flow.sample(x, t, noise)

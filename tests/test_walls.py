@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("zoo", "datamodules", "strategies")
 GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.__main__")  # the command line and the hub see everything
 WIRING = ("__init__", "module", "state_dict_adapter", "strategy")  # files that plug the science into Lightning
-FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn")
+FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn", "zoo.sampling")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
 

@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoo.bfn import BFN, SDE1, BFNSampler, ContinuousFlow, DeltaHead, Network, ResidualMLP
+from zoo.bfn import BFN, SDE1, BFNSampler, ContinuousFlow, DeltaHead, ImageCodec, Network, ResidualMLP
 from zoo.bfn.bins import bin_centre
 from zoo.random import SampleRandom
 from zoo.sampling import SupportsSampling
@@ -20,6 +20,10 @@ def make(seed=0, width=16, **options):
     model = BFN(ResidualMLP(width=width, depth=1), **options)
     torch.nn.init.normal_(model.network.output.weight, std=0.1)
     return model.eval()
+
+
+def to_images(model, x):
+    return model.codec.samples(model.flow.to_levels(x, model.num_levels), 0, None, model.num_levels).images
 
 
 def images(num=40, seed=0):
@@ -41,31 +45,31 @@ def trainer(folder, **options):
 def test_grey_digits_become_sixteen_bins():
     """Levels k/16, k = 0 ... 16, become min(k, 15); the data's last axis is the channel."""
     levels = (torch.arange(64) % 17).view(1, 1, 8, 8)
-    x = make().quantize(levels / 16)
+    x = make().encode([levels / 16])
     assert x.shape == (1, 8, 8, 1)
     assert torch.equal(x[0, ..., 0], bin_centre(levels[0, 0].clamp(max=15), 16))
 
 
 def test_eight_bit_images_keep_their_levels():
-    model = BFN(ResidualMLP(256 * 3, width=8, depth=1), head=DeltaHead(num_bins=256), image_shape=(3, 16, 16))
+    model = BFN(ResidualMLP(256 * 3, width=8, depth=1), head=DeltaHead(num_bins=256), codec=ImageCodec((3, 16, 16)))
     pixels = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    x = model.quantize(pixels / 255)
+    x = model.encode([pixels / 255])
     assert torch.equal(x, bin_centre(pixels.movedim(1, -1), 256))
-    assert torch.equal((model.to_images(x) * 255).round().long(), pixels)
+    assert torch.equal((to_images(model, x) * 255).round().long(), pixels)
 
 
 @pytest.mark.parametrize("num_bins", [2, 16, 17, 256])
 def test_images_are_the_levels_of_their_bins(num_bins):
     """Black stays black and white stays white: bin k is the level k / (K - 1)."""
-    model = make(head=DeltaHead(num_bins=num_bins), image_shape=(1, 1, num_bins))
+    model = make(head=DeltaHead(num_bins=num_bins), codec=ImageCodec((1, 1, num_bins)))
     levels = torch.arange(num_bins).view(1, 1, 1, -1) / (num_bins - 1)
-    assert torch.allclose(model.to_images(model.quantize(levels)), levels, atol=1e-6)
-    assert model.to_images(torch.tensor([[[-1.0], [1.0]]])).flatten().tolist() == [0, 1]
+    assert torch.allclose(to_images(model, model.encode([levels])), levels, atol=1e-6)
+    assert to_images(model, torch.tensor([[[-1.0], [1.0]]])).flatten().tolist() == [0, 1]
 
 
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), but the data has \(3, 8, 8\)"):
-        make().quantize(torch.rand(2, 3, 8, 8))
+        make().encode([torch.rand(2, 3, 8, 8)])
 
 
 # Likelihood
@@ -74,7 +78,7 @@ def test_images_of_another_shape_are_refused():
 def test_likelihood_of_an_untrained_model_is_that_of_its_flow(tmp_path: Path):
     """Without a network's help x̂ = mu / gamma: the loss is -½ ln(s^2) E[eps^2 / gamma], up to clipping."""
     model = BFN(ResidualMLP(width=8), head=DeltaHead(clip=1e9))
-    x = model.quantize(images(1000))
+    x = model.encode([images(1000)])
     t = torch.full((1000,), 0.5)
     noise = SampleRandom(0, torch.arange(1000)).normal("noise", (8, 8, 1))
     value = model.predict_data(x, t, noise).mean()
@@ -84,7 +88,8 @@ def test_likelihood_of_an_untrained_model_is_that_of_its_flow(tmp_path: Path):
 
 def test_likelihood_does_not_depend_on_the_batches(tmp_path: Path):
     model = make(likelihood_steps=(0, 1, 10), likelihood_repeats=2)
-    names = {f"test/bits_per_dim/{name}" for name in ("continuous", "n=1", "n=10")}
+    bounds = [f"test/bits_per_dim/{name}" for name in ("continuous", "n=1", "n=10")]
+    names = {*bounds, *(f"{name}/standard_error" for name in bounds)}
     results = [trainer(tmp_path).test(model, loader(batch_size=size), verbose=False)[0] for size in (40, 16)]
     assert set(results[0]) == names
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -94,7 +99,7 @@ def test_likelihood_does_not_depend_on_the_batches(tmp_path: Path):
 def test_validation_logs_nats_and_bits(tmp_path: Path):
     model = make()
     result = trainer(tmp_path).validate(model, loader(), verbose=False)[0]
-    x = model.quantize(images())
+    x = model.encode([images()])
     random = SampleRandom(model.random_seed, torch.arange(40), epoch=-1)
     with torch.no_grad():
         loss, reconstruction = model.loss(x, random), model.reconstruction(x, random)
@@ -105,7 +110,7 @@ def test_validation_logs_nats_and_bits(tmp_path: Path):
 def test_more_messages_tighten_the_bound():
     """The discrete-time loss falls with the number of messages towards the continuous one."""
     model = make().double()
-    x = model.quantize(images(2000).double())
+    x = model.encode([images(2000).double()])
     with torch.no_grad():
         losses = [model.loss(x, SampleRandom(0, torch.arange(2000)), n).mean().item() for n in (2, 10, 100, 0)]
     assert losses[0] > losses[1] > losses[2] > 0.95 * losses[3]
@@ -114,7 +119,7 @@ def test_more_messages_tighten_the_bound():
 
 def test_stratified_times_lower_the_spread_of_the_loss_and_keep_its_mean():
     model = BFN(ResidualMLP(width=8), clip_in_loss=False)  # untrained: the loss depends on the time above all
-    x = model.quantize(images(64))
+    x = model.encode([images(64)])
     draws = {}
     with torch.no_grad():
         for stratified in (False, True):

@@ -1,5 +1,6 @@
 """Bayesian flow networks and their fast solvers."""
 
+from zoo.bfn.codecs import Codec, ImageCodec, TextCodec
 from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.discrete_flow import DiscreteFlow
@@ -17,8 +18,9 @@ __all__ = [
     "SDE1",
     "SDE2M",
     "BFNSampler",
-    "CategoricalHead",
     "BFNTransformer",
+    "CategoricalHead",
+    "Codec",
     "ContinuousFlow",
     "DataStatistics",
     "DeltaHead",
@@ -27,6 +29,7 @@ __all__ = [
     "Flow",
     "Guide",
     "Head",
+    "ImageCodec",
     "ImprovedUNet",
     "InPainting",
     "Network",
@@ -35,6 +38,7 @@ __all__ = [
     "ResidualMLP",
     "SDEEuler",
     "Solver",
+    "TextCodec",
     "find_solver",
     "solver_names",
 ]

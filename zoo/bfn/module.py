@@ -115,10 +115,10 @@ class BFN(ZooModule):
         """
         random = self.eval_random(self._batch_size(batch)) if random is None else random
         levels = self.codec.encode(batch, self.num_levels, random)
-        return self.flow.from_levels(levels, self.num_levels, self._dtype)
+        return self.flow.from_levels(levels, self.num_levels, self.data_dtype)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def data_dtype(self) -> torch.dtype:
         """Float type of data, noise and losses."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -170,7 +170,7 @@ class BFN(ZooModule):
         return reconstruction_loss(self.predict_data(x, t, noise), x)
 
     def _noise(self, name: str, random: SampleRandom) -> Tensor:
-        return random.normal(name, self.flow.state_shape(self.data_shape), self._dtype)
+        return random.normal(name, self.flow.state_shape(self.data_shape), self.data_dtype)
 
     # Lightning
 
@@ -294,5 +294,5 @@ class BFN(ZooModule):
         if known is None:
             return self.sample(batch["index"], **options)
         levels, mask = known
-        truth = self.flow.encode(self.flow.from_levels(levels, self.num_levels, self._dtype))
+        truth = self.flow.encode(self.flow.from_levels(levels, self.num_levels, self.data_dtype))
         return self.sample(batch["index"], guide=InPainting(truth, mask), **options)
