@@ -62,6 +62,17 @@ class SupportsSampling(Protocol):
         """
 
 
+def as_sampled(module: object, images: Tensor) -> Tensor:
+    """Real images in the form that a module's samples have, so that a distance between them measures the model alone.
+
+    Args:
+        module: a module; its method ``quantize``, if it has one, gives the images the levels of its samples.
+        images: uint8 (N, C, H, W).
+    """
+    quantize = getattr(module, "quantize", None)
+    return images if quantize is None else quantize(images)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Round images in [0, 1] to 8 bits, to the nearest level: the pixels a PNG holds and every metric sees.
 

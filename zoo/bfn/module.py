@@ -1,6 +1,6 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,10 +15,11 @@ from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Solver, solver_names
+from zoo.bfn.statistics import DataStatistics
 from zoo.metrics.mean_and_error import MeanAndError
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
-from zoo.sampling import Samples, TextSamples
+from zoo.sampling import Samples, TextSamples, to_uint8
 
 __all__ = ["BFN"]
 
@@ -116,6 +117,23 @@ class BFN(ZooModule):
         random = self.eval_random(self._batch_size(batch)) if random is None else random
         levels = self.codec.encode(batch, self.num_levels, random)
         return self.flow.from_levels(levels, self.num_levels, self.data_dtype)
+
+    def data_statistics(self, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] = lambda total: total) -> DataStatistics:
+        """Moments of the data, for the solvers' optimal start.
+
+        Args:
+            batches: this process's share of the data, batches as `encode` takes them.
+            reduce: sums a tensor over all processes.
+        """
+        return DataStatistics.of((self.flow.encode(self.encode(batch)) for batch in batches), reduce)
+
+    def quantize(self, images: Tensor) -> Tensor:
+        """Real images, uint8 (N, C, H, W), at the levels that samples have: what samples are to be compared with."""
+        random = SampleRandom(0, torch.arange(len(images)))
+        levels = self.codec.encode([images / 255], self.num_levels, random)
+        samples = self.codec.samples(levels, 0, None, self.num_levels)
+        assert isinstance(samples, Samples)
+        return to_uint8(samples.images)
 
     @property
     def data_dtype(self) -> torch.dtype:

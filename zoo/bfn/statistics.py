@@ -1,6 +1,6 @@
 """Mean and spread of the data, from which the optimal start of the solvers is computed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,8 +33,12 @@ class DataStatistics:
             )
 
     @classmethod
-    def of(cls, batches: Iterable[Tensor]) -> Self:
+    def of(cls, batches: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Self:
         """One pass over batches (B, ...) of encoded data, in float64.
+
+        Args:
+            batches: this process's share of the data.
+            reduce: sums a tensor over all processes.
 
         Raises:
             ValueError: no data.
@@ -46,8 +50,10 @@ class DataStatistics:
             total, squares = total + batch.sum(0), squares + batch.square().sum(0)
         if count == 0:
             raise ValueError("DataStatistics.of was given no data.")
-        mean = total / count
-        return cls(mean, (squares / count - mean.square()).clamp(min=0).sqrt())
+        total, squares = reduce(total), reduce(squares)
+        number = reduce(torch.tensor(float(count), dtype=torch.float64, device=total.device))
+        mean = total / number
+        return cls(mean, (squares / number - mean.square()).clamp(min=0).sqrt())
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -67,4 +73,8 @@ class DataStatistics:
 
     def save(self, path: Path) -> None:
         """Write ``{"mean", "std"}``, float32, with ``torch.save``."""
-        torch.save({"mean": self.mean.float(), "std": self.std.float()}, path)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save({"mean": self.mean.float().cpu(), "std": self.std.float().cpu()}, temporary)
+        temporary.replace(path)

@@ -1,5 +1,6 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
 from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
@@ -9,6 +10,7 @@ from zoo.callbacks.sample_quality import SampleQuality
 
 __all__ = [
     "EMA",
+    "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
     "RunCheckpoint",

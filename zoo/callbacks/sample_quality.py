@@ -15,6 +15,7 @@ from zoo.callbacks.sampling import check_cadence, check_sampling, draw_samples, 
 from zoo.metrics.agreement import classifier_agreement
 from zoo.metrics.extractors import OWN_CLASSIFIER, SHIPPED_EXTRACTORS, check_extractor
 from zoo.metrics.feature_distance import NUM_SAMPLES, FeatureDistances, feature_distances, real_data_floor
+from zoo.sampling import as_sampled
 
 RESULT_FILE = "sample_quality.json"
 
@@ -29,6 +30,7 @@ class SampleQuality(Callback):
     one of our classifiers as the extractor, the table also says how sure it is of the samples and how many classes it
     sees.
 
+    The real images are given the levels that samples have (four grey levels, say), if the module can (`quantize`).
     The samples are drawn with the weights that are in the module at that time: the averaged ones where EMA is on.
 
     Args:
@@ -142,7 +144,9 @@ class SampleQuality(Callback):
         """
         extractor = self._extractor(trainer)
         rows: list[dict[str, Any]] = []
-        reference = trainer.datamodule.reference_images() if trainer.is_global_zero else None  # type: ignore[attr-defined]
+        reference = None
+        if trainer.is_global_zero:
+            reference = as_sampled(pl_module, trainer.datamodule.reference_images())  # type: ignore[attr-defined]
         for sampler in self.samplers:
             for nfe in self.nfes:
                 images, spent = draw_samples(

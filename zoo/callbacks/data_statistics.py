@@ -1,0 +1,68 @@
+"""Moments of the training data, computed in one pass before a run begins."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
+from torch import Tensor
+
+
+class DataStatisticsWriter(Callback):
+    """Writes mean and standard deviation of the encoded training data, for solvers with ``start: optimal``.
+
+    The file is computed in one pass over the training data before the first step, test or prediction, unless it is there
+    already; it is the ``statistics`` file of the solvers, ``torch.save`` of ``{"mean", "std"}``.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that module and data can give the moments (Lightning hook).
+
+        Raises:
+            TypeError: the module has no ``data_statistics``, or the run no DataModule.
+        """
+        if not hasattr(pl_module, "data_statistics"):
+            raise TypeError(f"DataStatisticsWriter: {type(pl_module).__name__} has no `data_statistics`: remove the callback.")
+        if getattr(trainer, "datamodule", None) is None:
+            raise TypeError("DataStatisticsWriter reads the training data of a DataModule, and this run has none.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file unless it is there (Lightning hook)."""
+        self._write(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file unless it is there (Lightning hook)."""
+        self._write(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file unless it is there (Lightning hook)."""
+        self._write(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file unless it is there (Lightning hook)."""
+        self._write(trainer, pl_module)
+
+    @torch.no_grad()
+    def _write(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.strategy.broadcast(self.path.is_file()):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.setup("fit")
+        batches = (move_data_to_device(batch, pl_module.device) for batch in data.train_dataloader())
+
+        def reduce(total: Tensor) -> Tensor:
+            return trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[return-value]
+
+        statistics = pl_module.data_statistics(batches, reduce)
+        if trainer.is_global_zero:
+            statistics.save(self.path)
+        trainer.strategy.barrier()
+        rank_zero_info(f"DataStatisticsWriter: {self.path}")
