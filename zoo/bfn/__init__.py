@@ -5,7 +5,7 @@ from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow
-from zoo.bfn.heads import CategoricalHead, DeltaHead, Head, OutputDistribution
+from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, DiscretizedNormalHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP
 from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
@@ -19,6 +19,7 @@ __all__ = [
     "SDE2M",
     "BFNSampler",
     "BFNTransformer",
+    "BernoulliHead",
     "CategoricalHead",
     "Codec",
     "ContinuousFlow",
@@ -26,6 +27,7 @@ __all__ = [
     "DeltaHead",
     "Denoiser",
     "DiscreteFlow",
+    "DiscretizedNormalHead",
     "Flow",
     "Guide",
     "Head",

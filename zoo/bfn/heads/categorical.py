@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow, expand_time
 from zoo.bfn.heads.head import Head, OutputDistribution
-from zoo.bfn.heads.messages import check_message_samples, mean_over_messages
+from zoo.bfn.heads.messages import check_message_samples, mean_over_messages, require_random
 from zoo.random import SampleRandom
 
 __all__ = ["Categorical", "CategoricalHead", "Receiver"]
@@ -76,7 +76,7 @@ class Categorical(OutputDistribution):
                 other = (-torch.expm1(log_prob)).clamp(min=torch.finfo(log_prob.dtype).eps).log()
                 return _pick(message, x) - torch.logaddexp(other, log_prob + message).sum(-1)
 
-        return mean_over_messages(log_ratio, log_prob, self.message_samples, random)
+        return mean_over_messages(log_ratio, log_prob, self.message_samples, require_random(random))
 
     def _certain(self, index: Tensor) -> Tensor:
         return one_hot(index, self.logits.shape[-1]).to(self.dtype)

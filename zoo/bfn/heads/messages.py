@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.random import SampleRandom
 
-__all__ = ["check_message_samples", "mean_over_messages"]
+__all__ = ["check_message_samples", "mean_over_messages", "require_random"]
 
 
 def check_message_samples(message_samples: int, owner: str) -> None:
@@ -21,11 +21,22 @@ def check_message_samples(message_samples: int, owner: str) -> None:
         raise ValueError(f"{owner}: message_samples={message_samples} must be at least 1; published: 10.")
 
 
+def require_random(random: SampleRandom | None) -> SampleRandom:
+    """The batch's random numbers, for a loss that draws messages.
+
+    Raises:
+        ValueError: they are missing.
+    """
+    if random is None:
+        raise ValueError("message_kl: random=None, but this head draws messages; pass the batch's SampleRandom.")
+    return random
+
+
 def mean_over_messages(
     log_ratio: Callable[[Tensor, Tensor], Tensor],
     prediction: Tensor,
     message_samples: int,
-    random: SampleRandom | None,
+    random: SampleRandom,
     noise_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Mean of ``log_ratio(noise, prediction)`` over draws of a message's standard normal noise.
@@ -40,12 +51,7 @@ def mean_over_messages(
         message_samples: number of draws.
         random: the batch's random numbers.
         noise_shape: of one sample's noise; by default that of the prediction.
-
-    Raises:
-        ValueError: ``random`` is missing.
     """
-    if random is None:
-        raise ValueError("This loss is estimated by drawing messages: pass `random`, the batch's SampleRandom.")
     shape = tuple(prediction.shape[1:]) if noise_shape is None else noise_shape
 
     def ratio(number: int, prediction: Tensor) -> Tensor:
