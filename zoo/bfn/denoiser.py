@@ -44,7 +44,9 @@ class Denoiser:
             random: the batch's random numbers, for ``sample``.
         """
         times = torch.full((len(state),), t, dtype=state.dtype, device=state.device)
-        prediction = self.head(self.network(self.flow.network_input(state), times), state, t, self.flow)
+        output = self.network(self.flow.network_input(state), times)
+        self.head.check_output(output, self.flow)
+        prediction = self.head(output, state, t, self.flow)
         self.nfe += 1
         if statistic == "sample":
             estimate = prediction.sample(random, f"output {self.nfe}")

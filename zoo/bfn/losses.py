@@ -32,7 +32,9 @@ def predict_from_data(
         noise: standard normal, of the state's shape; float32 or float64, which decides the precision of the loss.
     """
     state = flow.sample(x, t, noise)
-    return head(network(flow.network_input(state), t), state, t, flow)
+    output = network(flow.network_input(state), t)
+    head.check_output(output, flow)
+    return head(output, state, t, flow)
 
 
 def continuous_time_loss(

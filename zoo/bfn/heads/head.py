@@ -87,6 +87,19 @@ class Head(Configurable, ABC):
         """Levels that the flow's data have: bins or classes."""
         return self.num_bins
 
+    def check_output(self, output: Tensor, flow: Flow) -> None:
+        """Refuse the output of a network that was built for another head.
+
+        Raises:
+            ValueError: the last axis has another length than `num_outputs_for`.
+        """
+        expected = self.num_outputs_for(flow)
+        if output.shape[-1] != expected:
+            raise ValueError(
+                f"The network gives {output.shape[-1]} numbers per element, but {type(self).__name__} reads {expected}:"
+                f" set the network's num_outputs to {expected}."
+            )
+
     @abstractmethod
     def __call__(self, output: Tensor, state: Tensor, t: Tensor | float, flow: Flow) -> OutputDistribution:
         """Distribution over the data.
