@@ -7,7 +7,7 @@ from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow
 from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, DiscretizedNormalHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
-from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP
+from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP, UNetVDM
 from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
 from zoo.bfn.statistics import DataStatistics
 
@@ -41,6 +41,7 @@ __all__ = [
     "SDEEuler",
     "Solver",
     "TextCodec",
+    "UNetVDM",
     "find_solver",
     "solver_names",
 ]

@@ -5,6 +5,7 @@ from zoo.bfn.networks.improved_unet import ImprovedUNet
 from zoo.bfn.networks.network import Network
 from zoo.bfn.networks.residual_mlp import ResidualMLP
 from zoo.bfn.networks.transformer import BFNTransformer
+from zoo.bfn.networks.unet_vdm import UNetVDM
 
 __all__ = [
     "BFNTransformer",
@@ -14,4 +15,5 @@ __all__ = [
     "OutputAdapter",
     "ResidualMLP",
     "TextInputAdapter",
+    "UNetVDM",
 ]
