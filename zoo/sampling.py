@@ -1,4 +1,4 @@
-"""What an image-generating module offers to callbacks and metrics: sampling by id, and samples as 8-bit pixels.
+"""What a generating module offers to callbacks and metrics: sampling by id; images as 8-bit pixels, or texts.
 
 Shape suffixes: B samples, C channels, H height, W width, T time steps of a trajectory.
 """
@@ -30,9 +30,9 @@ class TextSamples:
     """A batch of generated texts.
 
     Attributes:
-        texts: B texts.
+        texts: The text of each sample.
         nfe: Number of network function evaluations that each sample cost.
-        trajectory: For each of the B samples the T texts on the way from noise to sample; None if not kept.
+        trajectory: The intermediate texts of each sample, from noise to sample; None if not kept.
     """
 
     texts: list[str]
@@ -42,17 +42,19 @@ class TextSamples:
 
 @runtime_checkable
 class SupportsSampling(Protocol):
-    """A module from which images can be drawn by sample id.
+    """A module from which images or texts can be drawn by sample id.
 
-    Sample `i` under `seed` is the same picture whatever the batch, the rank or the number of ranks that draws it.
+    Sample `i` under `seed` is the same whatever the batch, the rank or the number of ranks that draws it.
     """
 
     @property
     def sampler_names(self) -> tuple[str, ...]:
         """The samplers that `sample` accepts by name."""
 
-    def sample(self, index_B: Tensor, *, seed: int = 0, sampler: str | None = None, nfe: int | None = None) -> Samples:
-        """Draw one image per sample id.
+    def sample(
+        self, index_B: Tensor, *, seed: int = 0, sampler: str | None = None, nfe: int | None = None
+    ) -> Samples | TextSamples:
+        """Draw one image or text per sample id.
 
         Args:
             index_B: (B,) int64, the global sample ids; with `seed` they are the whole random state.

@@ -7,6 +7,8 @@ from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
 from zoo.callbacks.sample_quality import SampleQuality
+from zoo.callbacks.text_quality import TextQuality
+from zoo.callbacks.text_writer import TextWriter
 
 __all__ = [
     "EMA",
@@ -16,5 +18,7 @@ __all__ = [
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",
+    "TextQuality",
+    "TextWriter",
     "TrajectoryWriter",
 ]

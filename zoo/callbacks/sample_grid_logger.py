@@ -6,7 +6,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.callbacks.picture import picture_grid
-from zoo.callbacks.sampling import check_cadence, check_sampling, draw_samples, is_due
+from zoo.callbacks.sampling import check_cadence, check_sampling, draw_images, is_due
 
 
 class SampleGridLogger(Callback):
@@ -63,7 +63,7 @@ class SampleGridLogger(Callback):
         """Draw the samples and log them (Lightning hook)."""
         if not is_due(trainer, self.every_n_epochs):
             return
-        images, _ = draw_samples(
+        images, _ = draw_images(
             trainer,
             pl_module,
             self.num_images,

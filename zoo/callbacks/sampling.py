@@ -1,18 +1,22 @@
 """Drawing samples from the module inside a callback: checked before the run starts, shared out over the ranks.
 
-Shape suffixes: N samples, C channels, H height, W width.
+Shape suffixes: N samples, C channels, H height, W width, L bytes of the longest text.
 """
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from zoo.option_errors import nearest
-from zoo.sampling import SupportsSampling, to_uint8
+from zoo.sampling import Samples, SupportsSampling, TextSamples, to_uint8
+
+T = TypeVar("T")
+
+_NO_UTF8 = b"\xff"  # a byte that no text contains
 
 
 def check_sampling(pl_module: LightningModule, samplers: Sequence[str | None], nfes: Sequence[int | None], user: str) -> None:
@@ -64,43 +68,87 @@ def is_due(trainer: Trainer, every_n_epochs: int | None) -> bool:
     return inside_fit and every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
-def draw_samples(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    num_samples: int,
-    *,
-    batch_size: int,
-    seed: int,
-    sampler: str | None,
-    nfe: int | None,
-) -> tuple[Tensor, int]:
-    """Draw the samples 0 to N-1, each rank its share, in the precision of the run.
+def draw_images(trainer: Trainer, pl_module: LightningModule, num_samples: int, **options: Any) -> tuple[Tensor, int]:
+    """Draw the images 0 to N-1, each rank its share, in the precision of the run.
 
     Args:
         trainer: The trainer.
         pl_module: A module that offers `SupportsSampling`.
         num_samples: Number of samples N.
-        batch_size: Samples per pass on each rank.
-        seed: Seed of the samples.
-        sampler: Name of the sampler.
-        nfe: Network function evaluations per sample.
+        options: `batch_size`, samples per pass on each rank; and `seed`, `sampler`, `nfe` of the module's `sample`.
 
     Returns:
         uint8 images (N, C, H, W) in the order of the sample ids, on every rank, and the evaluations each really cost.
+
+    Raises:
+        TypeError: If the module draws texts.
     """
+    shares, spent = _draw_share(trainer, pl_module, num_samples, _pixels, **options)
+    return _gather(trainer, torch.cat(shares), num_samples), spent
+
+
+def draw_texts(trainer: Trainer, pl_module: LightningModule, num_samples: int, **options: Any) -> tuple[list[str], int]:
+    """Draw the texts 0 to N-1; arguments as of `draw_images`.
+
+    Returns:
+        The texts in the order of the sample ids, on every rank, and the evaluations each really cost.
+
+    Raises:
+        TypeError: If the module draws images.
+    """
+    shares, spent = _draw_share(trainer, pl_module, num_samples, _texts, **options)
+    rows = [text.encode() for share in shares for text in share]
+    width = torch.tensor(max(1, *map(len, rows)), device=pl_module.device)  # 1, if all texts are empty
+    if trainer.world_size > 1:
+        width = trainer.strategy.reduce(width, reduce_op="max")
+    padded = b"".join(row.ljust(int(width), _NO_UTF8) for row in rows)
+    bytes_NL = torch.frombuffer(bytearray(padded), dtype=torch.uint8).reshape(len(rows), int(width)).to(pl_module.device)
+    found = _gather(trainer, bytes_NL, num_samples).cpu().numpy()
+    return [row.tobytes().rstrip(_NO_UTF8).decode() for row in found], spent
+
+
+def _draw_share(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    num_samples: int,
+    content: Callable[[Samples | TextSamples], T],
+    *,
+    batch_size: int,
+    seed: int,
+    sampler: str | None,
+    nfe: int | None,
+) -> tuple[list[T], int]:
+    """What this rank draws, batch by batch, and the evaluations each sample really cost."""
     module = cast(SupportsSampling, pl_module)
     # Every rank draws equally many, so that ranks that compute together stay together; ids from N on are dropped.
     padded = math.ceil(num_samples / trainer.world_size) * trainer.world_size
     index_N = torch.arange(trainer.global_rank, padded, trainer.world_size, device=pl_module.device)
-    shares = []
+    share = []
     spent = 0
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         for index_B in index_N.split(batch_size):
             samples = module.sample(index_B, seed=seed, sampler=sampler, nfe=nfe)
-            shares.append(to_uint8(samples.images))
+            share.append(content(samples))
             spent = samples.nfe
-    share_NCHW = torch.cat(shares)
+    return share, spent
+
+
+def _gather(trainer: Trainer, share: Tensor, num_samples: int) -> Tensor:
+    """The shares of all ranks (..., one row a sample) in the order of the sample ids."""
     if trainer.world_size == 1:
-        return share_NCHW, spent
-    gathered_RNCHW = trainer.strategy.all_gather(share_NCHW)
-    return gathered_RNCHW.transpose(0, 1).flatten(0, 1)[:num_samples], spent
+        return share
+    return trainer.strategy.all_gather(share).transpose(0, 1).flatten(0, 1)[:num_samples]
+
+
+def _pixels(samples: Samples | TextSamples) -> Tensor:
+    if not isinstance(samples, Samples):
+        raise TypeError(f"Images are wanted, and the module's `sample` gave {type(samples).__name__}, not zoo.sampling.Samples.")
+    return to_uint8(samples.images)
+
+
+def _texts(samples: Samples | TextSamples) -> list[str]:
+    if not isinstance(samples, TextSamples):
+        raise TypeError(
+            f"Texts are wanted, and the module's `sample` gave {type(samples).__name__}, not zoo.sampling.TextSamples."
+        )
+    return samples.texts

@@ -1,4 +1,4 @@
-"""Metrics of generated images: feature distances with their floor, and what a classifier makes of the images."""
+"""Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling."""
 
 from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement
 from zoo.metrics.classifier import FeatureClassifier
@@ -12,6 +12,7 @@ from zoo.metrics.feature_distance import (
     real_data_floor,
 )
 from zoo.metrics.feature_network import FeatureCNN, FeatureMLP, FeatureNetwork
+from zoo.metrics.spelling import SpellingAccuracy, TextScores, english_dictionary, spelling_accuracy, text_scores, vocabulary
 
 __all__ = [
     "INCEPTION",
@@ -26,9 +27,15 @@ __all__ = [
     "FeatureDistances",
     "FeatureMLP",
     "FeatureNetwork",
+    "SpellingAccuracy",
+    "TextScores",
     "check_extractor",
     "classifier_agreement",
+    "english_dictionary",
     "feature_distances",
     "load_classifier",
     "real_data_floor",
+    "spelling_accuracy",
+    "text_scores",
+    "vocabulary",
 ]
