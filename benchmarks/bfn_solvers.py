@@ -1,17 +1,24 @@
 """Samplers of a Bayesian flow network at equal numbers of network calls.
 
-``python -m benchmarks.bfn_solvers --data digits`` trains the model of ``configs/bfn/digits.yaml`` once per seed and draws
-the same 2000 sample ids (so the same noise) with every sampler at 5 to 100 network calls. It reports the feature distance
-beside the real-data floor, at how many fewer calls the second-order ODE solver is as good as the ancestral sampler, and
-the share of the sampling time spent outside the network. Start and grid of the solvers are the configuration's; the
-second-order ones are also measured with the published ones (eta 0.01, uniform grid).
+``python -m benchmarks.bfn_solvers --data digits`` (or ``digits_k4``) trains the model of ``configs/bfn/<data>.yaml`` once per
+seed; ``--data mnist`` and ``--data text`` take the shipped weights ``bfn-mnist`` and ``bfn-text`` and draw with three seeds of
+noise. Every sampler draws the same sample ids (so the same noise) with 5 to 100 network calls. The result holds:
 
-Claim: Xue et al., ICML 2024 (arXiv 2404.15766), figure 3: 5 to 20 times fewer calls on CIFAR-10.
+* images: the feature distance beside the real-data floor, at how many fewer calls the second-order ODE solver is as good as
+  the ancestral sampler, and the share of the sampling time spent outside the network;
+* text: the share of words that are spelled right, of words known from the training text, of distinct words and of
+  duplicates, beside held-out text and a character 5-gram model of the same training text.
+
+Start and grid of the solvers are the configuration's; on the digits as continuous data the second-order solvers are also
+measured with the published ones (eta 0.01, uniform grid).
+
+Claim: Xue et al., ICML 2024 (arXiv 2404.15766), figures 3 and 4: 5 to 20 times fewer calls on CIFAR-10 and text8.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import statistics
@@ -24,20 +31,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
+import datamodules
+import zoo
+from benchmarks.character_ngram import CharacterNgram
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from zoo.bfn import ODE2M
-from zoo.cli import ZooCLI
+from zoo.cli import ZooCLI, packaged_configs
 from zoo.metrics import NUM_SAMPLES, feature_distances, real_data_floor
+from zoo.metrics.spelling import text_scores, vocabulary
 from zoo.module import ZooModule
-from zoo.sampling import to_uint8
+from zoo.sampling import as_sampled, to_uint8
 
-CONFIGS = {"digits": "bfn/digits"}
-SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m")
+SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m", "ode2s", "ode3m")
 NFES = (5, 10, 20, 50, 100)
 LEVELS = (20, 50)
 """Network calls of the ancestral sampler whose quality the second-order ODE solver has to reach with fewer; the bar is
@@ -45,6 +56,35 @@ set at the first."""
 PUBLISHED_GRID = ("sde2m", "ode2m")
 """Second-order samplers that are measured with the published start and grid as well as with the configuration's."""
 FLOOR = "real data (floor)"
+HELD_OUT, NGRAM = "held-out text", "character 5-gram"
+TEXT_FIGURES = ("spelling_accuracy", "vocabulary_accuracy", "distinct_words", "duplicates")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured for one kind of data.
+
+    Attributes:
+        config: Packaged configuration.
+        count: Samples per sampler and number of calls.
+        weights: Shipped weights; ``None``: trained anew for each seed.
+        published: Whether the second-order samplers are also measured with the published start and grid.
+        text: Whether the samples are texts.
+    """
+
+    config: str
+    count: int
+    weights: str | None = None
+    published: bool = False
+    text: bool = False
+
+
+STUDIES = {
+    "digits": Study("bfn/digits", NUM_SAMPLES, published=True),
+    "digits_k4": Study("bfn/digits_k4", NUM_SAMPLES),
+    "mnist": Study("bfn/mnist", 500, weights="bfn-mnist"),
+    "text": Study("bfn/text_small", 128, weights="bfn-text", text=True),
+}
 
 
 @dataclass
@@ -119,60 +159,116 @@ def train(config: str, seed: int, folder: Path, options: Sequence[str]) -> tuple
     return cli.model, cli.datamodule, cli.trainer.global_step
 
 
+def data_of(config: str) -> Any:
+    """The DataModule of a packaged configuration, ready for use."""
+    section = yaml.safe_load(packaged_configs()[config].read_text())["data"]
+    data = getattr(datamodules, section["class_path"])(**section.get("init_args", {}))
+    data.prepare_data()
+    data.setup("test")
+    return data
+
+
+class ImageScores:
+    """Feature distance of images, at the grey levels that the model's samples have."""
+
+    def __init__(self, model: Any, data: Any, count: int) -> None:
+        self.reference, self.extractor, self.count = as_sampled(model, data.reference_images()), data.feature_extractor, count
+
+    def __call__(self, samples: Any) -> dict[str, float]:
+        """The figures of samples."""
+        images = to_uint8(samples.images)
+        return {"distance": feature_distances(images, self.reference, self.extractor, kid_subsets=1).frechet_distance}
+
+    def baselines(self, seed: int) -> dict[str, dict[str, float]]:
+        """The figures of what samples are compared with."""
+        floor = real_data_floor(self.reference, self.extractor, self.count, kid_subsets=1)
+        return {FLOOR: {"distance": floor.frechet_distance}}
+
+
+class TextScores:
+    """Spelling and diversity of texts."""
+
+    def __init__(self, data: Any, count: int) -> None:
+        self.train_text, self.count = data.train_text(), count
+        self.known_words = vocabulary(self.train_text)
+        lines = data.reference_text()
+        self.held_out = lines[:: max(1, len(lines) // count)][:count]
+
+    def __call__(self, samples: Any) -> dict[str, float]:
+        """The figures of samples."""
+        return self._figures(samples.texts)
+
+    def baselines(self, seed: int) -> dict[str, dict[str, float]]:
+        """The figures of what samples are compared with."""
+        ngram = CharacterNgram(self.train_text).sample(self.count, len(self.held_out[0]), seed)
+        return {HELD_OUT: self._figures(self.held_out), NGRAM: self._figures(ngram)}
+
+    def _figures(self, lines: list[str]) -> dict[str, float]:
+        scores = dataclasses.asdict(text_scores(lines, self.known_words))
+        return {name: 100 * scores[name] for name in TEXT_FIGURES}
+
+
 @torch.inference_mode()
-def draw(model: Any, index_N: Tensor, seed: int, sampler: str, nfe: int) -> tuple[Tensor, dict[str, float]]:
-    """Samples (N, C, H, W) as uint8, and what they cost: calls, seconds, share of them outside the network."""
+def draw(model: Any, index_N: Tensor, seed: int, sampler: str, nfe: int) -> tuple[Any, dict[str, float]]:
+    """Samples, and what they cost: calls, seconds, share of them outside the network."""
     with NetworkClock().watch(model.networks()) as clock:
         begin = now()
         samples = model.sample(index_N, seed=seed, sampler=sampler, nfe=nfe)
         seconds = now() - begin
-    return to_uint8(samples.images), {
-        "calls": samples.nfe,
-        "seconds": seconds,
-        "outside": 1 - clock.seconds / seconds,
-    }
+    return samples, {"calls": samples.nfe, "seconds": seconds, "outside": 1 - clock.seconds / seconds}
 
 
-def measure(record: Record, seed: int, model: Any, reference: Tensor, extractor: str, count: int, nfes: Sequence[int]) -> None:
-    """Add the rows of one trained model."""
-    index_N = torch.arange(count, device=model.device)
+def measure(record: Record, seed: int, model: Any, scores: ImageScores | TextScores, study: Study, nfes: Sequence[int]) -> None:
+    """Add the rows of one seed."""
+    index_N = torch.arange(study.count, device=model.device)
     configured, published = model.solver, ODE2M(eta=0.01, grid="uniform")
     arms = [(sampler, sampler, configured) for sampler in SAMPLERS]
-    arms += [(f"{sampler}, published grid", sampler, published) for sampler in PUBLISHED_GRID]
+    if study.published:
+        arms += [(f"{sampler}, published grid", sampler, published) for sampler in PUBLISHED_GRID]
     for arm, sampler, model.solver in arms:
         draw(model, index_N, seed, sampler, nfes[0])  # the first call of each sampler pays for allocations
         for nfe in nfes:
-            images, cost = draw(model, index_N, seed, sampler, nfe)
+            samples, cost = draw(model, index_N, seed, sampler, nfe)
             if cost["calls"] != nfe:
                 raise RuntimeError(f"{sampler} was asked for {nfe} network calls and made {cost['calls']}.")
-            distance = feature_distances(images, reference, extractor, kid_subsets=1).frechet_distance
             record.row(
-                seed=seed, sampler=arm, nfe=nfe, distance=distance,
+                seed=seed, sampler=arm, nfe=nfe, **scores(samples),
                 seconds=cost["seconds"], percent_outside_network=100 * cost["outside"],
             )  # fmt: skip
-    floor = real_data_floor(reference, extractor, count, kid_subsets=1).frechet_distance
-    for nfe in nfes:
-        record.row(seed=seed, sampler=FLOOR, nfe=nfe, distance=floor)
+    for name, figures in scores.baselines(seed).items():
+        for nfe in nfes:
+            record.row(seed=seed, sampler=name, nfe=nfe, **figures)
     model.solver = configured
 
 
-def judge(record: Record, seeds: Sequence[int]) -> None:
-    """Work the bars out of the rows, and add a row of the calls at equal quality."""
+class Curves:
+    """The figures of one seed's samplers, by the number of calls."""
 
-    def curve(seed: int, sampler: str) -> dict[int, float]:
-        rows = [row for row in record.rows if row.get("seed") == seed and row.get("sampler") == sampler]
-        return {int(row["nfe"]): float(row["distance"]) for row in rows if row.get("distance") is not None}  # type: ignore[arg-type]
+    def __init__(self, record: Record, figure: str) -> None:
+        self.record, self.figure = record, figure
 
-    ratios, factors = [], {level: [] for level in LEVELS}  # type: ignore[var-annotated]
+    def __call__(self, seed: int, sampler: str) -> dict[int, float]:
+        """Figure at each number of calls."""
+        rows = [row for row in self.record.rows if row.get("seed") == seed and row.get("sampler") == sampler]
+        return {int(row["nfe"]): float(row[self.figure]) for row in rows if row.get(self.figure) is not None}  # type: ignore[arg-type]
+
+
+def judge_images(record: Record, seeds: Sequence[int]) -> None:
+    """Work the bars of images out of the rows, and add a row of the calls at equal quality."""
+    curve = Curves(record, "distance")
+    at_ten, at_five = [], []
+    factors: dict[int, list[float]] = {level: [] for level in LEVELS}
     for seed in seeds:
-        ancestral, ode2m = curve(seed, "ancestral"), curve(seed, "ode2m")
-        ratios.append(ode2m[10] / ancestral[10])
+        ancestral, ode2m, sde2m = (curve(seed, sampler) for sampler in ("ancestral", "ode2m", "sde2m"))
+        at_ten.append(ode2m[10] / ancestral[10])
+        at_five.append(min(ode2m[5], sde2m[5]) / ancestral[5])
         for level in LEVELS:
             if level in ancestral:
                 calls = calls_at_distance(ode2m, ancestral[level])
                 factors[level].append(level / calls if calls else 0.0)
                 record.row(seed=seed, as_good_as=f"ancestral at {level}", calls_of_ode2m=calls, factor=factors[level][-1])
-    record.measure("ode2m_over_ancestral_at_10_nfe", statistics.median(ratios))
+    record.measure("ode2m_over_ancestral_at_10_nfe", statistics.median(at_ten))
+    record.measure("second_order_over_ancestral_at_5_nfe", statistics.median(at_five))
     at_bar = factors[LEVELS[0]]
     record.measure("fewer_calls_at_equal_quality", statistics.median(at_bar) if at_bar else None)
     shares = {
@@ -186,41 +282,69 @@ def judge(record: Record, seeds: Sequence[int]) -> None:
     record.measure("time_outside_network", max(shares.values()))
 
 
+def judge_texts(record: Record, seeds: Sequence[int], sampler: str, nfe: int) -> None:
+    """Work the bar of text out of the rows: the model's own sampler against the 5-gram model."""
+    curve = Curves(record, "spelling_accuracy")
+    gaps = [curve(seed, sampler)[nfe] - curve(seed, NGRAM)[nfe] for seed in seeds]
+    record.measure("spelling_above_5_gram", statistics.median(gaps))
+
+
+def tables_of(study: Study) -> tuple[list[Table], list[Plot]]:
+    """Tables and plots of a result."""
+    if study.text:
+        titles = {
+            "spelling_accuracy": "Words spelled right (Hunspell en_US)",
+            "vocabulary_accuracy": "Words that occur at least twice in the training text",
+            "distinct_words": "Distinct words among all",
+            "duplicates": "Lines that occur more than once",
+        }
+        tables = [
+            Table(f"{title}, percent, by network calls, {study.count} samples", "sampler", [name], columns="nfe", digits=1)
+            for name, title in titles.items()
+        ]
+        return tables, [Plot("Percent of words spelled right by network calls", "nfe", "spelling_accuracy", "sampler", log="x",
+                             reference=HELD_OUT)]  # fmt: skip
+    return [
+        Table(f"Feature distance by network calls, {study.count} samples", "sampler", ["distance"], columns="nfe"),
+        Table(f"Network calls of ode2m at equal quality ({NFES[0]}: so many or fewer)", "as_good_as",
+              ["calls_of_ode2m", "factor"], digits=1),
+        Table(f"Percent of the time outside the network, {study.count} at once", "sampler", ["percent_outside_network"],
+              columns="nfe", digits=1),
+    ], [Plot("Feature distance by network calls", "nfe", "distance", "sampler", log="xy", reference=FLOOR)]  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bfn_solvers", description=__doc__)
-    parser.add_argument("--data", choices=sorted(CONFIGS), default="digits")
+    parser.add_argument("--data", choices=sorted(STUDIES), default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the result is not kept")
     options = parser.parse_args(arguments)
-    seeds = options.seeds[:1] if options.smoke else options.seeds
-    nfes, count = ((5, 10), 500) if options.smoke else (NFES, NUM_SAMPLES)
-    short = ["--trainer.max_steps", "20", "--trainer.limit_val_batches", "0"] if options.smoke else []
-    record = Record(
-        f"bfn_solvers_{options.data}",
-        seeds=seeds,
-        smoke=options.smoke,
-        tables=[
-            Table(f"Feature distance by network calls, {count} samples", "sampler", ["distance"], columns="nfe"),
-            Table(f"Network calls of ode2m at equal quality ({nfes[0]}: so many or fewer)", "as_good_as",
-                  ["calls_of_ode2m", "factor"], digits=1),
-            Table(f"Percent of the time outside the network, {count} at once", "sampler", ["percent_outside_network"],
-                  columns="nfe", digits=1),
-            Table("Training", "seed", ["steps", "training_seconds"], digits=0),
-        ],
-        plots=[
-            Plot("Feature distance by network calls", "nfe", "distance", "sampler", log="xy", reference=FLOOR),
-        ],
-    )  # fmt: skip
+    study, seeds, nfes, short = STUDIES[options.data], options.seeds, NFES, []
+    if options.smoke:
+        study = dataclasses.replace(study, count=8 if study.text else 500 if study.weights is None else 100)
+        seeds, nfes, short = seeds[:1], NFES[:2], ["--trainer.max_steps", "20", "--trainer.limit_val_batches", "0"]
+    tables, plots = tables_of(study)
+    if study.weights is None:
+        tables.append(Table("Training", "seed", ["steps", "training_seconds"], digits=0))
+    record = Record(f"bfn_solvers_{options.data}", seeds=seeds, smoke=options.smoke, tables=tables, plots=plots)
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            begin = time.perf_counter()
-            model, data, steps = train(CONFIGS[options.data], seed, Path(folder), short)
-            record.row(seed=seed, steps=steps, training_seconds=time.perf_counter() - begin)
+        data: Any
+        if study.weights is not None:
+            model, data = zoo.load(study.weights), data_of(study.config)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.perf_counter()
+                model, data, steps = train(study.config, seed, Path(folder), short)
+                record.row(seed=seed, steps=steps, training_seconds=time.perf_counter() - begin)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        reference, extractor = data.reference_images(), data.feature_extractor  # type: ignore[attr-defined]
-        measure(record, seed, model, reference, extractor, count, nfes)
-    judge(record, seeds)
+        scores = TextScores(data, study.count) if study.text else ImageScores(model, data, study.count)
+        measure(record, seed, model, scores, study, nfes)
+    if study.text:
+        solver: Any = model.solver
+        judge_texts(record, seeds, type(solver).names[0], solver.nfe if solver.nfe in nfes else nfes[-1])
+    else:
+        judge_images(record, seeds)
     return record.save()
 
 

@@ -59,7 +59,7 @@ class DataStatisticsWriter(Callback):
         batches = (move_data_to_device(batch, pl_module.device) for batch in data.train_dataloader())
 
         def reduce(total: Tensor) -> Tensor:
-            return trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[return-value]
+            return trainer.strategy.reduce(total, reduce_op="sum")
 
         statistics = pl_module.data_statistics(batches, reduce)
         if trainer.is_global_zero:
