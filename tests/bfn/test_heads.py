@@ -408,6 +408,25 @@ def test_half_precision_outputs_are_read_in_the_states_precision():
             assert prediction.dtype == prediction.mean().dtype == prediction.mode().dtype == torch.float32
 
 
+def test_autocast_changes_nothing():
+    """Estimates, draws and losses are computed in the state's precision, whatever the network runs in."""
+    x, alpha = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)
+    for prediction, data in (
+        (Categorical(normal(2, 3, 4).float(), "joint"), x),
+        (Categorical(normal(2, 3, 4).float(), "marginal"), x),
+        (DiscretizedNormal(normal(2, 3).float(), normal(2, 3).float().exp(), 16), x.float()),
+        (DiscretizedNormal(normal(2, 3).float(), normal(2, 3).float().exp(), 16, clip=False), x.float()),
+    ):
+
+        def results(prediction=prediction, data=data):
+            shown = prediction.mean(), prediction.mode(), prediction.sample(streams(2), "output")
+            return *shown, prediction.log_prob(data), prediction.message_kl(data, alpha, streams(2))
+
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            cast = results()
+        assert all(torch.equal(a, b) for a, b in zip(cast, results(), strict=True))
+
+
 def test_heads_say_what_they_belong_to():
     continuous, text, binary = ContinuousFlow(), DiscreteFlow(27), DiscreteFlow(2)
     fits = {

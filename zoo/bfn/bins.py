@@ -127,7 +127,7 @@ def bin_mean(mean: Tensor, std: Tensor, num_bins: int, *, clip: bool = True) -> 
 
     def from_probabilities(mean: Tensor, std: Tensor) -> Tensor:
         centres = bin_centre(torch.arange(num_bins, device=mean.device), num_bins, mean.dtype)
-        return bin_log_probs(mean, std, num_bins, clip=False).exp() @ centres
+        return (bin_log_probs(mean, std, num_bins, clip=False).exp() * centres).sum(-1)  # a product `@` autocast would round
 
     function = from_edges if clip else from_probabilities
     return in_chunks(function, num_bins, mean.flatten(), std.flatten()).view_as(mean)
