@@ -122,12 +122,12 @@ def bin_mean(mean: Tensor, std: Tensor, num_bins: int, *, clip: bool = True) -> 
     def from_edges(mean: Tensor, std: Tensor) -> Tensor:
         edges = torch.arange(1, num_bins, device=mean.device).to(mean.dtype) * 2 / num_bins - 1
         inverse = math.sqrt(0.5) / std
-        z = torch.addcmul((mean * inverse)[:, None], inverse[:, None], edges, value=-1)
-        return (z.erf() if z.requires_grad else z.erf_()).sum(-1) / num_bins
+        z = torch.addcmul(mean * inverse, inverse, edges[:, None], value=-1)
+        return (z.erf() if z.requires_grad else z.erf_()).sum(0) / num_bins
 
     def from_probabilities(mean: Tensor, std: Tensor) -> Tensor:
         centres = bin_centre(torch.arange(num_bins, device=mean.device), num_bins, mean.dtype)
-        return bin_log_probs(mean, std, num_bins, clip=False).exp() @ centres
+        return (bin_log_probs(mean, std, num_bins, clip=False).exp() * centres).sum(-1)  # a product `@` autocast would round
 
     function = from_edges if clip else from_probabilities
     return in_chunks(function, num_bins, mean.flatten(), std.flatten()).view_as(mean)

@@ -90,7 +90,7 @@ class CategoricalHead(Head):
     Args:
         receiver: what the loss of finitely many messages takes as the predicted distribution of a message in R^K.
             ``joint``: the mixture over the classes, as the framework defines it. ``marginal``: the product of that
-            mixture's K marginals, with which the published losses were computed; up to a third higher.
+            mixture's K marginals, with which the published losses were computed: higher for few, strong messages.
         message_samples: messages drawn to estimate that loss.
 
     Raises:

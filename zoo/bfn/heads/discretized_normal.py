@@ -146,7 +146,7 @@ class DiscretizedNormalHead(Head):
     def __call__(self, output: Tensor, state: Tensor, t: Tensor | float, flow: Flow) -> DiscretizedNormal:
         """See `Head`."""
         assert isinstance(flow, ContinuousFlow)
-        noise, log_std = output.to(state.dtype).view(*state.shape, 2).unbind(-1)
+        noise, log_std = output.to(state.dtype).reshape(*state.shape, 2).unbind(-1)
         spread = log_std.clamp(-10, 10).exp()
         if isinstance(t, Tensor):
             t = expand_time(t, state)
