@@ -200,8 +200,9 @@ class CharacterText(ZooDataModule, ABC):
         Returns:
             Lines of ``seq_len`` characters that follow one another, as windows do.
         """
-        windows = [decode(window["input_ids"]) for text in self.splits[1:] for window in Windows(text, self.seq_len)]  # type: ignore[attr-defined]
-        return windows
+        size = self.seq_len
+        texts = map(decode, self.splits[1:])
+        return [text[start : start + size] for text in texts for start in range(0, len(text) - size + 1, size)]
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs (Lightning hook).

@@ -17,6 +17,10 @@ CONFIG = """
 - class_path: TrajectoryWriter
   init_args: {num_samples: 4}
 - class_path: JSONLWriter
+- class_path: TextQuality
+  init_args: {samplers: [ode1], nfes: [5], num_samples: 10, every_n_epochs: null}
+- class_path: TextWriter
+  init_args: {num_samples: null, trajectory: true}
 """
 
 
@@ -35,6 +39,8 @@ def test_callbacks_are_built_from_a_configuration() -> None:
         "ImageGridWriter",
         "TrajectoryWriter",
         "JSONLWriter",
+        "TextQuality",
+        "TextWriter",
     ]
     assert built[0].nfes == [5, 10] and built[0].every_n_epochs == 2
     assert built[1].nfe == 20

@@ -57,9 +57,9 @@ class TextWriter(LineMergingWriter):
         index = prediction["index"].tolist()
         columns = [per_sample(prediction[entry], len(index), entry) for entry in entries]
         for sample in zip(index, *columns, strict=True):
-            if any(len(text.splitlines()) > 1 for text in [sample[1], *(sample[2] if self.trajectory else [])]):
+            if any(text and text.splitlines() != [text] for text in [sample[1], *(sample[2] if self.trajectory else [])]):
                 raise ValueError(
-                    f"TextWriter writes one line a sample, and sample {sample[0]} has several: {sample[1]!r}; use JSONLWriter."
+                    f"TextWriter writes one line a sample, and sample {sample[0]} has a line break: use JSONLWriter."
                 )
             self.keep(sample[0], sample[1:])
 

@@ -141,15 +141,40 @@ def text_scores(lines: Sequence[str], known_words: frozenset[str] | None = None,
         ImportError: spylls is not installed, and no other check was given.
         ValueError: There are no lines.
     """
-    metric = SpellingAccuracy(known_words, accepts)
-    metric.update(lines)
-    return TextScores(**metric.compute())
+    accepts = accepts or english_dictionary()
+    words = [word for line in lines for word in words_of(line)]
+    return _scores(
+        num_lines=len(lines),
+        num_words=len(words),
+        accepted=sum(accepts(word) for word in words),
+        in_vocabulary=None if known_words is None else sum(word in known_words for word in words),
+        distinct_words=len(set(words)),
+        distinct_lines=len(set(lines)),
+    )
+
+
+def _scores(
+    *, num_lines: int, num_words: int, accepted: int, in_vocabulary: int | None, distinct_words: int, distinct_lines: int
+) -> TextScores:
+    """Counts as shares."""
+    if not num_lines:
+        raise ValueError("Spelling accuracy wants at least one line of text.")
+    words = max(num_words, 1)
+    return TextScores(
+        num_lines=num_lines,
+        num_words=num_words,
+        spelling_accuracy=accepted / words,
+        vocabulary_accuracy=None if in_vocabulary is None else in_vocabulary / words,
+        distinct_words=distinct_words / words,
+        duplicates=1 - distinct_lines / num_lines,
+    )
 
 
 class SpellingAccuracy(Metric):
     """`text_scores` as a torchmetrics metric that collects lines batch by batch and rank by rank.
 
-    Between ranks travel counts, and 64 bits for each word and line, from which distinct ones are counted.
+    `compute` gathers from all ranks, so all of them must call it (`text_scores` is for one rank alone). Between ranks
+    travel counts, and 64 bits for each word and line, from which distinct ones are counted.
 
     Args:
         known_words: The training text's `vocabulary`; None for none.
@@ -197,17 +222,14 @@ class SpellingAccuracy(Metric):
         Raises:
             ValueError: There are no lines.
         """
-        lines, words = dim_zero_cat(self.lines), dim_zero_cat(self.words)
-        if not len(lines):
-            raise ValueError("Spelling accuracy wants at least one line of text before it is computed.")
-        share = 1 / max(len(words), 1)
-        scores = TextScores(
+        lines, words = (dim_zero_cat(state) if len(state) else torch.empty(0) for state in (self.lines, self.words))
+        scores = _scores(
             num_lines=len(lines),
             num_words=len(words),
-            spelling_accuracy=self.accepted.item() * share,
-            vocabulary_accuracy=None if self.known_words is None else self.in_vocabulary.item() * share,
-            distinct_words=len(words.unique()) * share,
-            duplicates=1 - len(lines.unique()) / len(lines),
+            accepted=int(self.accepted),
+            in_vocabulary=None if self.known_words is None else int(self.in_vocabulary),
+            distinct_words=len(words.unique()),
+            distinct_lines=len(lines.unique()),
         )
         return dataclasses.asdict(scores)
 
