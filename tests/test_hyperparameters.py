@@ -41,7 +41,7 @@ def test_paths_enums_dataclasses_partials_and_classes_become_plain():
     assert plain((1, {2.5})) == [1, [2.5]]
     stored = plain(functools.partial(torch.optim.SGD, lr=0.1))["init_args"]
     assert (stored["lr"], stored["weight_decay"]) == (0.1, 0)  # complete: gaps would be filled from another class's default
-    assert plain(torch.optim.SGD) == {"class_path": "torch.optim.sgd.SGD"}
+    assert plain(torch.optim.SGD) == {"class_path": "torch.optim.SGD"}
 
 
 @pytest.mark.parametrize("value", [lambda: 1, torch.nn.Linear(1, 1), object()])

@@ -134,8 +134,8 @@ class ContinuousFlow(Flow):
     def sample(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """gamma x + sqrt(gamma (1 - gamma)) z; see `Flow.sample`."""
         t = expand_time(t, noise)
-        gamma = -torch.expm1(self.log_variance * t)
-        return gamma * x + (gamma * (1 - gamma)).sqrt() * noise
+        gamma, variance = -torch.expm1(self.log_variance * t), torch.exp(self.log_variance * t)
+        return gamma * x + (gamma * variance).sqrt() * noise
 
     def noise_coefficients(self, t: Time) -> tuple[Time, Time]:
         """The factors (1 / gamma, sqrt((1 - gamma) / gamma)) of `noise_to_data`; both 0 before `MIN_TIME`.
@@ -144,9 +144,9 @@ class ContinuousFlow(Flow):
             t: time, a number or a tensor.
         """
         if isinstance(t, Tensor):
-            gamma = -torch.expm1(self.log_variance * t.clamp(min=MIN_TIME))
-            known = t >= MIN_TIME
-            return known / gamma, known * ((1 - gamma) / gamma).sqrt()
+            log_variance = self.log_variance * t.clamp(min=MIN_TIME)
+            gamma, known = -torch.expm1(log_variance), t >= MIN_TIME
+            return known / gamma, known * (log_variance.exp() / gamma).sqrt()
         return _noise_coefficients(self.log_variance, t)
 
 
@@ -174,7 +174,7 @@ def _noise_coefficients(log_variance: float, t: float) -> tuple[float, float]:
     if t < MIN_TIME:
         return 0.0, 0.0
     gamma = -math.expm1(log_variance * t)
-    return 1 / gamma, math.sqrt((1 - gamma) / gamma)
+    return 1 / gamma, math.sqrt(math.exp(log_variance * t) / gamma)
 
 
 def _expm1(value: Time) -> Time:
