@@ -299,7 +299,7 @@ def test_a_checkpoint_holds_the_arguments_as_plain_data(built, cls, tmp_path):
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     stored = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
-    assert stored["_class_path"] == f"{cls.__module__}.{cls.__name__}"
+    assert stored["_class_path"] == f"datamodules.{cls.__name__}"
     assert {name: stored[name] for name in arguments} == arguments
     again = ImageDataModule.load_from_checkpoint(path, num_workers=1)
     assert type(again) is cls
