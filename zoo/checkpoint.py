@@ -48,10 +48,10 @@ def read_plain(path: str | Path, map_location: Any = "cpu") -> Any:
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        culprit = str(error).partition("GLOBAL ")[2].partition(" was not")[0] or "an object"
+        culprit = next(iter(str(error).partition("GLOBAL ")[2].split()), "an object")
         raise ValueError(
             f"{path} holds {culprit}, which is not a tensor or plain data and could run code when loaded, so it was refused:"
-            " ask its author for a safetensors folder (save_pretrained), or save it again with plain hyperparameters."
+            " ask its author for a safetensors file or folder (save_pretrained), or save it again as tensors and plain data."
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error

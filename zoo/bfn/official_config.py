@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from zoo.bfn.config_section import ConfigSection
-from zoo.bfn.solvers import find_solver
+from zoo.bfn.solvers import Solver, find_solver
 from zoo.hyperparameters import class_path
 
 __all__ = ["OfficialConfig", "read_official_config"]
@@ -378,18 +378,24 @@ def _sampling(options: ConfigSection) -> tuple[dict[str, Any], dict[str, Any]]:
         if argument not in known:
             raise ValueError(f"{options.where(option)}=True cannot be used here: {solver.__name__} has no such variant.")
         arguments[argument] = True
-    # The published code counts steps, ours network calls, which may be more.
     steps = options.integer("n_steps")
-    calls = range(steps + solver.extra_calls, 2 * steps + 2)
-    nfe = next((nfe for nfe in calls if solver(**{**arguments, "nfe": nfe}).num_steps == steps), None)
-    if nfe is None:
-        raise ValueError(f"{options.where('n_steps')}={steps} is no number of steps that {solver.__name__} can take.")
+    if steps < 1:
+        raise ValueError(f"{options.where('n_steps')}={steps} must be at least 1.")
+    arguments = {"nfe": _network_calls(solver, steps, arguments), **arguments}
     sampling = {"seed": options.take("seed", None), "num_samples": options.take("n_samples", None)}
     sampling |= {"batch_size": options.take("batch_size", None), "fid_statistics": options.take("fid_stat", None)}
     options.leave("samples are written to the run's folder", "save_path")
     options.close()
-    solver_config = {"class_path": class_path(solver), "init_args": {"nfe": nfe, **arguments}}
+    solver_config = {"class_path": class_path(solver), "init_args": arguments}
     return solver_config, {name: value for name, value in sampling.items() if value is not None}
+
+
+def _network_calls(solver: type[Solver], steps: int, arguments: dict[str, Any]) -> int:
+    """Network calls of so many steps, which may be more: the published code counts steps, ours calls."""
+    for nfe in range(steps + solver.extra_calls, 2 * steps + 2):
+        if solver(**{**arguments, "nfe": nfe}).num_steps == steps:
+            return nfe
+    raise ValueError(f"{solver.__name__} cannot take sampling.n_steps={steps} steps.")
 
 
 def _start(options: ConfigSection) -> tuple[str, str | None]:
