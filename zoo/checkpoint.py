@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_pretrained"]
+__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_plain", "read_pretrained"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,24 +24,37 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         FileNotFoundError: there is no such file.
         ValueError: the file holds code or foreign objects, is damaged, or is no Lightning checkpoint.
     """
+    checkpoint = read_plain(path, map_location)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"{path} is not a Lightning checkpoint (it has no state_dict): convert officially released weights with"
+            " `zoo convert FILE FOLDER --config NAME`."
+        )
+    return checkpoint
+
+
+def read_plain(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Read a file of ``torch.save`` or a ``.safetensors`` file: tensors and plain data, never code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds code or foreign objects, or is damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(map_location))
+        return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        culprit = str(error).partition("GLOBAL ")[2].partition(" was not")[0] or "an object"
+        culprit = next(iter(str(error).partition("GLOBAL ")[2].split()), "an object")
         raise ValueError(
             f"{path} holds {culprit}, which is not a tensor or plain data and could run code when loaded, so it was refused:"
-            " ask its author for a safetensors folder (save_pretrained), or save it again with plain hyperparameters."
+            " ask its author for a safetensors file or folder (save_pretrained), or save it again as tensors and plain data."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"{path} is not a Lightning checkpoint (it has no state_dict): convert foreign weights with `zoo convert`."
-        )
-    return checkpoint
 
 
 def is_pretrained_folder(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
@@ -258,6 +259,67 @@ class ZooModule(Configurable, LightningModule):
         load_model(module, str(folder / WEIGHTS_FILE))
         return module
 
+    # Officially released weights: a method that has some overrides the three hooks
+
+    def load_official(self, path: str | Path) -> None:
+        """Load a file of the weights that the method's authors released.
+
+        Raises:
+            ValueError: this method has none, or the file's weights are not this module's.
+        """
+        raise ValueError(f"{type(self).__name__} has no officially released weights to load.")
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The weights as the method's published code names and stores them.
+
+        Raises:
+            ValueError: this method has no published format.
+        """
+        raise ValueError(f"{type(self).__name__} has no official format of weights; leave out --official.")
+
+    @classmethod
+    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Read a configuration of the method's published code.
+
+        Args:
+            config: the file, parsed.
+
+        Returns:
+            ``{"class_path", "init_args"}`` of a module, or None if the file is no such configuration.
+
+        Raises:
+            ValueError: it is one, but says something that this module cannot do.
+        """
+        return None
+
+    @classmethod
+    def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any]) -> Self:
+        """Build the module that officially released weights belong to.
+
+        Args:
+            path: the file of the weights.
+            config: a YAML file, or what it holds: a configuration of the zoo, or one of the method's published code.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the configuration is neither, or the weights do not fit the module that it describes.
+        """
+        parsed = config if isinstance(config, Mapping) else yaml.safe_load(Path(config).read_text())
+        if not isinstance(parsed, Mapping):
+            raise ValueError(f"{config} is not a configuration: it must hold options, such as `model:`.")
+        model = parsed.get("model")
+        if not (isinstance(model, Mapping) and "class_path" in model):
+            read = (found for c in _family(cls) if (found := c.from_official_config(parsed)) is not None)
+            model = next(read, None)
+        if model is None:
+            raise ValueError(
+                "This is neither a configuration of the zoo (it has no model.class_path) nor one of published code that"
+                f" {cls.__name__} can read: {', '.join(map(str, parsed)) or 'it is empty'}."
+            )
+        module = build(cls, model)
+        module.load_official(path)
+        return module
+
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Upload") -> str:
         """Upload `save_pretrained`'s folder to the Hugging Face hub.
 
@@ -293,6 +355,15 @@ class ZooModule(Configurable, LightningModule):
                 rank_zero_warn(f"{target.__name__}: the argument {old!r} of the checkpoint is called {new!r} now.")
                 arguments[new] = arguments.pop(old)
         return build(cls, {"class_path": class_path(target), "init_args": {**arguments, **overrides}})
+
+
+def _family(cls: type[ZooModule]) -> list[type[ZooModule]]:
+    """A class and all that derive from it, parents first."""
+    found, waiting = [], [cls]
+    while waiting:
+        found.append(waiting.pop(0))
+        waiting += found[-1].__subclasses__()
+    return found
 
 
 class _SeedEachBatch(Callback):

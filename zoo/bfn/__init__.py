@@ -8,7 +8,9 @@ from zoo.bfn.flow import Flow
 from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, DiscretizedNormalHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP, UNetVDM
+from zoo.bfn.official_config import OfficialConfig, read_official_config
 from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
+from zoo.bfn.state_dict_adapter import from_official, load_official, read_official_weights, to_official
 from zoo.bfn.statistics import DataStatistics
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "InPainting",
     "Network",
     "ODEEuler",
+    "OfficialConfig",
     "OutputDistribution",
     "ResidualMLP",
     "SDEEuler",
@@ -43,5 +46,10 @@ __all__ = [
     "TextCodec",
     "UNetVDM",
     "find_solver",
+    "from_official",
+    "load_official",
+    "read_official_config",
+    "read_official_weights",
     "solver_names",
+    "to_official",
 ]
