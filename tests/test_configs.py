@@ -35,7 +35,7 @@ def in_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "num_parameters"), PUBLISHED.items())
 def test_published_recipes_are_built_whole(name, num_parameters, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    options = ["-c", name, "--trainer.logger", "false", *QUIET]
+    options = ["-c", str(CONFIGS[name]), "--trainer.logger", "false", *QUIET]
     with torch.device("meta"):
         cli = ZooCLI(options, run=False)
     assert sum(parameter.numel() for parameter in cli.model.network.parameters()) == num_parameters

@@ -1,6 +1,7 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Solver, solver_names
+from zoo.bfn.state_dict_adapter import from_official_config, load_official, to_official
 from zoo.bfn.statistics import DataStatistics
 from zoo.metrics.mean_and_error import MeanAndError
 from zoo.module import ZooModule
@@ -263,6 +265,21 @@ class BFN(ZooModule):
         drawn = self.in_paint(batch, seed=self.random_seed, record=self.record_trajectory)
         result = {"index": batch["index"], **self.codec.prediction(drawn, batch)}
         return result | ({"path": batch["path"]} if "path" in batch else {})
+
+    # Official weights
+
+    def load_official(self, path: str | Path) -> None:
+        """Read a released weights file into the network; see `ZooModule.from_official`."""
+        load_official(self.network, path)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The network's weights under the released files' names."""
+        return to_official(self.network)
+
+    @classmethod
+    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Our hyperparameters from a configuration of the published code."""
+        return from_official_config(cls, config)
 
     # Sampling
 
