@@ -4,7 +4,7 @@ from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow
-from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
+from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, DiscretizedNormalHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import Network, ResidualMLP
 from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
@@ -17,11 +17,14 @@ __all__ = [
     "SDE1",
     "SDE2M",
     "BFNSampler",
+    "BernoulliHead",
+    "CategoricalHead",
     "ContinuousFlow",
     "DataStatistics",
     "DeltaHead",
     "Denoiser",
     "DiscreteFlow",
+    "DiscretizedNormalHead",
     "Flow",
     "Guide",
     "Head",

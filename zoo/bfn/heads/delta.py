@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from zoo.bfn.bins import bin_log_prob, check_num_bins
@@ -29,6 +30,11 @@ class Delta(OutputDistribution):
     clip: float
     num_bins: int
     std: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type of the value."""
+        return self.unclipped.dtype
 
     def mean(self) -> Tensor:
         """The value."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from zoo.bfn.flow import Flow
@@ -14,6 +15,11 @@ __all__ = ["Head", "OutputDistribution"]
 
 class OutputDistribution(ABC):
     """Distribution over the data that a network predicts; all that losses and samplers ask of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type of the estimates."""
+        return self.mean().dtype
 
     @abstractmethod
     def mean(self) -> Tensor:
@@ -56,10 +62,30 @@ class Head(Configurable, ABC):
 
     #: Kind of flow that the head belongs to.
     flow_type: ClassVar[type[Flow]]
-    #: Numbers that the network gives for each element of the data.
+    #: Numbers that the network gives for each element of the data; where the flow decides it, see `num_outputs_for`.
     num_outputs: int = 1
-    #: Levels of the data that the head distinguishes.
+    #: Levels of quantised data. Heads of classes have none of their own, see `num_levels`.
     num_bins: int
+
+    def check(self, flow: Flow) -> None:
+        """Refuse a flow that does not belong to the head.
+
+        Raises:
+            ValueError: saying in one sentence what does not fit.
+        """
+        if not isinstance(flow, self.flow_type):
+            raise ValueError(
+                f"{type(self).__name__} belongs to a {self.flow_type.__name__}, not to a {type(flow).__name__}:"
+                " choose head and flow of the same kind of data."
+            )
+
+    def num_outputs_for(self, flow: Flow) -> int:
+        """Numbers that the network gives for each element of the flow's data."""
+        return self.num_outputs
+
+    def num_levels(self, flow: Flow) -> int:
+        """Levels that the flow's data have: bins or classes."""
+        return self.num_bins
 
     @abstractmethod
     def __call__(self, output: Tensor, state: Tensor, t: Tensor | float, flow: Flow) -> OutputDistribution:
