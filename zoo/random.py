@@ -18,6 +18,7 @@ __all__ = ["SampleRandom", "splitmix64"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment
 _MANTISSA = {torch.float32: 24, torch.float64: 53}
+_WORDS_PER_THREAD = 2**16  # drawn at a time on a CPU: every pass after the first finds them in the cache
 
 
 def splitmix64(state: Tensor) -> Tensor:
@@ -81,10 +82,14 @@ class SampleRandom:
 
     def bits(self, name: str, num_words: int) -> Tensor:
         """Raw draws: (B, num_words) int64, all 64 bits random."""
+        return _mix_(self._counter(num_words) + (self._key_B + _hash(name))[:, None])
+
+    def _counter(self, num_words: int) -> Tensor:
+        """What tells a sample's words apart, (num_words,)."""
         if num_words not in self._counters:
             counter_N = torch.arange(1, num_words + 1, device=self.index_B.device)
             self._counters[num_words] = counter_N.mul_(_signed(_GOLDEN))
-        return _mix_((self._key_B + _hash(name))[:, None] + self._counters[num_words])
+        return self._counters[num_words]
 
     def uniform(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform draws in [0, 1).
@@ -115,12 +120,26 @@ class SampleRandom:
         """
         _check(dtype)
         num_elements = math.prod(shape)
-        words = self.bits(name, (num_elements + 1) // 2)
-        # The upper bits decide the angle, the lower half of the word the radius.
-        angle = words.to(dtype).mul_(math.pi * 2.0**-63)
-        radius = words.bitwise_and_(2**32 - 1).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-        pair = torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=1)
-        return pair[:, :num_elements].reshape(len(self), *shape)
+        num_words = (num_elements + 1) // 2
+        # The words are mixed in the memory of the draws that they become: two of four or eight bytes each.
+        room = torch.empty(len(self), num_words * dtype.itemsize // 4, dtype=torch.int64, device=self.index_B.device)
+        draws, key_B, counter_N = room.view(dtype), self._key_B + _hash(name), self._counter(num_words)
+        for part in self._parts(num_words):
+            pair, words = draws[part], room[part, :num_words]
+            _mix_(torch.add(counter_N, key_B[part, None], out=words))
+            # The upper bits decide the angle, the lower half of the word the radius.
+            angle = words.to(dtype).mul_(math.pi * 2.0**-63)
+            radius = words.bitwise_and_(2**32 - 1).to(dtype).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+            torch.mul(angle.cos(), radius, out=pair[:, :num_words])
+            torch.mul(angle.sin_(), radius, out=pair[:, num_words:])
+        return draws[:, :num_elements].reshape(len(self), *shape)
+
+    def _parts(self, num_words: int) -> list[slice]:
+        """Portions of the samples whose words a CPU's cache holds; on other devices all at once."""
+        rows = max(1, _WORDS_PER_THREAD * torch.get_num_threads() // max(1, num_words))
+        if self.index_B.device.type != "cpu":
+            rows = max(1, len(self))
+        return [slice(start, start + rows) for start in range(0, len(self), rows)]
 
     def integers(self, name: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Integers in [0, high), uniform up to a relative bias below high / 2^32.

@@ -9,7 +9,21 @@ from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, Discretized
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP, UNetVDM
 from zoo.bfn.official_config import OfficialConfig, read_official_config
-from zoo.bfn.solvers import ODE1, ODE2M, SDE1, SDE2M, BFNSampler, ODEEuler, SDEEuler, Solver, find_solver, solver_names
+from zoo.bfn.solvers import (
+    ODE1,
+    ODE2M,
+    ODE2S,
+    ODE3M,
+    SDE1,
+    SDE2M,
+    BFNSampler,
+    BrownianNoise,
+    ODEEuler,
+    SDEEuler,
+    Solver,
+    find_solver,
+    solver_names,
+)
 from zoo.bfn.state_dict_adapter import from_official, load_official, read_official_weights, to_official
 from zoo.bfn.statistics import DataStatistics
 
@@ -17,11 +31,14 @@ __all__ = [
     "BFN",
     "ODE1",
     "ODE2M",
+    "ODE2S",
+    "ODE3M",
     "SDE1",
     "SDE2M",
     "BFNSampler",
     "BFNTransformer",
     "BernoulliHead",
+    "BrownianNoise",
     "CategoricalHead",
     "Codec",
     "ContinuousFlow",

@@ -67,8 +67,9 @@ class ContinuousFlow(Flow):
     def extrapolation(self, times: Sequence[float], end: float, *, stochastic: bool) -> tuple[float, ...]:
         """Polynomials in half the log-SNR, l = ½ ln beta, as in DPM-Solver++.
 
-        Two times: midpoint rule, as in DPM-Solver++(2M), for ODE and SDE alike. Three: exact integrals of the quadratic,
-        as in DPM-Solver++(3M). An estimate at t = 0 is infinitely far away in l and gets no weight.
+        Two times: midpoint rule, as in DPM-Solver++(2M), for ODE and SDE alike. Three: exact integrals of the quadratic.
+        (The code of DPM-Solver++(3M) takes half of the square's integral, which leaves it at second order.) An estimate
+        at t = 0 is infinitely far away in l and gets no weight.
         """
         if len(times) > 1 and times[-1] == 0:
             return (*self.extrapolation(times[:-1], end, stochastic=stochastic), 0.0)
@@ -99,10 +100,6 @@ class ContinuousFlow(Flow):
         return x
 
     def decode(self, estimate: Tensor) -> Tensor:
-        """The estimate itself."""
-        return estimate
-
-    def embed(self, estimate: Tensor) -> Tensor:
         """The estimate itself."""
         return estimate
 

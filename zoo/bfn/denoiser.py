@@ -49,7 +49,7 @@ class Denoiser:
         prediction = self.head(output, state, t, self.flow)
         self.nfe += 1
         if statistic == "sample":
-            estimate = prediction.sample(random, f"output {self.nfe}")
+            estimate = prediction.sample(random, f"output {t}")
         else:
             estimate = prediction.mean() if statistic == "mean" else prediction.mode()
         return self.correct(estimate, state, t)
@@ -64,13 +64,31 @@ class InPainting:
 
     Args:
         known: the truth as an estimate (B, ...); unknown elements may hold anything.
-        mask: bool, broadcastable to ``known``; true where it is known.
+        mask: bool, true where it is known; broadcastable to ``known``, or, for classes, to the data's shape, which is that of
+            ``known`` without its last axis.
+
+    Raises:
+        ValueError: the mask has neither shape, or could be meant in both ways.
     """
 
     def __init__(self, known: Tensor, mask: Tensor) -> None:
+        of_estimate = mask.dim() <= known.dim() and _fits(mask, known)
+        of_data = mask.dim() < known.dim() and _fits(mask[..., None], known)
+        if of_estimate == of_data:
+            reason = "could be meant for the data or for the estimate" if of_data else "fits neither data nor estimate"
+            raise ValueError(
+                f"InPainting: a mask of shape {tuple(mask.shape)} {reason} of shape {tuple(known.shape)}:"
+                f" give it {known.dim()} axes, the last of length 1 where all classes or channels are known together."
+            )
         self.known = known
-        self.mask = mask
+        self.mask = mask[..., None] if of_data else mask
 
     def __call__(self, estimate: Tensor, state: Tensor, t: float) -> Tensor:
         """Put the truth into the estimate."""
         return torch.where(self.mask, self.known, estimate)
+
+
+def _fits(mask: Tensor, known: Tensor) -> bool:
+    """Whether the mask can be broadcast to the estimate's shape."""
+    sizes = zip(mask.shape[::-1], known.shape[::-1], strict=False)
+    return all(size in (1, length) for size, length in sizes)

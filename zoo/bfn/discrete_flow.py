@@ -41,7 +41,8 @@ class DiscreteFlow(Flow):
         self.num_classes = num_classes
         self.max_sqrt_beta = max_sqrt_beta
         self.max_beta = max_sqrt_beta**2
-        self.noise_variance = float(num_classes)
+        self.noise_variance = self.embed_gain = float(num_classes)
+        self.embed_offset = -1.0
 
     def beta(self, t: Time) -> Time:
         """b t^2."""
@@ -98,10 +99,6 @@ class DiscreteFlow(Flow):
     def decode(self, estimate: Tensor) -> Tensor:
         """The most probable class, int64."""
         return estimate.argmax(-1)
-
-    def embed(self, estimate: Tensor) -> Tensor:
-        """K p - 1."""
-        return self.num_classes * estimate - 1
 
     def network_input(self, state: Tensor) -> Tensor:
         """Probabilities (B, ..., K); of two classes 2 p_0 - 1, (B, ...)."""

@@ -33,6 +33,9 @@ class Flow(Configurable, ABC):
 
     #: Variance c of a message of accuracy 1.
     noise_variance: float = 1.0
+    #: What messages are centred at is e(x) = embed_gain x + embed_offset.
+    embed_gain: float = 1.0
+    embed_offset: float = 0.0
 
     @abstractmethod
     def beta(self, t: Time) -> Time:
@@ -92,10 +95,6 @@ class Flow(Configurable, ABC):
         """The data that an estimate favours most."""
 
     @abstractmethod
-    def embed(self, estimate: Tensor) -> Tensor:
-        """What messages are centred at: e(x)."""
-
-    @abstractmethod
     def network_input(self, state: Tensor) -> Tensor:
         """The state in the form that networks see."""
 
@@ -135,6 +134,10 @@ class Flow(Configurable, ABC):
     def alpha(self, step: Time, num_steps: int) -> Time:
         """Accuracy of message ``step`` = 1 ... ``num_steps`` when they are sent at equal distances of time."""
         return self.beta(step / num_steps) - self.beta((step - 1) / num_steps)
+
+    def embed(self, estimate: Tensor) -> Tensor:
+        """What messages are centred at: e(x)."""
+        return self.embed_gain * estimate + self.embed_offset
 
     def prior(self, shape: tuple[int, ...], **options: object) -> Tensor:
         """States before any message: (\\*shape, state), ``options`` as for ``torch.zeros``."""

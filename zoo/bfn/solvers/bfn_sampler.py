@@ -1,11 +1,11 @@
 """The sampler that Bayesian flow networks came with."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from zoo.bfn.denoiser import Denoiser
 from zoo.bfn.flow import Flow
-from zoo.bfn.solvers.solver import Solver
-from zoo.random import SampleRandom
+from zoo.bfn.solvers.solver import NoiseKind, Solver
 
 __all__ = ["BFNSampler"]
 
@@ -18,6 +18,7 @@ class BFNSampler(Solver):
 
     Args:
         nfe: number of network calls, at least 2.
+        noise: see `Solver`.
     """
 
     names = ("ancestral", "bfn")
@@ -25,27 +26,22 @@ class BFNSampler(Solver):
     extra_calls = 1
     statistic = "sample"
 
-    def __init__(self, nfe: int = 10) -> None:
-        super().__init__(nfe=nfe, eta=0.0, last_drop=False)
+    def __init__(self, nfe: int = 10, noise: NoiseKind = "independent") -> None:
+        super().__init__(nfe=nfe, eta=0.0, last_drop=False, noise=noise)
 
-    def coefficients(self, flow: Flow, previous: float | None, start: float, end: float) -> tuple[float, ...]:
+    def coefficients(self, flow: Flow, times: Sequence[float], end: float) -> tuple[float, ...]:
         """Accuracy of the step's message, and the accuracy received before."""
-        return flow.beta(end) - flow.beta(start), flow.beta(start)
+        return flow.beta(end) - flow.beta(times[0]), flow.beta(times[0])
 
     def update(
         self,
         flow: Flow,
         state: Tensor,
-        estimate: Tensor,
-        previous: Tensor | None,
+        estimates: Sequence[Tensor],
         coefficients: tuple[float, ...],
         noise: Tensor | None,
     ) -> Tensor:
         """Send the estimate, update the belief."""
         assert noise is not None
         alpha, beta = coefficients
-        return flow.update(state, flow.sender(estimate, alpha, noise), alpha, beta)
-
-    def finish(self, denoiser: Denoiser, state: Tensor, random: SampleRandom) -> Tensor:
-        """Predict once more."""
-        return denoiser(state, 1.0, "mode", random)
+        return flow.update(state, flow.sender(estimates[0], alpha, noise), alpha, beta)

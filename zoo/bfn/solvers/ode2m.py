@@ -1,8 +1,6 @@
 """Second-order multistep exponential integrator of the ODE."""
 
-from zoo.bfn.flow import Flow
 from zoo.bfn.solvers.ode1 import ODE1
-from zoo.bfn.solvers.solver import Coefficients
 
 __all__ = ["ODE2M"]
 
@@ -15,15 +13,5 @@ class ODE2M(ODE1):
     """
 
     names = ("ode2m", "ode_bfnsolver2_multi_step", "BFN-Solver2", "BFN-Solver++2")
-
-    def coefficients(self, flow: Flow, previous: float | None, start: float, end: float) -> Coefficients:
-        """See the class."""
-        first = super().coefficients(flow, previous, start, end)
-        if previous is None:
-            return first
-        now, before = flow.extrapolation((start, previous), end, stochastic=False)
-        return first._replace(estimate=first.estimate * now, previous=first.estimate * before)
-
-    def drops_last(self) -> bool:
-        """Whether the last estimate is the sample."""
-        return self.last_drop and self.num_steps > 1
+    order = 2
+    keeps_single_step = True

@@ -2,18 +2,20 @@
 
 import difflib
 import inspect
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from zoo.bfn.denoiser import Denoiser
 from zoo.bfn.flow import Flow
+from zoo.bfn.solvers.brownian import BrownianNoise
 from zoo.bfn.statistics import DataStatistics
 from zoo.hyperparameters import Configurable
 from zoo.random import SampleRandom
@@ -25,22 +27,25 @@ __all__ = ["Coefficients", "Noise", "Sample", "Solver", "find_solver", "random_n
 #: beta(end) - beta(start), so noise that is consistent across step counts is a Brownian motion's increments in beta.
 Noise = Callable[[int, float, float], Tensor]
 
+Grid = Literal["uniform", "logsnr", "quadratic"]
+Start = Literal["zero", "optimal"]
+NoiseKind = Literal["independent", "brownian"]
+
 
 class Coefficients(NamedTuple):
-    """One linear step: state <- a state + b e(x_i) + c e(x_(i-1)) + d noise."""
+    """One linear step: state <- a state + sum_j b_j e(x_j) + d noise, with the last estimates x_j, the latest first."""
 
     state: float
-    estimate: float
-    previous: float = 0.0
+    estimates: tuple[float, ...]
     noise: float = 0.0
 
 
 class Step(NamedTuple):
-    """One step of the loop; without coefficients the estimate at its start is the sample."""
+    """One network call, at ``start``, and the way to the next; without coefficients its estimate is the sample."""
 
     start: float
     end: float
-    coefficients: tuple[float, ...] | None
+    coefficients: tuple[Any, ...] | None
 
 
 @dataclass
@@ -67,10 +72,12 @@ class Solver(Configurable, ABC):
     Args:
         nfe: number of network calls (function evaluations).
         eta: time at which sampling starts, in [0, 1). Published: 0.01 for images, 0.001 for text.
-        grid: steps of equal length in time, or in the log signal-to-noise ratio.
+        grid: steps of equal length in time (published), in the log signal-to-noise ratio, or in the square root of time.
         start: draw the first state as if the data were 0, or from the best isotropic Gaussian given the data's moments.
         statistics: file with the data's moments, for the optimal start; see `DataStatistics`.
         last_drop: the last estimate is the sample, so that nothing is computed beyond it. Otherwise the last state is.
+        noise: drawn anew for each step, or the increments of one Brownian motion per sample, so that the same noise acts
+            whatever the number of steps; see `BrownianNoise`. The start is drawn from it, too.
 
     Raises:
         ValueError: an argument out of range, or a start without its statistics.
@@ -78,23 +85,28 @@ class Solver(Configurable, ABC):
 
     #: Names of the method in papers and published code; the first is the short one used here.
     names: ClassVar[tuple[str, ...]] = ()
+    #: Number of last estimates that a step takes.
+    order: ClassVar[int] = 1
     #: Whether steps take noise.
     stochastic: ClassVar[bool]
     #: Whether the method can start at t = 0, or divides by zero there.
     starts_at_zero: ClassVar[bool] = True
-    #: Network calls beyond one a step.
-    extra_calls: ClassVar[int] = 0
+    #: Whether the step after a single network call is taken instead of being dropped.
+    keeps_single_step: ClassVar[bool] = False
+    #: Network calls after the last step, at t = 1; the mode of the last one is the sample.
+    extra_calls: int = 0
     #: What steps take of the predicted distribution.
-    statistic: ClassVar[Literal["mean", "mode", "sample"]] = "mean"
+    statistic: Literal["mean", "mode", "sample"] = "mean"
 
     def __init__(
         self,
         nfe: int = 10,
         eta: float = 0.01,
-        grid: Literal["uniform", "logsnr"] = "uniform",
-        start: Literal["zero", "optimal"] = "zero",
+        grid: Grid = "uniform",
+        start: Start = "zero",
         statistics: Path | None = None,
         last_drop: bool = True,
+        noise: NoiseKind = "independent",
     ) -> None:
         name = type(self).__name__
         if nfe < 1 + self.extra_calls:
@@ -104,10 +116,9 @@ class Solver(Configurable, ABC):
         if eta == 0 and (grid == "logsnr" or not self.starts_at_zero):
             reason = "the log-SNR grid" if self.starts_at_zero else f"{name}"
             raise ValueError(f"{name}: eta must be greater than 0, for {reason} divides by zero at t = 0; try 0.01.")
-        if grid not in ("uniform", "logsnr"):
-            raise ValueError(f"{name}: grid={grid!r} must be 'uniform' or 'logsnr'.")
-        if start not in ("zero", "optimal"):
-            raise ValueError(f"{name}: start={start!r} must be 'zero' or 'optimal'.")
+        for option, value, kinds in (("grid", grid, Grid), ("start", start, Start), ("noise", noise, NoiseKind)):
+            if value not in get_args(kinds):
+                raise ValueError(f"{name}: {option}={value!r} must be one of {', '.join(map(repr, get_args(kinds)))}.")
         if (start == "optimal") != (statistics is not None):
             raise ValueError(f"{name}: start='optimal' and a file of statistics belong together; give both or neither.")
         self.nfe = nfe
@@ -116,15 +127,15 @@ class Solver(Configurable, ABC):
         self.start = start
         self.statistics = statistics
         self.last_drop = last_drop
+        self.noise = noise
 
     @abstractmethod
-    def coefficients(self, flow: Flow, previous: float | None, start: float, end: float) -> tuple[float, ...]:
-        """Numbers of the step from ``start`` to ``end``, for `update`.
+    def coefficients(self, flow: Flow, times: Sequence[float], end: float) -> tuple[Any, ...]:
+        """Numbers of the step to ``end``, for `update`.
 
         Args:
             flow: of the data.
-            previous: time of the estimate before, None at the first step.
-            start: time of the present estimate.
+            times: of the last estimates, latest first; the step starts at the first. At most `order`, fewer at first.
             end: time of the new state.
         """
 
@@ -132,9 +143,8 @@ class Solver(Configurable, ABC):
         self,
         flow: Flow,
         state: Tensor,
-        estimate: Tensor,
-        previous: Tensor | None,
-        coefficients: tuple[float, ...],
+        estimates: Sequence[Tensor],
+        coefficients: tuple[Any, ...],
         noise: Tensor | None,
     ) -> Tensor:
         """New state at the step's end, by default the linear step that `Coefficients` describes, in the same memory.
@@ -142,63 +152,54 @@ class Solver(Configurable, ABC):
         Args:
             flow: of the data.
             state: at the step's start (B, ...).
-            estimate: of the data, from ``state``.
-            previous: the estimate before, None at the first step.
+            estimates: of the data, latest first; at most `order`.
             coefficients: the step's numbers.
             noise: standard normal, of the state's shape; None unless the solver is stochastic.
         """
-        a, b, c, d = coefficients
-        state.mul_(a).add_(flow.embed(estimate), alpha=b)
-        if previous is not None and c:
-            state.add_(flow.embed(previous), alpha=c)
-        return state if noise is None else state.add_(noise, alpha=d)
-
-    def advance(
-        self,
-        denoiser: Denoiser,
-        state: Tensor,
-        previous: Tensor | None,
-        step: Step,
-        noise: Tensor | None,
-        random: SampleRandom,
-    ) -> tuple[Tensor, Tensor]:
-        """Take one step; methods with several network calls a step override this.
-
-        Returns:
-            The new state and the estimate on the way.
-        """
-        if step.coefficients is None:
-            return state, denoiser(state, step.start, "mode", random)
-        estimate = denoiser(state, step.start, self.statistic, random)
-        return self.update(denoiser.flow, state, estimate, previous, step.coefficients, noise), estimate
+        decay, weights, spread = coefficients
+        if decay != 1:
+            state.mul_(decay)
+        for estimate, weight in zip(estimates, weights, strict=False):  # a step may take fewer than there are
+            if weight:
+                state.add_(estimate, alpha=weight * flow.embed_gain)
+        if flow.embed_offset:
+            state.add_(flow.embed_offset * sum(weights))
+        return state if noise is None else state.add_(noise, alpha=spread)
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that ``nfe`` network calls allow."""
+        """Number of steps that ``nfe`` network calls allow, by default one for each."""
         return self.nfe - self.extra_calls
 
     def drops_last(self) -> bool:
-        """Whether the last estimate is the sample."""
-        return self.last_drop
+        """Whether the last estimate of the loop is the sample."""
+        single = self.keeps_single_step and self.nfe - self.extra_calls == 1
+        return self.last_drop and not self.extra_calls and not single
 
     def times(self, flow: Flow) -> list[float]:
-        """Times t_0 = eta, ..., t_n = 1."""
-        n = self.num_steps
-        if self.grid == "uniform":
-            return [self.eta + (1 - self.eta) * i / n for i in range(n)] + [1.0]
-        first, last = (math.log(flow.beta(t)) for t in (self.eta, 1.0))
-        return [self.eta, *(flow.time(math.exp(first + (last - first) * i / n)) for i in range(1, n)), 1.0]
+        """Times t_0 = eta, ..., t_n = 1 between which steps are taken."""
+        return self.grid_times(flow, self.num_steps)
+
+    def grid_times(self, flow: Flow, n: int) -> list[float]:
+        """The grid with n intervals."""
+        if self.grid == "logsnr":
+            first, last = (math.log(flow.beta(t)) for t in (self.eta, 1.0))
+            return [self.eta, *(flow.time(math.exp(first + (last - first) * i / n)) for i in range(1, n)), 1.0]
+        quadratic = self.grid == "quadratic"
+        return [self.eta + (1 - self.eta) * i / n * (i / n if quadratic else 1) for i in range(n)] + [1.0]
 
     def plan(self, flow: Flow) -> list[Step]:
-        """All steps, with their coefficients."""
+        """All network calls of the loop, with the steps' coefficients."""
         times = self.times(flow)
         steps = [
-            Step(start, end, self.coefficients(flow, previous, start, end))
-            for previous, start, end in zip([None, *times], times, times[1:], strict=False)
+            Step(start, end, self.coefficients(flow, times[max(0, i + 1 - self.order) : i + 1][::-1], end))
+            for i, (start, end) in enumerate(itertools.pairwise(times))
         ]
-        if self.drops_last():
-            steps[-1] = steps[-1]._replace(coefficients=None)
-        return steps
+        return self.without_last(steps)
+
+    def without_last(self, steps: list[Step]) -> list[Step]:
+        """The steps, the last one reduced to its estimate if that is the sample."""
+        return [*steps[:-1], steps[-1]._replace(coefficients=None)] if self.drops_last() else steps
 
     def first_state(self, flow: Flow, shape: tuple[int, ...], noise: Noise) -> Tensor:
         """State at ``eta``, (B, *state shape).
@@ -247,26 +248,34 @@ class Solver(Configurable, ABC):
             dtype: float type of the states.
         """
         flow, calls = denoiser.flow, denoiser.nfe
-        noise = noise or random_noise(random, flow.state_shape(shape), dtype)
+        noise = noise or self.draws(flow, flow.state_shape(shape), random, dtype)
         state = self.first_state(flow, shape, noise)
-        estimate: Tensor | None = None
         estimates: list[Tensor] = []
+        trajectory: list[Tensor] = []
         for number, step in enumerate(self.plan(flow), start=1):
-            takes_noise = self.stochastic and step.coefficients is not None
-            z = noise(number, step.start, step.end) if takes_noise else None
-            state, estimate = self.advance(denoiser, state, estimate, step, z, random)
+            estimate = denoiser(state, step.start, "mode" if step.coefficients is None else self.statistic, random)
             if record:
-                estimates.append(estimate)
+                trajectory.append(flow.decode(estimate))
+            if step.coefficients is not None:
+                estimates = [estimate, *estimates[: self.order - 1]]
+                z = noise(number, step.start, step.end) if self.stochastic else None
+                state = self.update(flow, state, estimates, step.coefficients, z)
         if not self.drops_last():
             estimate = self.finish(denoiser, state, random)
             if record:
-                estimates.append(estimate)
-        assert estimate is not None
-        trajectory = torch.stack([flow.decode(e) for e in estimates], dim=1) if record else None
-        return Sample(flow.decode(estimate), denoiser.nfe - calls, trajectory)
+                trajectory.append(flow.decode(estimate))
+        return Sample(flow.decode(estimate), denoiser.nfe - calls, torch.stack(trajectory, dim=1) if record else None)
+
+    def draws(self, flow: Flow, shape: tuple[int, ...], random: SampleRandom, dtype: torch.dtype) -> Noise:
+        """The noise that ``noise`` names, in states of the given shape per sample."""
+        if self.noise == "brownian":
+            return BrownianNoise(flow, random, shape, dtype)
+        return random_noise(random, shape, dtype)
 
     def finish(self, denoiser: Denoiser, state: Tensor, random: SampleRandom) -> Tensor:
         """Final estimate from the state at t = 1, where the last estimate of the loop is not the sample."""
+        if self.extra_calls:
+            return denoiser(state, 1.0, "mode", random)
         return denoiser.correct(denoiser.flow.belief(state), state, 1.0)
 
     def rebuilt(self, name: str | None = None, nfe: int | None = None) -> "Solver":
