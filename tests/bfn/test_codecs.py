@@ -132,7 +132,7 @@ def test_text_is_sampled_by_number():
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "sde2m", "ode2m"])
-def test_known_characters_stay_and_are_seen(sampler, tmp_path):
+def test_known_characters_stay(sampler, tmp_path):
     model = text_model()
     given_ids = ids("hello world ", "hello worlds")
     known = torch.zeros(2, 12, dtype=torch.bool)
@@ -140,7 +140,6 @@ def test_known_characters_stay_and_are_seen(sampler, tmp_path):
     batch = {"index": torch.arange(2), "input_ids": given_ids, "known": known}
     filled = model.in_paint(batch, sampler=sampler, nfe=8).texts
     assert [text[:5] for text in filled] == ["hello", "hello"]
-    assert filled[0][5:] != model.sample(torch.arange(2), sampler=sampler, nfe=8).texts[0][5:]
     (result,) = trainer(tmp_path).predict(model, DataLoader([batch], batch_size=None))
     assert [text[:5] for text in result["text"]] == ["hello", "hello"]
 
