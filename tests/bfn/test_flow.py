@@ -1,4 +1,4 @@
-"""The continuous flow: accuracies, updates, limits and exact numbers (float64)."""
+"""The flows: accuracies, updates, limits and exact numbers (float64)."""
 
 import math
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from zoo.bfn.bins import bin_centre, bin_index, bin_log_prob
 from zoo.bfn.continuous_flow import ContinuousFlow, data_to_noise, noise_to_data
+from zoo.bfn.discrete_flow import DiscreteFlow
 
 VARIANCES = [1e-6, 1e-3, 0.3]
 
@@ -143,3 +144,88 @@ def test_bin_log_prob_and_its_gradient_stay_finite_far_away():
     assert log_prob.isfinite().all()
     assert mean.grad.isfinite().all()
     assert log_prob[0] < log_prob[1] < 0
+
+
+# Discrete data
+
+
+@pytest.mark.parametrize(("num_classes", "max_sqrt_beta"), [(27, 0.75), (2, 3.0)])
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_accuracies_of_discrete_messages_add_up_to_the_final_accuracy(num_classes, max_sqrt_beta, n):
+    flow, b = DiscreteFlow(num_classes, max_sqrt_beta), max_sqrt_beta**2
+    assert math.fsum(flow.alpha(i, n) for i in range(1, n + 1)) == pytest.approx(b, rel=1e-12)
+    closed = [b * (2 * i - 1) / n**2 for i in range(1, n + 1)]
+    assert [flow.alpha(i, n) for i in range(1, n + 1)] == pytest.approx(closed, rel=1e-9)
+
+
+def test_two_discrete_messages_are_worth_one_of_their_summed_accuracy():
+    """Their sum has the mean and, with the noise combined, the spread of one message."""
+    flow, p, state = DiscreteFlow(5), normal(3, 5).softmax(-1), normal(3, 5, seed=1)
+    z1, z2 = normal(3, 5, seed=2), normal(3, 5, seed=3)
+    twice = flow.update(flow.update(state, flow.sender(p, 0.5, z1), 0.5, 0.1), flow.sender(p, 3.0, z2), 3.0, 0.6)
+    z = (math.sqrt(0.5) * z1 + math.sqrt(3.0) * z2) / math.sqrt(3.5)
+    assert torch.allclose(twice, flow.update(state, flow.sender(p, 3.5, z), 3.5, 0.1), rtol=1e-12)
+
+
+def test_discrete_updates_from_the_prior_follow_the_flow_distribution():
+    flow, n, x = DiscreteFlow(5, 1.5), 13, torch.tensor([[0, 4, 2], [3, 3, 1]])
+    state, noise = flow.prior((2, 3), dtype=torch.float64), torch.zeros(2, 3, 5, dtype=torch.float64)
+    assert torch.equal(flow.belief(state), torch.full((2, 3, 5), 0.2, dtype=torch.float64))
+    for i in range(1, n + 1):
+        z, alpha = normal(2, 3, 5, seed=i), flow.alpha(i, n)
+        state = flow.update(state, flow.sender(flow.encode(x).double(), alpha, z), alpha, flow.beta((i - 1) / n))
+        noise += math.sqrt(alpha) * z
+    ones = torch.ones(2, dtype=torch.float64)
+    aggregated = noise / math.sqrt(flow.beta(1.0))
+    assert torch.allclose(state, flow.sample(x, ones, aggregated), atol=1e-12)
+    # The mean of the state at time t is beta (K e_x - 1), its noise has variance beta K.
+    mean = flow.sample(x, ones * 0.4, torch.zeros_like(aggregated))
+    assert torch.allclose(mean, 0.36 * (5 * flow.encode(x).double() - 1))
+    assert torch.allclose(flow.sample(x, ones * 0.4, aggregated) - mean, math.sqrt(0.36 * 5) * aggregated)
+
+
+def test_message_multiplies_the_probabilities_by_its_exponential():
+    flow, state, message = DiscreteFlow(5), normal(3, 5), normal(3, 5, seed=1)
+    theta = flow.belief(state) * message.exp()
+    updated = flow.belief(flow.update(state, message, 1.0, 0.3))
+    assert torch.allclose(updated, theta / theta.sum(-1, keepdim=True), rtol=1e-12)
+
+
+def test_networks_see_probabilities_and_of_two_classes_the_first_ones_excess():
+    state = normal(4, 6, 5)
+    assert torch.allclose(DiscreteFlow(5).network_input(state), state.softmax(-1))
+    flow, state = DiscreteFlow(2, 3.0), normal(4, 6, 2)
+    seen = flow.network_input(state)
+    assert torch.allclose(seen, 2 * state.softmax(-1)[..., 0] - 1, atol=1e-14)
+    assert seen.shape == (4, 6)
+    certain = flow.sample(torch.tensor([[0, 1]]), torch.ones(1, dtype=torch.float64), torch.zeros(1, 2, 2, dtype=torch.float64))
+    assert torch.allclose(flow.network_input(certain), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(t=st.floats(0.01, 0.99))
+def test_rates_of_the_discrete_flow_are_derivatives(t):
+    flow, h = DiscreteFlow(27, 0.75), 1e-6
+    assert (flow.beta(t + h) - flow.beta(t - h)) / (2 * h) == pytest.approx(flow.beta_rate(t), rel=1e-6)
+    assert (flow.scale(t), flow.log_scale_rate(t)) == (1, 0)
+    assert flow.time(flow.beta(t)) == pytest.approx(t)
+    tensor = torch.tensor([t, 0.5], dtype=torch.float64)
+    for quantity in (flow.beta, flow.beta_rate, flow.scale):
+        assert quantity(tensor)[0].item() == pytest.approx(quantity(t))
+
+
+def test_classes_are_found_again_from_their_encoding():
+    flow, x = DiscreteFlow(7), torch.arange(7).view(1, 7)
+    assert torch.equal(flow.decode(flow.encode(x)), x)
+    assert flow.encode(x).sum(-1).eq(1).all()
+    assert flow.state_shape((4, 3)) == (4, 3, 7)
+    assert torch.equal(flow.embed(flow.encode(x)), 7 * torch.eye(7)[None] - 1)
+    error = flow.squared_error(x, torch.full((1, 7, 7), 1 / 7))
+    assert torch.allclose(error, torch.full((1, 7), 7 * ((6 / 7) ** 2 + 6 / 49)))
+
+
+def test_bad_discrete_flows_are_refused():
+    with pytest.raises(ValueError, match="num_classes=1 must be at least 2"):
+        DiscreteFlow(1)
+    with pytest.raises(ValueError, match="max_sqrt_beta=0 must be positive"):
+        DiscreteFlow(2, 0)
