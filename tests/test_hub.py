@@ -26,6 +26,18 @@ def test_a_folder_loads_with_overrides(tmp_path):
     assert zoo.load(tmp_path / "m", noise=0.9).noise == 0.9
 
 
+def test_half_precision_halves_the_file_and_loads_as_before(tmp_path):
+    module = Tiny(MLP(64))
+    sizes = [
+        module.save_pretrained(tmp_path / name, half=half) / "model.safetensors" for name, half in (("a", False), ("b", True))
+    ]
+    again = zoo.load(tmp_path / "b")
+    assert sizes[1].stat().st_size < 0.6 * sizes[0].stat().st_size
+    for before, after in zip(module.parameters(), again.parameters(), strict=True):
+        assert after.dtype == torch.float32
+        assert torch.equal(after, before.half().float())
+
+
 def test_a_hub_repository_is_fetched_as_data_only(tmp_path, monkeypatch):
     module = Tiny(MLP(3))
     module.save_pretrained(tmp_path)

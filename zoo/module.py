@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import zoo
@@ -219,12 +219,13 @@ class ZooModule(Configurable, LightningModule):
 
     # Sharing
 
-    def save_pretrained(self, folder: str | Path, description: str = "") -> Path:
+    def save_pretrained(self, folder: str | Path, description: str = "", half: bool = False) -> Path:
         """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) and return the folder.
 
         Args:
             folder: where to write; made if missing.
             description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
+            half: store float32 weights in float16, half as large; they are float32 again when loaded.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +233,12 @@ class ZooModule(Configurable, LightningModule):
         if description:
             config["_description"] = description
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_model(self, str(folder / WEIGHTS_FILE))
+        path = folder / WEIGHTS_FILE
+        save_model(self, str(path))
+        if half:
+            weights = load_file(path)
+            halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
+            save_file(halved, path)
         return folder
 
     @classmethod

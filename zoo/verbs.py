@@ -51,12 +51,13 @@ def convert(argv: Sequence[str]) -> None:
     parser.add_argument("--config", help="for official weights: a configuration of ours, or the published code's YAML file")
     parser.add_argument("--official", action="store_true", help="write a file for the published code: .pt or .safetensors")
     parser.add_argument("--description", default="", help="one line on what the weights were trained on and what they reach")
+    parser.add_argument("--half", action="store_true", help="store the weights in half precision, half as large")
     options = parser.parse_args(argv)
     if options.official and options.target.is_dir():
         raise ValueError(f"{options.target} is a folder; --official writes one file, such as {options.target / 'weights.pt'}.")
     module = _read(options.source, options.config)
     if not options.official:
-        print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description)}")
+        print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description, options.half)}")
         return
     weights = module.to_official()
     options.target.parent.mkdir(parents=True, exist_ok=True)
