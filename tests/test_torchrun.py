@@ -6,15 +6,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from zoo.checkpoint import read_checkpoint
+
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
-def fit(folder: Path, launcher: list[str], *options: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TERMINATE = """
+import os
+import signal
+
+import lightning
+
+
+class Terminate(lightning.Callback):
+    # A batch system that stops the job: torchrun itself is told to end.
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 4 and trainer.is_global_zero:
+            os.kill(os.getppid(), signal.SIGTERM)
+"""
+
+
+def fit(folder: Path, launcher: list[str], *options: str, ends_well: bool = True) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, "fit", "-c", "bfn/digits", "--trainer.log_every_n_steps", "1", *QUIET, *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) is ends_well, done.stderr[-3000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -22,20 +42,19 @@ def losses(folder: Path) -> list[float]:
         return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
 
 
-def test_two_processes_train_as_one_and_resume(tmp_path):
+def test_two_processes_train_as_one_and_resume_after_sigterm(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
     shared = ["-c", "strategies/ddp", "--data.batch_size", "128", "--ckpt_path", "last"]
     fit(one, ["zoo"], "--trainer.max_steps", "8")
-    fit(two, torchrun, *shared, "--trainer.max_steps", "4")
+    (two / "terminate.py").write_text(TERMINATE)
+    stop = ["--trainer.callbacks+", "terminate.Terminate", "--checkpoint.every_n_steps", "1000"]  # only SIGTERM saves
+    fit(two, torchrun, *shared, *stop, "--trainer.max_steps", "1000", ends_well=False)
+    assert 4 <= read_checkpoint(two / "runs/bfn/digits/checkpoints/last.ckpt")["global_step"] < 8
     fit(two, torchrun, *shared, "--trainer.max_steps", "8")
     # Lightning logs the loss of rank 0; the sum of steps is compared through the weights.
     assert len(losses(two)) == len(losses(one)) == 8
-    import torch
-
-    from zoo.checkpoint import read_checkpoint
-
     a, b = (read_checkpoint(f / "runs/bfn/digits/checkpoints/last.ckpt")["current_model_state"] for f in (one, two))
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-5), name
