@@ -66,6 +66,11 @@ class Record:
         """Add one row of the result; a number that is not finite is stored as ``None``, for *not measured*."""
         self.rows.append({key: _finite(value) for key, value in cells.items()})
 
+    @property
+    def bars(self) -> tuple[str, ...]:
+        """Names of this result's bars."""
+        return tuple(self._bars)
+
     def measure(self, bar: str, value: float | None) -> None:
         """Give the value of a bar of this result.
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from datamodules import CIFAR10, MNIST, Digits, FashionMNIST, ImageDataModule, ZooDataModule
 from datamodules.images import stratified_split
-from zoo.hyperparameters import build
+from zoo.hyperparameters import build, class_path
 
 
 def row_set(images: torch.Tensor) -> set[bytes]:
@@ -299,7 +299,7 @@ def test_a_checkpoint_holds_the_arguments_as_plain_data(built, cls, tmp_path):
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     stored = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
-    assert stored["_class_path"] == f"datamodules.{cls.__name__}"
+    assert stored["_class_path"] == class_path(cls)
     assert {name: stored[name] for name in arguments} == arguments
     again = ImageDataModule.load_from_checkpoint(path, num_workers=1)
     assert type(again) is cls
