@@ -315,8 +315,8 @@ def tables_of(study: Study) -> tuple[list[Table], list[Plot]]:
         Table(f"Feature distance by network calls, {study.count} samples", "sampler", ["distance"], columns="nfe"),
         Table(f"Network calls of ode2m at equal quality ({NFES[0]}: so many or fewer)", "as_good_as",
               ["calls_of_ode2m", "factor"], digits=1),
-        Table(f"Percent of the time outside the network, {study.batch or study.count} at once", "sampler", ["percent_outside_network"],
-              columns="nfe", digits=1),
+        Table(f"Percent of the time outside the network, {study.batch or study.count} at once", "sampler",
+              ["percent_outside_network"], columns="nfe", digits=1),
     ], [Plot("Feature distance by network calls", "nfe", "distance", "sampler", log="xy", reference=FLOOR)]  # fmt: skip
 
 
