@@ -23,6 +23,7 @@ demo: install
 	$(ZOO) test -c bfn/digits --ckpt_path last
 	$(ZOO) predict -c bfn/digits --ckpt_path last
 	$(ZOO) predict -c bfn/digits --ckpt_path bfn-digits --trainer.default_root_dir runs/bfn-digits
+	$(ZOO) predict -c bfn/mnist --ckpt_path bfn-mnist --trainer.default_root_dir runs/bfn-mnist
 
 test: assets
 	$(PY) -m pytest

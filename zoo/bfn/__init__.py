@@ -7,7 +7,7 @@ from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow
 from zoo.bfn.heads import BernoulliHead, CategoricalHead, DeltaHead, DiscretizedNormalHead, Head, OutputDistribution
 from zoo.bfn.module import BFN
-from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP, UNetVDM
+from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, ResidualMLP, TextConvNet, UNetVDM
 from zoo.bfn.official_config import OfficialConfig, read_official_config
 from zoo.bfn.solvers import (
     ODE1,
@@ -61,6 +61,7 @@ __all__ = [
     "SDEEuler",
     "Solver",
     "TextCodec",
+    "TextConvNet",
     "UNetVDM",
     "find_solver",
     "from_official",

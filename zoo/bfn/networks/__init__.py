@@ -4,6 +4,7 @@ from zoo.bfn.networks.adapters import FourierImageInputAdapter, OutputAdapter, T
 from zoo.bfn.networks.improved_unet import ImprovedUNet
 from zoo.bfn.networks.network import Network
 from zoo.bfn.networks.residual_mlp import ResidualMLP
+from zoo.bfn.networks.text_convnet import TextConvNet
 from zoo.bfn.networks.transformer import BFNTransformer
 from zoo.bfn.networks.unet_vdm import UNetVDM
 
@@ -14,6 +15,7 @@ __all__ = [
     "Network",
     "OutputAdapter",
     "ResidualMLP",
+    "TextConvNet",
     "TextInputAdapter",
     "UNetVDM",
 ]
