@@ -53,3 +53,21 @@ def test_data_of_your_own():
     options = ["--model", "BFN", "--model.network", "ResidualMLP", "--model.network.width", "32", "--data", "my_data.Stripes"]
     assert main(["fit", *options, "--trainer.max_steps", "5", *QUIET]) == 0
     assert Path("runs/bfn/checkpoints/last.ckpt").exists()
+
+
+def test_pictures_to_fill_in(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["half_digits.py", "digits"])
+    exec(compile((EXAMPLES / "half_digits.py").read_text(), "half_digits.py", "exec"), {"__name__": "__main__"})
+    options = ["--data.predict_images", "digits", "--data.predict_masks", "digits/mask/upper_half.png", "--model.solver.nfe", "2"]
+    assert main(["predict", "-c", "bfn/mnist", "--ckpt_path", "bfn-mnist", *options, *QUIET]) == 0
+    predictions = Path("runs/bfn/mnist/predictions/images")
+    for label in range(10):
+        given, filled = (pixels(folder / f"{label}.png") for folder in (Path("digits"), predictions))
+        step = 255 / 16  # what is known comes back at the nearest of the model's 16 levels
+        assert (given[:14] - filled[:14]).abs().max() <= step
+        assert (given[14:] - filled[14:]).abs().max() > step
+
+
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return torch.tensor(list(image.getdata()), dtype=torch.float64).view(image.height, image.width)

@@ -249,6 +249,22 @@ def test_misfits_are_refused():
         make(likelihood_steps=(-1,))
     with pytest.raises(ValueError, match="likelihood_repeats=0"):
         make(likelihood_repeats=0)
+    with pytest.raises(ValueError, match="min_loss_variance=2"):
+        make(min_loss_variance=2.0)
+
+
+def test_clamped_weight_lowers_the_training_loss_and_leaves_the_bound_alone():
+    plain, clamped = make(), make(min_loss_variance=0.5)
+    clamped.load_state_dict(plain.state_dict())
+    x, random = plain.encode((torch.rand(64, 1, 8, 8), None)), SampleRandom(0, torch.arange(64))
+    assert torch.equal(clamped.loss(x, random), plain.loss(x, random))
+    assert (clamped.loss(x, random, min_variance=0.5) <= plain.loss(x, random)).all()
+    batch = (torch.rand(64, 1, 8, 8), torch.zeros(64))
+    losses = []
+    for module in (plain, clamped):
+        module.log = lambda *args, **options: None
+        losses.append(module.training_step(batch, 0).item())
+    assert losses[1] < losses[0]
 
 
 def test_draws_of_two_thousand_samples_are_all_different():

@@ -295,3 +295,9 @@ def test_numbers_that_yaml_takes_for_text_are_numbers():
     parts = read_official_config(config).hyperparameters
     assert parts["network"]["init_args"]["depth"] == 4
     assert isinstance(parts["flow"]["init_args"]["min_variance"], float)
+
+
+def test_clamped_loss_is_read():
+    config = cifar10(256, False)
+    config["model"]["loss"]["parameters"]["min_loss_variance"] = 0.01
+    assert read_official_config(config).hyperparameters["min_loss_variance"] == 0.01

@@ -41,6 +41,8 @@ class BFN(ZooModule):
         codec: how batches become the flow's data, and samples become images or text.
         stratified_time: spread the times of a batch evenly over [0, 1], which lowers the variance of the loss.
         clip_in_loss: compare the loss's estimate after confining it to the data's range, as the published code does.
+        min_loss_variance: for continuous data, hold the training loss's weight where the belief's variance has fallen to this,
+            in (0, 1]; None, as published: do not.
         likelihood_steps: numbers of messages for which `test` bounds the likelihood; 0 stands for infinitely many.
         likelihood_repeats: passes over each test sample, with new times and noise each.
         record_trajectory: let `predict` return the estimate after each network call too.
@@ -62,6 +64,7 @@ class BFN(ZooModule):
         codec: Codec = ImageCodec((1, 8, 8)),  # noqa: B008
         stratified_time: bool = False,
         clip_in_loss: bool = True,
+        min_loss_variance: float | None = None,
         likelihood_steps: Sequence[int] = (0,),
         likelihood_repeats: int = 1,
         record_trajectory: bool = False,
@@ -80,6 +83,11 @@ class BFN(ZooModule):
                 f"BFN: likelihood_steps={list(likelihood_steps)} must be positive, or 0 for continuous time, and"
                 f" likelihood_repeats={likelihood_repeats} at least 1."
             )
+        if min_loss_variance is not None and not (isinstance(flow, ContinuousFlow) and 0 < min_loss_variance <= 1):
+            raise ValueError(
+                f"BFN: min_loss_variance={min_loss_variance} must be null, or lie in (0, 1] with a ContinuousFlow, not a"
+                f" {type(flow).__name__}."
+            )
         self.network = network
         self.flow = flow
         self.head = head
@@ -87,6 +95,7 @@ class BFN(ZooModule):
         self.codec = codec
         self.stratified_time = stratified_time
         self.clip_in_loss = clip_in_loss
+        self.min_loss_variance = min_loss_variance
         self.likelihood_steps = list(likelihood_steps)
         self.likelihood_repeats = likelihood_repeats
         self.record_trajectory = record_trajectory
@@ -166,7 +175,14 @@ class BFN(ZooModule):
         """What the network says of data x (B, *data shape) that the flow shows at times t (B,) under standard normal noise."""
         return predict_from_data(self.network, self.flow, self.head, x, t, noise)
 
-    def loss(self, x: Tensor, random: SampleRandom, num_steps: int = 0, stratified: bool = False) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        random: SampleRandom,
+        num_steps: int = 0,
+        stratified: bool = False,
+        min_variance: float | None = None,
+    ) -> Tensor:
         """Loss of each sample (B,), nats per element of the data, at a time drawn for it.
 
         Args:
@@ -174,6 +190,7 @@ class BFN(ZooModule):
             random: the batch's random numbers.
             num_steps: number of messages; 0 for infinitely many.
             stratified: spread the times evenly over the batch; in continuous time only.
+            min_variance: see `continuous_time_loss`.
         """
         noise = self._noise("noise", random)
         if num_steps:
@@ -181,7 +198,7 @@ class BFN(ZooModule):
             prediction = self.predict_data(x, (step - 1).to(noise.dtype) / num_steps, noise)
             return discrete_time_loss(self.flow, prediction, x, step, num_steps, random)
         t = (random.stratified if stratified else random.uniform)("time", dtype=noise.dtype)
-        return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, clip=self.clip_in_loss)
+        return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, self.clip_in_loss, min_variance)
 
     def reconstruction(self, x: Tensor, random: SampleRandom) -> Tensor:
         """Cost of each sample (B,) once everything is sent, nats per element; with `loss` it bounds -ln p(x)."""
@@ -201,7 +218,8 @@ class BFN(ZooModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch; see `encode` (Lightning hook)."""
         random = self.train_random(self._batch_size(batch))
-        loss = self.loss(self.encode(batch, random), random, stratified=self.stratified_time).mean()
+        x = self.encode(batch, random)
+        loss = self.loss(x, random, stratified=self.stratified_time, min_variance=self.min_loss_variance).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -62,6 +62,7 @@ class _Kind(NamedTuple):
     num_outputs: int
     num_levels: int
     continuous: bool
+    min_loss_variance: float | None = None
 
 
 def read_official_config(config: Mapping[str, Any]) -> OfficialConfig:
@@ -86,6 +87,8 @@ def read_official_config(config: Mapping[str, Any]) -> OfficialConfig:
     network, shape = _network(parts, kind)
     codec, prepared = _data(data, shape, kind)
     hyperparameters = {"network": network, "flow": flow, "head": head, "codec": codec}
+    if kind.min_loss_variance is not None:
+        hyperparameters["min_loss_variance"] = kind.min_loss_variance
     sampling: dict[str, Any] = {}
     if "sampling" in root:
         hyperparameters["solver"], sampling = _sampling(root.section("sampling"))
@@ -155,10 +158,12 @@ def _flow_and_head(parts: _Parts, data: ConfigSection) -> tuple[dict[str, Any], 
 def _continuous(parts: _Parts, num_bins: int) -> tuple[dict[str, Any], dict[str, Any], _Kind]:
     min_variance = parts.flow.options.number("min_variance", 1e-6)
     parts.flow.options.close()
+    min_loss_variance = None
     if parts.loss is not None:
         _known(parts.loss, "loss", "CtsBayesianFlowLoss")
         parts.loss.options.require("noise_pred", True, "networks predict the noise")
-        parts.loss.options.require("min_loss_variance", -1, "the loss is not clamped")
+        least = parts.loss.options.number("min_loss_variance", -1)
+        min_loss_variance = None if least == -1 else least
         parts.loss.options.close()
     flow = _component("ContinuousFlow", min_variance=min_variance)
     if parts.head is None or _known(parts.head, "head", "DeltaFactory", "DiscretizedNormalFactory") == "DeltaFactory":
@@ -174,7 +179,7 @@ def _continuous(parts: _Parts, num_bins: int) -> tuple[dict[str, Any], dict[str,
             clip = parts.head.options.number("clip_range", 1.0)
             parts.head.options.close()
         head = _component("DeltaHead", clip=clip, num_bins=num_bins, reconstruction_std=reconstruction_std)
-        return flow, head, _Kind(1, 1, num_bins, True)
+        return flow, head, _Kind(1, 1, num_bins, True, min_loss_variance)
     options = parts.head.options
     options.require("num_bins", num_bins, f"the data have data.num_bins={num_bins}")
     options.require("log_dev", True, "the network gives the logarithm of the standard deviation")
@@ -187,7 +192,7 @@ def _continuous(parts: _Parts, num_bins: int) -> tuple[dict[str, Any], dict[str,
         min_prob=options.number("min_prob", 1e-5),
     )
     options.close()
-    return flow, head, _Kind(1, 2, num_bins, True)
+    return flow, head, _Kind(1, 2, num_bins, True, min_loss_variance)
 
 
 def _discrete(parts: _Parts) -> tuple[dict[str, Any], dict[str, Any], _Kind]:
