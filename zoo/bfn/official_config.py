@@ -86,7 +86,7 @@ def read_official_config(config: Mapping[str, Any]) -> OfficialConfig:
     flow, head, kind = _flow_and_head(parts, data)
     network, shape = _network(parts, kind)
     codec, prepared = _data(data, shape, kind)
-    hyperparameters = {"network": network, "flow": flow, "head": head, "codec": codec}
+    hyperparameters: dict[str, Any] = {"network": network, "flow": flow, "head": head, "codec": codec}
     if kind.min_loss_variance is not None:
         hyperparameters["min_loss_variance"] = kind.min_loss_variance
     sampling: dict[str, Any] = {}
