@@ -88,7 +88,7 @@ def find_config(name: str) -> Path:
     if short in configs:
         return configs[short]
     raise FileNotFoundError(
-        f"there is no configuration {name}{nearest(short, list(configs))}. `zoo list` shows those that come with the package."
+        f"there is no configuration {name}{nearest(short, list(configs))} (`zoo list` shows those that come with the package)"
     )
 
 
