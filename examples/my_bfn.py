@@ -33,7 +33,9 @@ class ConvNet(Network):
 
     def forward(self, mu: Tensor, t: Tensor) -> Tensor:
         """Estimate the noise (B, H, W, C, 1) in ``mu`` (B, H, W, C) at times ``t`` (B,)."""
-        h = torch.relu(self.first(mu.movedim(-1, 1)) + self.time(t)[:, :, None, None])
+        dtype = self.first.weight.dtype  # mu and t are float32, also where the weights are not
+        time = self.time[1](self.time[0](t).to(dtype))
+        h = torch.relu(self.first(mu.movedim(-1, 1).to(dtype)) + time[:, :, None, None])
         h = h + torch.relu(self.second(h))
         return self.last(h).movedim(1, -1)[..., None]
 

@@ -144,13 +144,13 @@ class ZooModule(Configurable, LightningModule):
 
     def _positions(self, batch_size: int, batch_idx: int, nominal: int) -> Tensor:
         """Positions (batch_size,) of this process's samples in the global order; rank r of W holds r, r+W, r+2W, ..."""
+        within = torch.arange(batch_size, device=self.device)
         if self._trainer is None:
-            return torch.arange(batch_size, device=self.device)
+            return batch_idx * nominal + within
         # A strategy that deals out samples in another way says which ones these are.
         if hasattr(self.trainer.strategy, "sample_positions"):
             return self.trainer.strategy.sample_positions(batch_size).to(self.device)
         sampler = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        within = torch.arange(batch_size, device=self.device)
         return (batch_idx * nominal + within) * sampler["num_replicas"] + sampler["rank"]
 
     def configure_callbacks(self) -> list[Callback]:

@@ -161,7 +161,8 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     """
     # Mirrored to means above 0, where the distribution function in [-1, 1] is small and so resolved well.
     lower, upper = (torch.special.ndtr((end - mean.abs()) / std) for end in (-1, 1))
-    drawn = mean.abs() + std * torch.special.ndtri(lower + uniform * (upper - lower))
+    quantile = (lower + uniform * (upper - lower)).clamp(torch.finfo(mean.dtype).tiny, 1 - torch.finfo(mean.dtype).eps)
+    drawn = (mean.abs() + std * torch.special.ndtri(quantile)).clamp(-1, 1)
     drawn = torch.where(mean < 0, -drawn, drawn)
     return torch.where(upper - lower >= _MIN_INSIDE, drawn, 2 * uniform - 1)
 

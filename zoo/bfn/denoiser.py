@@ -12,7 +12,7 @@ from zoo.random import SampleRandom
 
 __all__ = ["Denoiser", "Guide", "InPainting"]
 
-#: Corrects an estimate: (estimate, state, t) -> estimate.
+#: Corrects an estimate: (estimate, state, t) -> estimate. The solver writes the next state over this one: copy what is kept.
 Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -45,7 +45,7 @@ class Denoiser:
         """
         times = torch.full((len(state),), t, dtype=state.dtype, device=state.device)
         output = self.network(self.flow.network_input(state), times)
-        self.head.check_output(output, self.flow)
+        self.head.check_output(output, state, self.flow)
         prediction = self.head(output, state, t, self.flow)
         self.nfe += 1
         if statistic == "sample":

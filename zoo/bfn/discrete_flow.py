@@ -36,7 +36,7 @@ class DiscreteFlow(Flow):
     def __init__(self, num_classes: int = 27, max_sqrt_beta: float = 0.75) -> None:
         if num_classes < 2:
             raise ValueError(f"DiscreteFlow: num_classes={num_classes} must be at least 2.")
-        if max_sqrt_beta <= 0:
+        if not 0 < max_sqrt_beta < math.inf:
             raise ValueError(f"DiscreteFlow: max_sqrt_beta={max_sqrt_beta} must be positive; published: 0.75 and 3.")
         self.num_classes = num_classes
         self.max_sqrt_beta = max_sqrt_beta

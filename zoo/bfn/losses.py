@@ -33,7 +33,7 @@ def predict_from_data(
     """
     state = flow.sample(x, t, noise)
     output = network(flow.network_input(state), t)
-    head.check_output(output, flow)
+    head.check_output(output, state, flow)
     return head(output, state, t, flow)
 
 

@@ -1,13 +1,12 @@
 """BFN: the LightningModule of Bayesian flow networks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from zoo.bfn.codecs import Codec, ImageCodec
 from zoo.bfn.continuous_flow import ContinuousFlow, Flow
@@ -15,10 +14,11 @@ from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
-from zoo.bfn.solvers import ODE2M, Solver, solver_names
+from zoo.bfn.solvers import ODE2M, Noise, Observer, Solver, solver_names
 from zoo.bfn.state_dict_adapter import from_official_config, load_official, to_official
 from zoo.bfn.statistics import DataStatistics
-from zoo.metrics.mean_and_error import MeanAndError
+from zoo.callbacks import DataStatisticsWriter
+from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
 from zoo.sampling import Samples, TextSamples, to_uint8
@@ -40,7 +40,9 @@ class BFN(ZooModule):
         solver: draws samples; its method and number of network calls can be overridden where samples are drawn.
         codec: how batches become the flow's data, and samples become images or text.
         stratified_time: spread the times of a batch evenly over [0, 1], which lowers the variance of the loss.
-        clip_in_loss: compare the loss's estimate after confining it to the data's range, as the published code does.
+        loss_steps: number of messages of the training loss; 0, as published, for infinitely many.
+        clip_in_loss: compare the training loss's estimate after confining it to the data's range, as the published code does.
+            It concerns `DeltaHead` alone; likelihoods always confine.
         min_loss_variance: for continuous data, hold the training loss's weight where the belief's variance has fallen to this,
             in (0, 1]; None, as published: do not.
         likelihood_steps: numbers of messages for which `test` bounds the likelihood; 0 stands for infinitely many.
@@ -63,6 +65,7 @@ class BFN(ZooModule):
         solver: Solver = ODE2M(nfe=10),  # noqa: B008
         codec: Codec = ImageCodec((1, 8, 8)),  # noqa: B008
         stratified_time: bool = False,
+        loss_steps: int = 0,
         clip_in_loss: bool = True,
         min_loss_variance: float | None = None,
         likelihood_steps: Sequence[int] = (0,),
@@ -78,10 +81,15 @@ class BFN(ZooModule):
         )
         head.check(flow)
         codec.check(head.num_levels(flow))
-        if any(steps < 0 for steps in likelihood_steps) or likelihood_repeats < 1:
+        if not likelihood_steps or any(steps < 0 for steps in likelihood_steps) or likelihood_repeats < 1:
             raise ValueError(
-                f"BFN: likelihood_steps={list(likelihood_steps)} must be positive, or 0 for continuous time, and"
-                f" likelihood_repeats={likelihood_repeats} at least 1."
+                f"BFN: likelihood_steps={list(likelihood_steps)} must hold at least one number, positive, or 0 for continuous"
+                f" time, and likelihood_repeats={likelihood_repeats} must be at least 1."
+            )
+        if loss_steps < 0 or (loss_steps and (stratified_time or min_loss_variance is not None)):
+            raise ValueError(
+                f"BFN: loss_steps={loss_steps} must be positive, or 0 for continuous time; stratified_time and"
+                " min_loss_variance belong to continuous time."
             )
         if min_loss_variance is not None and not (isinstance(flow, ContinuousFlow) and 0 < min_loss_variance <= 1):
             raise ValueError(
@@ -94,13 +102,14 @@ class BFN(ZooModule):
         self.solver = solver
         self.codec = codec
         self.stratified_time = stratified_time
+        self.loss_steps = loss_steps
         self.clip_in_loss = clip_in_loss
         self.min_loss_variance = min_loss_variance
         self.likelihood_steps = list(likelihood_steps)
         self.likelihood_repeats = likelihood_repeats
         self.record_trajectory = record_trajectory
         names = ["val_loss", *(f"val_{unit}" for unit in self.codec.units())]
-        self.bounds = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.bounds = nn.ModuleDict({name: Mean() for name in names})
         self.test_bounds = nn.ModuleDict({name: MeanAndError() for name in self._test_names()})
 
     # Data
@@ -126,7 +135,7 @@ class BFN(ZooModule):
             ValueError: the data have another shape than the codec, or values outside their range.
         """
         random = self.eval_random(self._batch_size(batch)) if random is None else random
-        levels = self.codec.encode(batch, self.num_levels, random)
+        levels = self.codec.encode(batch, self.num_levels, random).to(self.device)
         return self.flow.from_levels(levels, self.num_levels, self.data_dtype)
 
     def data_statistics(self, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] = lambda total: total) -> DataStatistics:
@@ -136,10 +145,22 @@ class BFN(ZooModule):
             batches: this process's share of the data, batches as `encode` takes them.
             reduce: sums a tensor over all processes.
         """
-        return DataStatistics.of((self.flow.encode(self.encode(batch)) for batch in batches), reduce)
+        return DataStatistics.of(self._encoded(batches), reduce)
+
+    def _encoded(self, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """Batches as certain estimates; what is drawn, for dynamic binarisation, is drawn for each sample by its number."""
+        start = 0
+        for batch in batches:
+            size = self._batch_size(batch)
+            random = SampleRandom(self.random_seed, self._positions(size, start, nominal=1), epoch=-1)
+            start += size
+            yield self.flow.encode(self.encode(batch, random))
 
     def quantize(self, images: Tensor) -> Tensor:
-        """Real images, uint8 (N, C, H, W), at the levels that samples have: what samples are to be compared with."""
+        """Real images, uint8 (N, C, H, W), at the levels that samples have: what samples are to be compared with.
+
+        Where levels are drawn (dynamic binarisation), that is by an image's place among the N.
+        """
         random = SampleRandom(0, torch.arange(len(images)))
         levels = self.codec.encode([images / 255], self.num_levels, random)
         samples = self.codec.samples(levels, 0, None, self.num_levels)
@@ -156,18 +177,39 @@ class BFN(ZooModule):
         return len(batch["input_ids"] if isinstance(batch, dict) else batch[0])
 
     def setup(self, stage: str) -> None:
-        """Refuse data that have fewer levels than the model, before the first step (Lightning hook).
+        """Refuse data and statistics that do not fit the model, before the first step (Lightning hook).
 
         Raises:
-            ValueError: some of the model's levels never occur in the data.
+            ValueError: some of the model's levels never occur in the data, or the statistics are of other data.
+            FileNotFoundError: the solver starts from statistics that are not there, and no callback will write them.
         """
         super().setup(stage)
+        # Data are quantised from the batch as it is: rounded to half precision, 8-bit values would fall into other bins.
+        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        self._check_statistics()
         levels = getattr(self.trainer.datamodule, "num_levels", None)  # type: ignore[attr-defined]
         if levels is not None and levels < self.num_levels:
             raise ValueError(
                 f"{type(self.head).__name__} and {type(self.flow).__name__} are made for {self.num_levels} levels, but the"
                 f" data has only {levels}: the others would never occur. Use {levels} or fewer (bins or classes)."
             )
+
+    def teardown(self, stage: str) -> None:
+        """Give the precision plugin its conversion of batches back (Lightning hook)."""
+        vars(self.trainer.precision_plugin).pop("convert_input", None)
+        super().teardown(stage)
+
+    def _check_statistics(self) -> None:
+        path = self.solver.statistics
+        if path is None or (
+            not Path(path).is_file()
+            and any(
+                isinstance(callback, DataStatisticsWriter) and callback.path == Path(path)
+                for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            )
+        ):
+            return
+        self.solver.load_statistics(self.flow.state_shape(self.data_shape))
 
     # Losses
 
@@ -181,6 +223,7 @@ class BFN(ZooModule):
         random: SampleRandom,
         num_steps: int = 0,
         stratified: bool = False,
+        clip: bool = True,
         min_variance: float | None = None,
     ) -> Tensor:
         """Loss of each sample (B,), nats per element of the data, at a time drawn for it.
@@ -190,7 +233,8 @@ class BFN(ZooModule):
             random: the batch's random numbers.
             num_steps: number of messages; 0 for infinitely many.
             stratified: spread the times evenly over the batch; in continuous time only.
-            min_variance: see `continuous_time_loss`.
+            clip: see `continuous_time_loss`.
+            min_variance: likewise.
         """
         noise = self._noise("noise", random)
         if num_steps:
@@ -198,7 +242,7 @@ class BFN(ZooModule):
             prediction = self.predict_data(x, (step - 1).to(noise.dtype) / num_steps, noise)
             return discrete_time_loss(self.flow, prediction, x, step, num_steps, random)
         t = (random.stratified if stratified else random.uniform)("time", dtype=noise.dtype)
-        return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, self.clip_in_loss, min_variance)
+        return continuous_time_loss(self.flow, self.predict_data(x, t, noise), x, t, clip, min_variance)
 
     def reconstruction(self, x: Tensor, random: SampleRandom) -> Tensor:
         """Cost of each sample (B,) once everything is sent, nats per element; with `loss` it bounds -ln p(x)."""
@@ -219,7 +263,8 @@ class BFN(ZooModule):
         """Loss of a batch; see `encode` (Lightning hook)."""
         random = self.train_random(self._batch_size(batch))
         x = self.encode(batch, random)
-        loss = self.loss(x, random, stratified=self.stratified_time, min_variance=self.min_loss_variance).mean()
+        options = {"clip": self.clip_in_loss, "min_variance": self.min_loss_variance}
+        loss = self.loss(x, random, self.loss_steps, self.stratified_time, **options).mean()  # type: ignore[arg-type]
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -230,7 +275,7 @@ class BFN(ZooModule):
         loss = self.loss(x, random)
         bound = loss + self.reconstruction(x, random)
         for name, values in {"loss": loss, **{unit: bound * factor for unit, factor in self.codec.units().items()}}.items():
-            mean = cast(MeanMetric, self.bounds[f"val_{name}"])
+            mean = cast(Mean, self.bounds[f"val_{name}"])
             mean.update(values)
             self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
@@ -240,17 +285,19 @@ class BFN(ZooModule):
         The error is that of the mean over the test samples, each one's bound being the mean of its repeats.
         """
         draws = self.eval_random(self._batch_size(batch))
-        bounds: dict[int, Tensor] = {}
+        bounds: dict[int | None, Tensor] = {}
         for repeat in range(self.likelihood_repeats):
             random = SampleRandom(draws.seed, draws.index_B, epoch=-2 - repeat)
             x = self.encode(batch, random)
             reconstruction = self.reconstruction(x, random)
+            costs: dict[int | None, Tensor] = {None: reconstruction}
             for num_steps in self.likelihood_steps:
-                bound = (self.loss(x, random, num_steps) + reconstruction) / self.likelihood_repeats
-                bounds[num_steps] = bounds.get(num_steps, 0) + bound
+                costs[num_steps] = self.loss(x, random, num_steps) + reconstruction
+            for part, cost in costs.items():
+                bounds[part] = bounds.get(part, 0) + cost / self.likelihood_repeats
         for unit, factor in self.codec.units().items():
-            for num_steps, bound in bounds.items():
-                cast(MeanAndError, self.test_bounds[self._test_name(unit, num_steps)]).update(bound * factor)
+            for part, bound in bounds.items():
+                cast(MeanAndError, self.test_bounds[self._test_name(unit, part)]).update(bound * factor)
 
     def on_test_epoch_end(self) -> None:
         """Log what `test_step` gathered (Lightning hook)."""
@@ -261,11 +308,12 @@ class BFN(ZooModule):
             cast(MeanAndError, bound).reset()
 
     def _test_names(self) -> list[str]:
-        return [self._test_name(unit, num_steps) for unit in self.codec.units() for num_steps in self.likelihood_steps]
+        return [self._test_name(unit, part) for unit in self.codec.units() for part in (*self.likelihood_steps, None)]
 
     @staticmethod
-    def _test_name(unit: str, num_steps: int) -> str:
-        return f"{unit}/{f'n={num_steps}' if num_steps else 'continuous'}"
+    def _test_name(unit: str, num_steps: int | None) -> str:
+        """Name of a bound; None stands for the part of it that the reconstruction has."""
+        return f"{unit}/{'reconstruction' if num_steps is None else f'n={num_steps}' if num_steps else 'continuous'}"
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Draw samples, or fill in what is unknown of the user's images or texts (Lightning hook).
@@ -314,9 +362,13 @@ class BFN(ZooModule):
         sampler: str | None = None,
         nfe: int | None = None,
         guide: Guide | None = None,
+        noise: Noise | None = None,
+        observer: Observer | None = None,
         record: bool = False,
     ) -> Samples | TextSamples:
         """Draw one image or text per number; equal numbers and seeds give equal ones in any batch.
+
+        Dropout is off meanwhile, whatever mode the module is in.
 
         Args:
             index_B: (B,) int64, the samples' numbers.
@@ -324,6 +376,8 @@ class BFN(ZooModule):
             sampler: method, one of `sampler_names` or a published name; None for the module's own solver.
             nfe: number of network calls; None for the solver's own.
             guide: corrects each estimate of the data; see `Denoiser`.
+            noise: replaces the drawn noise by the caller's own; see `Solver.sample`.
+            observer: is shown time, state and estimate at each network call; see `Solver.sample`.
             record: return the estimate after each network call too, as ``trajectory``.
 
         Raises:
@@ -332,7 +386,15 @@ class BFN(ZooModule):
         solver = self.solver if sampler is None and nfe is None else self.solver.rebuilt(sampler, nfe)
         denoiser = Denoiser(self.network, self.flow, self.head, guide)
         random = SampleRandom(seed, index_B.to(self.device))
-        drawn = solver.sample(denoiser, self.data_shape, random, record=record)
+        modes = {part: part.training for part in self.network.modules()}
+        self.network.eval()
+        try:
+            drawn = solver.sample(
+                denoiser, self.data_shape, random, noise=noise, observer=observer, record=record, dtype=self.data_dtype
+            )
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
         trajectory = None if drawn.trajectory is None else self.flow.to_levels(drawn.trajectory, self.num_levels)
         return self.codec.samples(self.flow.to_levels(drawn.x, self.num_levels), drawn.nfe, trajectory, self.num_levels)
 
@@ -346,6 +408,7 @@ class BFN(ZooModule):
         known = self.codec.known(batch, self.num_levels)
         if known is None:
             return self.sample(batch["index"], **options)
-        levels, mask = known
+        levels, mask = (part.to(self.device) for part in known)
         truth = self.flow.encode(self.flow.from_levels(levels, self.num_levels, self.data_dtype))
+        mask = mask.unsqueeze(-1) if truth.dim() > mask.dim() else mask  # of classes, all or none are known
         return self.sample(batch["index"], guide=InPainting(truth, mask), **options)

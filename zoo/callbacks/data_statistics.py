@@ -12,8 +12,9 @@ from torch import Tensor
 class DataStatisticsWriter(Callback):
     """Writes mean and standard deviation of the encoded training data, for solvers with ``start: optimal``.
 
-    The file is computed in one pass over the training data before the first step, test or prediction, unless it is there
-    already; it is the ``statistics`` file of the solvers, ``torch.save`` of ``{"mean", "std"}``.
+    The file is computed in one epoch of the training loader (which may leave out an incomplete last batch), before the first
+    step, test or prediction, unless it is there already; it is the ``statistics`` file of the solvers,
+    ``torch.save`` of ``{"mean", "std"}``.
 
     Args:
         path: the file to write.
@@ -61,7 +62,8 @@ class DataStatisticsWriter(Callback):
         def reduce(total: Tensor) -> Tensor:
             return trainer.strategy.reduce(total, reduce_op="sum")
 
-        statistics = pl_module.data_statistics(batches, reduce)
+        with torch.random.fork_rng(devices=[]):  # a shuffling loader must not change the run's own draws
+            statistics = pl_module.data_statistics(batches, reduce)
         if trainer.is_global_zero:
             statistics.save(self.path)
         trainer.strategy.barrier()

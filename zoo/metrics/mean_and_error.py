@@ -1,15 +1,64 @@
 """Mean of a quantity over samples, and how far it may be off."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["MeanAndError"]
+__all__ = ["Mean", "MeanAndError"]
 
 
-class MeanAndError(Metric):
+class _Float64Sums(Metric):
+    """Metric whose states are sums in float64, also inside a module that is converted to another float type.
+
+    A count in bfloat16 ends at 256, since 256 + 1 rounds to 256.
+    """
+
+    def __init__(self, *names: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in names:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
+        kept = {name: getattr(self, name) for name in self._defaults}
+        super()._apply(fn, *args, **kwargs)
+        for name, before in kept.items():
+            device = getattr(self, name).device
+            setattr(self, name, before.to(device))
+            self._defaults[name] = torch.zeros((), dtype=torch.float64, device=device)
+        return self
+
+
+class Mean(_Float64Sums):
+    """Mean over samples, over all batches and ranks.
+
+    Example:
+        >>> metric = Mean().to(torch.bfloat16)
+        >>> metric.update(torch.ones(1000))
+        >>> metric.update(torch.zeros(1000))
+        >>> metric.compute().item()
+        0.5
+    """
+
+    count: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("count", "total", **kwargs)
+
+    def update(self, values: Tensor) -> None:
+        """Add the values (B,) of some samples."""
+        self.count += values.numel()
+        self.total += values.detach().double().sum()
+
+    def compute(self) -> Tensor:
+        """The mean, float32 as logged numbers are."""
+        return (self.total / self.count).float()
+
+
+class MeanAndError(_Float64Sums):
     """Mean over samples and its standard error, over all batches and ranks.
 
     The standard error is the sample standard deviation over sqrt(N); NaN for a single sample.
@@ -26,9 +75,7 @@ class MeanAndError(Metric):
     squares: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("count", "total", "squares"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__("count", "total", "squares", **kwargs)
 
     def update(self, values: Tensor) -> None:
         """Add the values (B,) of some samples."""

@@ -60,9 +60,17 @@ class ImageCodec(Codec):
         """Levels of ``image`` (B, C, H, W) in [0, 1] where ``mask`` (B, 1, H, W) is true; see `Codec`."""
         if "image" not in batch:
             return None
-        self._check(batch["image"])
-        levels = self._quantize(batch["image"], num_levels)
-        return levels, batch["mask"].movedim(1, -1).expand(levels.shape)
+        mask = batch.get("mask")
+        shape = (len(batch["image"]), 1, *self.shape[1:])
+        if mask is None or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            given = "none" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(
+                f'In-painting needs "mask" beside "image", bool {shape}, true where a pixel is known; it is {given}.'
+            )
+        images = batch["image"].where(mask, 0)  # what unknown pixels hold does not matter
+        self._check(images)
+        levels = self._quantize(images, num_levels)
+        return levels, mask.movedim(1, -1).expand(levels.shape)
 
     def samples(self, levels: Tensor, nfe: int, trajectory: Tensor | None, num_levels: int) -> Samples:
         """Level 0 is black, level K - 1 is white; see `Codec`."""
@@ -75,7 +83,7 @@ class ImageCodec(Codec):
         assert isinstance(samples, Samples)
         images = samples.images
         if "image" in batch:
-            images = torch.where(batch["mask"], batch["image"].to(images.dtype), images)
+            images = torch.where(batch["mask"].to(images.device), batch["image"].to(images), images)
         return {"images": images} | ({} if samples.trajectory is None else {"trajectory": samples.trajectory})
 
     def _check(self, images: Tensor) -> None:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoo.bfn.codecs.codec import Codec
@@ -51,7 +52,14 @@ class TextCodec(Codec):
         """``input_ids`` where ``known`` is true, both (B, L); see `Codec`."""
         if "input_ids" not in batch:
             return None
-        return self._checked(batch["input_ids"]), batch["known"]
+        ids, known = self._checked(batch["input_ids"]), batch.get("known")
+        if known is None or known.dtype != torch.bool or known.shape != ids.shape:
+            given = "none" if known is None else f"{known.dtype} {tuple(known.shape)}"
+            raise ValueError(
+                f'In-painting needs "known" beside "input_ids", bool {tuple(ids.shape)}, true where a character is known;'
+                f" it is {given}."
+            )
+        return ids, known
 
     def samples(self, levels: Tensor, nfe: int, trajectory: Tensor | None, num_levels: int) -> TextSamples:
         """Characters; see `Codec`."""
@@ -74,7 +82,7 @@ class TextCodec(Codec):
                 f"The text holds the id {int(ids[wrong][0])}, but the alphabet {self.alphabet!r} ends with id"
                 f" {len(self.alphabet) - 1}: the data's alphabet must be the model's."
             )
-        return ids
+        return ids.long()
 
     def _texts(self, ids: Tensor) -> list[str]:
         # Where a character is undecided between ids, as continuous flows can leave it, the nearest id is taken.

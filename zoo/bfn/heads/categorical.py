@@ -73,8 +73,7 @@ class Categorical(OutputDistribution):
             # Coordinate k has mean alpha (K - 1) with probability p_k and -alpha otherwise; their log-likelihood ratio is y.
             def log_ratio(noise: Tensor, log_prob: Tensor) -> Tensor:
                 message = energy * (truth - 0.5) + energy.sqrt() * noise
-                other = (-torch.expm1(log_prob)).clamp(min=torch.finfo(log_prob.dtype).eps).log()
-                return _pick(message, x) - torch.logaddexp(other, log_prob + message).sum(-1)
+                return _pick(message, x) - torch.logaddexp(_log_of_others(log_prob), log_prob + message).sum(-1)
 
         return mean_over_messages(log_ratio, log_prob, self.message_samples, require_random(random))
 
@@ -118,6 +117,13 @@ class CategoricalHead(Head):
     def __call__(self, output: Tensor, state: Tensor, t: Tensor | float, flow: Flow) -> Categorical:
         """See `Head`."""
         return Categorical(output.reshape(state.shape).to(state.dtype), self.receiver, self.message_samples)
+
+
+def _log_of_others(log_prob: Tensor) -> Tensor:
+    """ln(1 - p) of each class (B, ..., K), accurate also where p is close to 1: there it is the sum over all others."""
+    top = one_hot(log_prob.argmax(-1), log_prob.shape[-1]).bool()
+    rest = log_prob.masked_fill(top, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.where(top, rest, torch.log1p(-log_prob.masked_fill(top, -1.0).exp()))
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

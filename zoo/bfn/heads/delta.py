@@ -80,7 +80,7 @@ class DeltaHead(Head):
 
     def __init__(self, clip: float = 1.0, num_bins: int = 16, reconstruction_std: float = 0.7) -> None:
         check_num_bins(num_bins, "DeltaHead")
-        if clip <= 0 or reconstruction_std <= 0:
+        if not (clip > 0 and reconstruction_std > 0):
             raise ValueError(f"DeltaHead: clip={clip} and reconstruction_std={reconstruction_std} must be positive.")
         self.clip = clip
         self.num_bins = num_bins

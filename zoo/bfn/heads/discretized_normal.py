@@ -78,9 +78,11 @@ class DiscretizedNormal(OutputDistribution):
     def message_kl(self, x: Tensor, alpha: Tensor, random: SampleRandom | None = None) -> Tensor:
         """E_y[ln N(y; x, 1 / alpha) - ln sum_k p_k N(y; c_k, 1 / alpha)], y ~ N(x, 1 / alpha), by drawn messages."""
         draws = require_random(random)
+        # Multiplied by the number of messages, the rounding of float32 would show; with gradients it is one batch's noise.
+        dtype = self.dtype if torch.is_grad_enabled() else torch.float64
 
         def estimate(location: Tensor, std: Tensor, x: Tensor, alpha: Tensor, index_B: Tensor) -> Tensor:
-            centres = self._centre(torch.arange(self.num_bins, device=x.device))
+            centres = bin_centre(torch.arange(self.num_bins, device=x.device), self.num_bins, dtype)
             log_probs = bin_log_probs(location, std, self.num_bins, clip=self.clip)
             # With y = x + z / sqrt(alpha), alpha ((y - c)^2 - (y - x)^2) / 2 = gap z + gap^2 / 2.
             gap = expand_time(alpha, log_probs).sqrt() * (x[..., None] - centres)
@@ -93,8 +95,8 @@ class DiscretizedNormal(OutputDistribution):
             return mean_over_messages(log_ratio, weights, self.message_samples, batch, tuple(x.shape[1:]))
 
         row_size = self.location[0].numel() * self.num_bins
-        tensors = self.location, self.std, x, alpha.to(self.dtype), draws.index_B
-        return in_chunks(estimate, row_size, *tensors)
+        tensors = *(tensor.to(dtype) for tensor in (self.location, self.std, x, alpha)), draws.index_B
+        return in_chunks(estimate, row_size, *tensors).to(self.dtype)
 
     def _centre(self, index: Tensor) -> Tensor:
         return bin_centre(index, self.num_bins, self.dtype)

@@ -87,17 +87,28 @@ class Head(Configurable, ABC):
         """Levels that the flow's data have: bins or classes."""
         return self.num_bins
 
-    def check_output(self, output: Tensor, flow: Flow) -> None:
-        """Refuse the output of a network that was built for another head.
+    def check_output(self, output: Tensor, state: Tensor, flow: Flow) -> None:
+        """Refuse the output of a network that was built for another head, or that moved the data's axes.
+
+        Args:
+            output: the network's.
+            state: what it was computed from.
+            flow: that of the states.
 
         Raises:
-            ValueError: the last axis has another length than `num_outputs_for`.
+            ValueError: the output is not (B, *data shape, `num_outputs_for`).
         """
         expected = self.num_outputs_for(flow)
         if output.shape[-1] != expected:
             raise ValueError(
                 f"The network gives {output.shape[-1]} numbers per element, but {type(self).__name__} reads {expected}:"
                 f" set the network's num_outputs to {expected}."
+            )
+        data_shape = state.shape[:-1] if flow.state_shape(()) else state.shape
+        if output.shape[:-1] != data_shape:
+            raise ValueError(
+                f"The network's output is {tuple(output.shape)}, but must be {(*data_shape, expected)}: the data's shape, for"
+                " images channels last, and the numbers per element."
             )
 
     @abstractmethod

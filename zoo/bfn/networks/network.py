@@ -18,7 +18,8 @@ class Network(Configurable, nn.Module, ABC):
         """Predict.
 
         Args:
-            mu: the flow's network input, (B, *data shape) for continuous data, channels last for images.
+            mu: the flow's network input, (B, *data shape) for continuous data, channels last for images. It is float32 (float64
+                in a model of that type), also where the weights are in half precision: cast it where they are used.
             t: times (B,) in [0, 1].
 
         Returns:

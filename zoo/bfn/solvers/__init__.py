@@ -12,7 +12,7 @@ from zoo.bfn.solvers.ode_euler import ODEEuler
 from zoo.bfn.solvers.sde1 import SDE1
 from zoo.bfn.solvers.sde2m import SDE2M
 from zoo.bfn.solvers.sde_euler import SDEEuler
-from zoo.bfn.solvers.solver import Coefficients, Noise, Sample, Solver, Step, find_solver, random_noise, solver_names
+from zoo.bfn.solvers.solver import Coefficients, Noise, Observer, Sample, Solver, Step, find_solver, random_noise, solver_names
 
 __all__ = [
     "ODE1",
@@ -28,6 +28,7 @@ __all__ = [
     "Euler",
     "Noise",
     "ODEEuler",
+    "Observer",
     "SDEEuler",
     "Sample",
     "Solver",

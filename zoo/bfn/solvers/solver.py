@@ -27,6 +27,10 @@ __all__ = ["Coefficients", "Noise", "Sample", "Solver", "find_solver", "random_n
 #: beta(end) - beta(start), so noise that is consistent across step counts is a Brownian motion's increments in beta.
 Noise = Callable[[int, float, float], Tensor]
 
+#: Is shown each network call: (number of the call, from 1; time; state; estimate). What it is shown may change afterwards:
+#: copy what is to be kept.
+Observer = Callable[[int, float, Tensor, Tensor], None]
+
 Grid = Literal["uniform", "logsnr", "quadratic"]
 Start = Literal["zero", "optimal"]
 NoiseKind = Literal["independent", "brownian"]
@@ -72,7 +76,8 @@ class Solver(Configurable, ABC):
     Args:
         nfe: number of network calls (function evaluations).
         eta: time at which sampling starts, in [0, 1). Published: 0.01 for images, 0.001 for text.
-        grid: steps of equal length in time (published), in the log signal-to-noise ratio, or in the square root of time.
+        grid: steps of equal length in time (published), in the log signal-to-noise ratio, or in the square root of
+            the time since the start.
         start: draw the first state as if the data were 0, or from the best isotropic Gaussian given the data's moments.
         statistics: file with the data's moments, for the optimal start; see `DataStatistics`.
         last_drop: the last estimate is the sample, so that nothing is computed beyond it. Otherwise the last state is.
@@ -216,15 +221,29 @@ class Solver(Configurable, ABC):
         beta, scale = flow.beta(self.eta), flow.scale(self.eta)
         if self.statistics is None:
             return z * (scale * math.sqrt(flow.noise_variance * beta))
-        moments = DataStatistics.load(self.statistics)
-        if moments.mean.shape != z.shape[1:]:
-            raise ValueError(
-                f"{self.statistics} holds statistics of shape {tuple(moments.mean.shape)}, but the model's data has"
-                f" {tuple(z.shape[1:])}: compute them from the model's own data."
-            )
+        moments = self.load_statistics(tuple(z.shape[1:]))
         spread = moments.std.double().square().sum().item() / math.prod(shape)
         std = scale * math.sqrt(flow.noise_variance * (beta + beta**2 * spread))
         return z * std + scale * beta * flow.embed(moments.mean.to(z))
+
+    def load_statistics(self, shape: tuple[int, ...]) -> DataStatistics:
+        """Read the file of the optimal start.
+
+        Args:
+            shape: of one sample's state.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the statistics are of other data.
+        """
+        assert self.statistics is not None
+        moments = DataStatistics.load(self.statistics)
+        if tuple(moments.mean.shape) != shape:
+            raise ValueError(
+                f"{self.statistics} holds statistics of shape {tuple(moments.mean.shape)}, but the model's data has"
+                f" {shape}: compute them from the model's own data."
+            )
+        return moments
 
     @torch.no_grad()
     def sample(
@@ -234,6 +253,7 @@ class Solver(Configurable, ABC):
         random: SampleRandom,
         *,
         noise: Noise | None = None,
+        observer: Observer | None = None,
         record: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Sample:
@@ -244,6 +264,7 @@ class Solver(Configurable, ABC):
             shape: of one sample's data.
             random: the random numbers of B samples; the result for a sample depends on its own stream only.
             noise: replaces the standard normal draws by the caller's own.
+            observer: is shown each network call.
             record: keep the estimate of each network call.
             dtype: float type of the states.
         """
@@ -254,6 +275,8 @@ class Solver(Configurable, ABC):
         trajectory: list[Tensor] = []
         for number, step in enumerate(self.plan(flow), start=1):
             estimate = denoiser(state, step.start, "mode" if step.coefficients is None else self.statistic, random)
+            if observer is not None:
+                observer(denoiser.nfe - calls, step.start, state, estimate)
             if record:
                 trajectory.append(flow.decode(estimate))
             if step.coefficients is not None:
@@ -262,6 +285,8 @@ class Solver(Configurable, ABC):
                 state = self.update(flow, state, estimates, step.coefficients, z)
         if not self.drops_last():
             estimate = self.finish(denoiser, state, random)
+            if observer is not None and self.extra_calls:
+                observer(denoiser.nfe - calls, 1.0, state, estimate)
             if record:
                 trajectory.append(flow.decode(estimate))
         return Sample(flow.decode(estimate), denoiser.nfe - calls, torch.stack(trajectory, dim=1) if record else None)
