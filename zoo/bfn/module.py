@@ -63,7 +63,7 @@ class BFN(ZooModule):
         flow: Flow = ContinuousFlow(min_variance=1.0e-3),  # noqa: B008 (a default that jsonargparse shows; never changed)
         head: Head = DeltaHead(num_bins=16),  # noqa: B008
         solver: Solver = ODE2M(nfe=10),  # noqa: B008
-        codec: Codec = ImageCodec((1, 8, 8)),  # noqa: B008
+        codec: Codec = ImageCodec(shape=(1, 8, 8)),  # noqa: B008
         stratified_time: bool = False,
         loss_steps: int = 0,
         clip_in_loss: bool = True,
