@@ -222,7 +222,7 @@ def _parse(base: type, config: Mapping[str, Any], imports: _Imports | None) -> t
         if imports is not None and imports.refused:
             raise ValueError(_unknown(imports.refused[0])) from error
         reason = explain(str(error), []).removesuffix(" (--help lists all)").replace("object.", "")
-        raise ValueError(f"Cannot build {config.get('class_path')} from its arguments: {reason}.") from error
+        raise ValueError(f"Cannot build {config.get('class_path')} from its arguments: {reason}") from error
     finally:
         _imports.reset(token)
 

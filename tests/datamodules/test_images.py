@@ -334,7 +334,7 @@ def test_impossible_arguments_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             Digits(**arguments)
     for cls in (CIFAR10, FashionMNIST):
-        with pytest.raises(ValueError, match="val_fraction is 1.0"):
+        with pytest.raises(ValueError, match=r"val_fraction is 1\.0"):
             cls(root=tmp_path, val_fraction=1.0)
     with pytest.raises(ValueError, match="val_fraction divides the official files"):
         MNIST(val_fraction=0.1).setup("fit")

@@ -15,7 +15,7 @@ from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Noise, Observer, Solver, solver_names
-from zoo.bfn.state_dict_adapter import from_official_config, load_official, to_official
+from zoo.bfn.state_dict_adapter import from_official_config, load_official, official_leftovers, to_official
 from zoo.bfn.statistics import DataStatistics
 from zoo.callbacks import DataStatisticsWriter
 from zoo.metrics.mean_and_error import Mean, MeanAndError
@@ -346,6 +346,11 @@ class BFN(ZooModule):
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """Our hyperparameters from a configuration of the published code."""
         return from_official_config(cls, config)
+
+    @classmethod
+    def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
+        """What a configuration of the published code says of data, training and sampling, and what has no counterpart."""
+        return official_leftovers(config)
 
     # Sampling
 
