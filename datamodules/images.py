@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset, random_split
 from torchvision.datasets.utils import download_and_extract_archive
 
 from datamodules.assets import fetch
@@ -39,6 +39,7 @@ __all__ = [
 
 _SPLIT_SEED = 2024
 """Splits are the same for every run, whatever its seed: scores of several seeds are scores on the same pictures."""
+_PUBLISHED_SPLIT_SEED = 2147483647
 
 
 class PredictBatch(TypedDict, total=False):
@@ -288,10 +289,12 @@ class IdxImages(ImageDataModule, ABC):
         root: Folder with the official idx files, gzipped or not, or with torchvision's ``<class>/raw`` below it.
             ``None``: what a package registry carries.
         download: Whether torchvision downloads the official files into ``root`` if they are missing.
+        val_fraction: Share of the training pictures held out for validation, by the split of the published Bayesian
+            flow networks (which hold out 0.01). ``None``: 5,000 pictures, stratified.
         **kwargs: Arguments of `ImageDataModule` and `ZooDataModule`.
 
     Raises:
-        ValueError: ``download`` without ``root``.
+        ValueError: ``download`` without ``root``, or a fraction outside (0, 1).
     """
 
     image_shape = (1, 28, 28)
@@ -300,12 +303,16 @@ class IdxImages(ImageDataModule, ABC):
     official: ClassVar[type[torchvision.datasets.MNIST]]
     """Torchvision's class, which downloads."""
 
-    def __init__(self, root: Path | None = None, download: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, root: Path | None = None, download: bool = False, val_fraction: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if download and root is None:
             raise ValueError("download: true needs root, the folder to download into.")
+        _check_fraction(val_fraction)
         self.root = None if root is None else Path(root)
         self.download = download
+        self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
         """Fetch or download the files if need be (Lightning hook)."""
@@ -315,10 +322,11 @@ class IdxImages(ImageDataModule, ABC):
             self.official(self.root, download=True)
 
     def read(self) -> Splits:
-        """Read the official files and hold 5,000 of the training pictures out for validation, stratified."""
+        """Read the official files and hold training pictures out for validation."""
         name = self.official.__name__
         folders = [fetch(self.asset)] if self.root is None else [self.root, self.root / name / "raw"]
-        return _official_splits(_read_idx_pair(name, folders, "train"), _read_idx_pair(name, folders, "t10k"))
+        train, test = _read_idx_pair(name, folders, "train"), _read_idx_pair(name, folders, "t10k")
+        return _official_splits(train, test, self.val_fraction)
 
 
 class MNIST(IdxImages):
@@ -333,9 +341,15 @@ class MNIST(IdxImages):
     official = torchvision.datasets.MNIST
 
     def read(self) -> Splits:
-        """Read and split the official files or the 5,000."""
+        """Read and split the official files or the 5,000.
+
+        Raises:
+            ValueError: ``val_fraction`` without ``root``.
+        """
         if self.root is not None:
             return super().read()
+        if self.val_fraction is not None:
+            raise ValueError("val_fraction divides the official files: set root, the folder that holds them, or leave it out.")
         images, labels = _read_csv(fetch(self.asset) / "mnist_5k.csv.gz", self.image_shape)
         return _three_splits(images, labels, num_val=500, num_test=500)
 
@@ -361,7 +375,12 @@ class CIFAR10(ImageDataModule):
             only containers and arrays are admitted), or is one of them.
         download: Whether the official binary archive (170 MB) is downloaded into ``root`` if it holds neither.
         flip: Whether training pictures are mirrored left to right in half of the epochs.
+        val_fraction: Share of the training pictures held out for validation, by the split of the published Bayesian
+            flow networks (which hold out 0.01). ``None``: 5,000 pictures, stratified.
         **kwargs: Arguments of `ImageDataModule` and `ZooDataModule`.
+
+    Raises:
+        ValueError: A fraction outside (0, 1).
     """
 
     image_shape = (3, 32, 32)
@@ -369,11 +388,20 @@ class CIFAR10(ImageDataModule):
     archive: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     archive_md5: ClassVar[str] = "c32a1d4ab5d03f1284b67883e8d87530"
 
-    def __init__(self, root: Path, download: bool = False, flip: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        download: bool = False,
+        flip: bool = False,
+        val_fraction: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        _check_fraction(val_fraction)
         self.root = Path(root)
         self.download = download
         self.flip = flip
+        self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
         """Download and verify the official binary archive if need be (Lightning hook)."""
@@ -388,7 +416,12 @@ class CIFAR10(ImageDataModule):
             raise FileNotFoundError(
                 f"{self.root} holds no CIFAR-10: unpack the official cifar-10-binary.tar.gz there, or set download: true."
             )
-        return _official_splits(read_cifar(folder, train=True), read_cifar(folder, train=False))
+        return _official_splits(read_cifar(folder, train=True), read_cifar(folder, train=False), self.val_fraction)
+
+
+def _check_fraction(val_fraction: float | None) -> None:
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}, and must lie between 0 and 1.")
 
 
 def _read_csv(path: Path, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -418,10 +451,15 @@ def _read_idx_pair(name: str, folders: list[Path], part: Literal["train", "t10k"
     return images.unsqueeze(1), labels.long()
 
 
-def _official_splits(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Splits:
-    """Hold out for validation 5,000 of the 60,000 or 50,000 training pictures, never of the test set."""
+def _official_splits(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], val_fraction: float | None) -> Splits:
+    """Hold out for validation a part of the 60,000 or 50,000 training pictures, never of the test set."""
     images, labels = train
-    kept, held_out = stratified_split(labels, min(5_000, len(labels) // 10))
+    if val_fraction is None:
+        kept, held_out = stratified_split(labels, min(5_000, len(labels) // 10))
+    else:  # as in the published code of arXiv 2308.07037
+        generator = torch.Generator().manual_seed(_PUBLISHED_SPLIT_SEED)
+        parts = random_split(TensorDataset(labels), [1 - val_fraction, val_fraction], generator)
+        kept, held_out = (torch.tensor(part.indices, dtype=torch.long) for part in parts)
     return Splits((images[kept], labels[kept]), (images[held_out], labels[held_out]), test)
 
 

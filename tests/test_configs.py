@@ -42,6 +42,23 @@ def test_published_recipes_are_built_whole(name, num_parameters):
     assert model.configure_optimizers() is not None
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_need_the_published_data(name):
+    data = yaml.safe_load(CONFIGS[name].read_text())["data"]["init_args"]
+    assert data["root"].startswith("data/")
+    assert data.get("val_fraction") == (None if name == "bfn/text8" else 0.01)
+
+
+def test_the_default_codec_can_be_shown_and_replaced(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "bfn/digits", "--model.codec.shape", "[1, 8, 8]", "--model.codec.dynamic_binarization", "false",
+              "--print_config"])  # fmt: skip
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["codec"]["init_args"]["shape"] == [1, 8, 8]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "BFN"])
+    assert "object at 0x" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if name not in PUBLISHED])
 def test_it_trains_validates_and_tests(name):
     config = yaml.safe_load(CONFIGS[name].read_text())

@@ -3,16 +3,21 @@
 import enum
 import functools
 import json
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.cli import OptimizerCallable
 from tiny import MLP, Deep, Net, Tiny, Wider
 
-from zoo.hyperparameters import Configurable, build, class_path, find_class, plain
+from zoo.hyperparameters import Configurable, build, check_config, class_path, find_class, plain
 
 
 class Colour(enum.Enum):
@@ -33,6 +38,14 @@ trees = st.recursive(numbers, lambda inner: st.lists(inner) | st.dictionaries(st
 def test_plain_data_is_its_own_plain_form(tree):
     assert plain(tree) == tree
     json.dumps(plain(tree))
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.str_("a")])
+def test_numbers_of_numpy_become_numbers_of_python(value, tmp_path):
+    stored = plain({"value": [value]})["value"][0]
+    assert stored == value and type(stored) is type(value.item())
+    torch.save(stored, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True) == value
 
 
 def test_paths_enums_dataclasses_partials_and_classes_become_plain():
@@ -86,6 +99,79 @@ def test_find_class_refuses_what_is_not_of_the_base():
         find_class("subprocess.Popen", Net)
     with pytest.raises(ValueError, match="not known here"):
         find_class("some_module_that_nobody_imported.Thing", Net)
+
+
+class Holder(Configurable):
+    """Components, functions and containers of them, in all the ways in which an argument may take them."""
+
+    def __init__(
+        self,
+        net: Net | None = None,
+        nets: list[Net] | None = None,
+        kind: type[Net] | None = None,
+        call: Callable[[float], float] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        note: str = "",
+    ) -> None:
+        self.arguments = (net, nets, kind, call, optimizer, note)
+
+
+FOREIGN = [
+    {"net": {"class_path": "this.Foo"}},
+    {"net": "this.Foo"},
+    {"net": '{"class_path": "this.Foo"}'},
+    {"nets": [{"class_path": "tiny.MLP"}, {"class_path": "this.Foo"}]},
+    {"net": {"class_path": "tiny.Deep", "init_args": {"parts": [{"class_path": "this.Foo"}]}}},
+    {"kind": "this.Foo"},
+    {"call": "this.c"},
+    {"optimizer": {"class_path": "this.Foo", "init_args": {"lr": 0.1}}},
+]
+
+
+@pytest.mark.parametrize("arguments", FOREIGN, ids=str)
+def test_nothing_is_imported_that_stored_data_name(arguments, capsys):
+    sys.modules.pop("this", None)
+    config = {"class_path": class_path(Holder), "init_args": arguments}
+    for refuse in (build, check_config):
+        with pytest.raises(ValueError, match=r"this\.\w+ is not known here: import the module"):
+            refuse(Holder, config)
+    assert "this" not in sys.modules  # which greets whoever imports it
+    with pytest.raises(ValueError, match="Cannot build"):
+        build(Holder, config, trusted=True)
+    with pytest.raises(ValueError, match="Cannot build"):
+        check_config(Holder, config, chosen=["this.Foo", "this.c"])
+    assert "this" in sys.modules
+
+
+def test_what_is_at_hand_may_be_named_at_any_depth(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text("from tiny import MLP\nclass Mine(MLP):\n    class Inner(MLP): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = {
+        "net": {"class_path": "my_nets.Mine"},
+        "nets": [{"class_path": "MLP"}, {"class_path": "my_nets.Mine.Inner"}],
+        "kind": "my_nets.Mine",
+        "call": "math.sqrt",
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+        "note": "this.Foo",
+    }
+    built = build(Holder, {"class_path": class_path(Holder), "init_args": arguments}).arguments
+    assert type(built[0]).__name__ == "Mine" and [type(net).__name__ for net in built[1]] == ["MLP", "Inner"]
+    assert built[2].__name__ == "Mine" and built[3] is math.sqrt and built[5] == "this.Foo"
+    assert isinstance(built[4](torch.nn.Linear(1, 1).parameters()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widht": 3}, "unknown option widht of MLP; did you mean width?"),
+        ({"width": "wide"}, "width: expected int, got wide"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        build(Net, {"class_path": "tiny.MLP", "init_args": arguments})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_components_survive_copy_and_pickle():

@@ -4,16 +4,18 @@ import functools
 import json
 import os
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
 from tiny import MLP, Net, Renamed, Tiny, TinyData, Wider
 
 from zoo import ZooModule
-from zoo.checkpoint import read_checkpoint
+from zoo.checkpoint import check_weights, read_checkpoint
 from zoo.hyperparameters import build
 
 
@@ -118,9 +120,66 @@ def test_a_checkpoint_that_holds_code_is_refused_and_does_not_run(tmp_path, monk
 
 
 def test_a_checkpoint_cannot_name_a_foreign_class(tmp_path):
-    torch.save({"state_dict": {}, "hyper_parameters": {"_class_path": "subprocess.Popen", "args": ["true"]}}, tmp_path / "a.ckpt")
+    stored = {"_class_path": "subprocess.Popen", "args": ["true"]}
+    torch.save({"state_dict": {}, "hyper_parameters": stored, "pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="refusing to build"):
         ZooModule.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_folder_cannot_name_a_foreign_module_within(tmp_path):
+    built_by("python").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["net"] = {"class_path": "antigravity.Net"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"antigravity\.Net is not known here"):
+        ZooModule.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
+
+
+def test_numbers_of_numpy_survive_a_checkpoint(tmp_path):
+    module = Tiny(MLP(), noise=np.float64(0.25))
+    train(module, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    assert Tiny.load_from_checkpoint(tmp_path / "a.ckpt").noise == 0.25
+
+
+def test_missing_weights_are_named_on_the_meta_device_too():
+    with torch.device("meta"):
+        module = built_by("python")
+    weights = dict(module.state_dict())
+    check_weights(module, weights, "a file")
+    del weights["net.layers.0.bias"]
+    with pytest.raises(ValueError, match=r"missing: net\.layers\.0\.bias"):
+        check_weights(module, weights, "a file")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_weights_are_stored_once(device):
+    with torch.device(device):
+        module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    weights = dict(module.state_dict())
+    del weights["1.weight"]
+    check_weights(module, weights, "a file")
+
+
+@pytest.mark.parametrize(
+    "head", [b"version https://git-lfs.github.com/spec/v1\noid sha256:", b"<!DOCTYPE html>\n<html>", b"Not found"]
+)
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+def test_text_in_place_of_weights_is_called_text(tmp_path, head, name):
+    (tmp_path / name).write_bytes(head)
+    with pytest.raises(ValueError, match=r"is not a file of weights \(it begins with .*Git LFS pointer or a web page"):
+        ZooModule.load_from_checkpoint(tmp_path / name)
+    built_by("python").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(head)
+    with pytest.raises(ValueError, match="is not a file of weights"):
+        ZooModule.from_pretrained(tmp_path)
+
+
+def test_bare_weights_are_no_checkpoint(tmp_path):
+    torch.save({"state_dict": built_by("python").state_dict()}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="it has no pytorch-lightning_version"):
+        read_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_damaged_and_missing_checkpoints(tmp_path):

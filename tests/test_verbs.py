@@ -1,7 +1,12 @@
 """The verbs beside fit, validate, test and predict."""
 
 import pytest
+import torch
+from lightning import Trainer
+from safetensors.torch import load_file
+from tiny import MLP, Tiny
 
+import zoo
 from zoo.__main__ import main
 
 
@@ -26,3 +31,53 @@ def test_convert_says_what_is_missing(capsys, tmp_path):
     assert "There is no checkpoint file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["convert"])
+
+
+def refusal(capsys, *words: object) -> str:
+    """What ``zoo convert`` says before it ends with status 2."""
+    assert main(["convert", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_shipped_model_is_converted_by_its_name(capsys, tmp_path):
+    assert main(["convert", "bfn-digits", str(tmp_path / "out")]) == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        torch.equal(stored[name], tensor) for name, tensor in zoo.load("bfn-digits").state_dict().items() if name in stored
+    )
+    assert "Did you mean bfn-digits" in refusal(capsys, "bfn-digit", tmp_path / "other")
+
+
+def test_targets_that_are_meant_otherwise_are_refused_before_anything_is_read(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "within"):
+        assert f"{tmp_path / 'file'} is a file, where a folder is to be written" in refusal(capsys, "bfn-digits", target)
+    assert "is a file" in refusal(capsys, "bfn-digits", tmp_path / "file" / "weights.pt", "--official")
+    for suffix in ("pt", "pth", "ckpt", "safetensors"):
+        assert "name a folder, or add --official" in refusal(capsys, "bfn-digits", tmp_path / f"weights.{suffix}")
+    for option in (["--half"], ["--description", "mine"]):
+        assert "leave them out with --official" in refusal(capsys, "x", tmp_path / "weights.pt", "--official", *option)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_configuration_does_not_replace_what_a_checkpoint_holds(capsys, tmp_path):
+    module = Tiny(MLP(5), noise=0.7)
+    module.save_pretrained(tmp_path / "folder")
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for source in ("folder", "a.ckpt"):
+        error = refusal(capsys, tmp_path / source, tmp_path / "out", "--config", "bfn/digits")
+        assert f"{tmp_path / source} holds its own hyperparameters: leave out --config." in error
+    assert main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "out")]) == 0
+    assert zoo.load(tmp_path / "out").noise == 0.7
+
+
+def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
+    torch.save({"net.a": torch.zeros(2)}, tmp_path / "weights.pt")
+    for content in ("model: [1\ndata: }", "\tmodel:"):
+        (tmp_path / "bad.yaml").write_text(content)
+        error = refusal(capsys, tmp_path / "weights.pt", tmp_path / "out", "--config", tmp_path / "bad.yaml")
+        assert "bad.yaml is not valid YAML, line " in error

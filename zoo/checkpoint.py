@@ -25,11 +25,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         ValueError: the file holds code or foreign objects, is damaged, or is no Lightning checkpoint.
     """
     checkpoint = read_plain(path, map_location)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"{path} is not a Lightning checkpoint (it has no state_dict): convert officially released weights with"
-            " `zoo convert FILE FOLDER --config NAME`."
-        )
+    for key in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise ValueError(
+                f"{path} is not a Lightning checkpoint (it has no {key}): give the file that the Trainer wrote; convert"
+                " officially released weights with `zoo convert FILE FOLDER --config NAME`."
+            )
     return checkpoint
 
 
@@ -38,11 +39,12 @@ def read_plain(path: str | Path, map_location: Any = "cpu") -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds code or foreign objects, or is damaged.
+        ValueError: the file holds code or foreign objects, is damaged, or is text.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
+    _refuse_text(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
@@ -73,6 +75,7 @@ def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a pretrained folder: {name} is missing in it.")
+    _refuse_text(folder / WEIGHTS_FILE)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
@@ -95,10 +98,11 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str,
     Raises:
         ValueError: with all unknown, missing and misshapen names (the first five of each).
     """
-    own = module.state_dict()
-    # Tied tensors are stored once; an alias that is absent is not missing.
-    stored = {own[name].data_ptr() for name in weights if name in own and own[name].numel()}
-    missing = [n for n, tensor in own.items() if n not in weights and tensor.data_ptr() not in stored] if strict else []
+    own = module.state_dict(keep_vars=True)
+    # Tied tensors are stored once; an alias that is absent is not missing. Without memory (on meta), the object tells.
+    place = {name: tensor.data_ptr() or id(tensor) for name, tensor in own.items()}
+    stored = {place[name] for name in weights if name in own}
+    missing = [name for name in own if name not in weights and place[name] not in stored] if strict else []
     unknown = [n for n in weights if n not in own] if strict else []
     misshapen = [
         f"{n} {tuple(weights[n].shape)} instead of {tuple(own[n].shape)}"
@@ -111,6 +115,17 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str,
         raise ValueError(
             f"The weights of {source} do not fit {type(module).__name__} ({'; '.join(parts)}):"
             " build the module with the hyperparameters that the weights were made with."
+        )
+
+
+def _refuse_text(path: Path) -> None:
+    """A download that went wrong leaves a text: a pointer of Git LFS, a web page, a message."""
+    with path.open("rb") as file:
+        head = file.read(40).decode("ascii", "replace")
+    if head and all(char.isascii() and (char.isprintable() or char.isspace()) for char in head):
+        raise ValueError(
+            f"{path} is not a file of weights (it begins with {' '.join(head.split())!r}): was the download complete, or is it"
+            " a Git LFS pointer or a web page?"
         )
 
 

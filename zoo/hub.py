@@ -1,6 +1,7 @@
 """Pretrained models: those shipped with this package, folders, and repositories of the Hugging Face hub."""
 
 import difflib
+import importlib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 from zoo.checkpoint import CONFIG_FILE, is_pretrained_folder
 from zoo.module import ZooModule
 
-__all__ = ["ShippedModel", "list_models", "load", "resolve"]
+__all__ = ["ShippedModel", "import_methods", "list_models", "load", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ def _manifest() -> dict[str, ShippedModel]:
         fields: dict[str, Any] = json.loads(config.read_text())
         models[folder.name] = ShippedModel(folder.name, fields["_class_path"], fields.get("_description", ""), size, folder)
     return models
+
+
+def import_methods() -> None:
+    """Import every method of the zoo, so that its classes are found by their names."""
+    for module in Path(str(files("zoo"))).glob("*/module.py"):
+        importlib.import_module(f"zoo.{module.parent.name}")
 
 
 def list_models() -> list[ShippedModel]:

@@ -9,18 +9,24 @@ import ast
 import dataclasses
 import enum
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jsonargparse
 import jsonargparse._parameter_resolvers as _resolvers
+import jsonargparse._typehints as _typehints
+import numpy as np
+import yaml
 
-__all__ = ["Configurable", "build", "class_path", "find_class", "plain", "plain_arguments"]
+from zoo.option_errors import explain
+
+__all__ = ["Configurable", "build", "check_config", "class_path", "find_class", "plain", "plain_arguments", "read_config"]
 
 T = TypeVar("T")
 
@@ -82,17 +88,22 @@ def plain(value: Any, name: str = "value") -> Any:
     """Write a value as plain data: None, bool, int, float, str, list, dict.
 
     Args:
-        value: numbers, strings, paths, enums, dataclasses, containers of these, `Configurable` components, classes,
-            functions and ``functools.partial`` objects.
+        value: numbers (numpy's too), strings, paths, enums, dataclasses, containers of these, `Configurable` components,
+            classes, functions and ``functools.partial`` objects.
         name: what the value is called in the error message.
 
     Raises:
         TypeError: for anything else.
     """
-    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
-        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
+        return None
     if isinstance(value, enum.Enum):
         return value.name
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # a subclass, such as that of a library, could not be read with weights_only=True
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple | set | frozenset):
@@ -153,23 +164,87 @@ def _class_config(cls: type, arguments: Mapping[str, Any], name: str) -> dict[st
     return {"class_path": class_path(cls), "init_args": {**_default_arguments(cls), **plain(arguments, name)}}
 
 
-def build(base: type[T], config: Mapping[str, Any]) -> T:
+def build(base: type[T], config: Mapping[str, Any], trusted: bool = False) -> T:
     """Build an object from ``{"class_path", "init_args"}``.
 
     Args:
         base: the class that the object must be an instance of.
         config: plain data; a value in ``init_args`` may also be an object that is already built.
+        trusted: whether the user wrote ``config``, so that it may import any installed module; see `check_config`.
 
     Raises:
-        ValueError: unknown class or argument, or a value of the wrong type.
+        ValueError: unknown class or argument, a value of the wrong type, or a module that would have to be imported.
     """
+    parser, parsed = _parse(base, config, None if trusted else _Imports())
+    return cast(T, parser.instantiate(parsed).object)
+
+
+def check_config(base: type, config: Mapping[str, Any], chosen: Collection[str] = ()) -> None:
+    """Refuse plain data of a file that does not fit its classes, or would import a module that the user did not choose.
+
+    Classes and functions, however deep they lie, may be of this package, of modules already imported, or of Python files of
+    the current folder, as for `find_class`. Nothing is built.
+
+    Args:
+        base: the class that the object must be an instance of.
+        config: ``{"class_path", "init_args"}``.
+        chosen: import paths that the user has named, which are admitted as well.
+
+    Raises:
+        ValueError: unknown class or argument, a value of the wrong type, or a module that would have to be imported.
+    """
+    _parse(base, config, _Imports(chosen))
+
+
+class _Imports:
+    """Which import paths plain data may follow; remembers those refused."""
+
+    def __init__(self, chosen: Collection[str] = ()) -> None:
+        self.chosen = chosen
+        self.refused: list[str] = []
+
+    def check(self, path: str) -> None:
+        if path not in self.chosen and _would_import(path):
+            self.refused.append(path)
+            raise ImportError(f"{path} is not known here")
+
+
+_imports: ContextVar[_Imports | None] = ContextVar("_imports", default=None)
+
+
+def _parse(base: type, config: Mapping[str, Any], imports: _Imports | None) -> tuple[jsonargparse.ArgumentParser, Any]:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "object", required=True)
+    token = _imports.set(imports)
     try:
-        parsed = parser.parse_object({"object": _copied(config)})
+        return parser, parser.parse_object({"object": _copied(config)})
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"Cannot build {config.get('class_path')} from its stored arguments: {error}") from error
-    return cast(T, parser.instantiate(parsed).object)
+        if imports is not None and imports.refused:
+            raise ValueError(_unknown(imports.refused[0])) from error
+        reason = explain(str(error), []).removesuffix(" (--help lists all)").replace("object.", "")
+        raise ValueError(f"Cannot build {config.get('class_path')} from its arguments: {reason}") from error
+    finally:
+        _imports.reset(token)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML configuration.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, or does not hold options.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}.")
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        at = "" if where is None else f", line {where.line + 1}: {getattr(error, 'problem', None)}"
+        raise ValueError(f"{path} is not valid YAML{at}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a configuration: it must hold options, such as `model:`.")
+    return config
 
 
 def _copied(config: Any) -> Any:
@@ -188,21 +263,41 @@ def find_class(path: str, base: type[T]) -> type[T]:
         ValueError: no such class, or not a subclass of ``base``.
     """
     module_path, _, name = path.rpartition(".")
-    root = module_path.partition(".")[0]
-    local = any(Path(root).with_suffix(suffix).exists() for suffix in ("", ".py")) and str(Path.cwd()) in sys.path
-    if module_path not in sys.modules and (root in ("zoo", "datamodules", "strategies") or local):
+    if module_path not in sys.modules and _is_near(module_path):
         try:
             importlib.import_module(module_path)
         except ModuleNotFoundError as error:
             raise ValueError(f"There is no module {module_path} for the class {path}: {error}.") from error
     target = getattr(sys.modules.get(module_path), name, None)
     if not inspect.isclass(target):
-        raise ValueError(
-            f"The class {path} is not known here: import the module that defines it first, or run in the folder that holds it."
-        )
+        raise ValueError(_unknown(path))
     if not issubclass(target, base):
         raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
     return target
+
+
+def _unknown(path: str) -> str:
+    return f"The class {path} is not known here: import the module that defines it first, or run in the folder that holds it."
+
+
+def _is_near(path: str) -> bool:
+    """Whether an import path leads into this package or into a Python file of the current folder."""
+    root = path.partition(".")[0]
+    local = bool(root) and any(Path(root + suffix).exists() for suffix in ("", ".py")) and str(Path.cwd()) in sys.path
+    return local or root in ("zoo", "datamodules", "strategies")
+
+
+def _would_import(path: str) -> bool:
+    """Whether following an import path would import a module that is neither near nor imported already."""
+    if _is_near(path):
+        return False
+    for name in itertools.accumulate(path.split("."), "{}.{}".format):
+        if name not in sys.modules:
+            try:
+                return importlib.util.find_spec(name) is not None  # what holds it is imported, so that this imports nothing
+            except (ImportError, ValueError):  # it is a class or an attribute
+                return False
+    return False
 
 
 def _is_literal(node: ast.AST) -> bool:
@@ -217,3 +312,15 @@ def _is_literal(node: ast.AST) -> bool:
 # only bare constants. `betas=(0.9, 0.99)` and negative numbers are literals as well. Pinned by tests/test_lightning_pins.py.
 _resolvers.ast_is_constant = _is_literal
 _resolvers.ast_get_constant_value = ast.literal_eval
+
+# What a value names is imported by this function of jsonargparse alone. Pinned by tests/test_hyperparameters.py.
+_import_object = _typehints.import_object
+
+
+def _import_if_allowed(name: str, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(name, str) and (imports := _imports.get()) is not None:
+        imports.check(name)
+    return _import_object(name, *args, **kwargs)
+
+
+_typehints.import_object = _import_if_allowed

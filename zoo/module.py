@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,7 +22,7 @@ from zoo.checkpoint import (
     read_checkpoint,
     read_pretrained,
 )
-from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
+from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
 from zoo.random import SampleRandom
 
 __all__ = ["ZooModule"]
@@ -265,7 +264,7 @@ class ZooModule(Configurable, LightningModule):
         load_model(module, str(folder / WEIGHTS_FILE))
         return module
 
-    # Officially released weights: a method that has some overrides the three hooks
+    # Officially released weights: a method that has some overrides the four hooks
 
     def load_official(self, path: str | Path) -> None:
         """Load a file of the weights that the method's authors released.
@@ -299,6 +298,15 @@ class ZooModule(Configurable, LightningModule):
         return None
 
     @classmethod
+    def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
+        """What a configuration of the published code says that `from_official` does not take over, a line each.
+
+        Args:
+            config: the file, parsed; any other gives nothing.
+        """
+        return []
+
+    @classmethod
     def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any]) -> Self:
         """Build the module that officially released weights belong to.
 
@@ -310,9 +318,10 @@ class ZooModule(Configurable, LightningModule):
             FileNotFoundError: there is no such file.
             ValueError: the configuration is neither, or the weights do not fit the module that it describes.
         """
-        parsed = config if isinstance(config, Mapping) else yaml.safe_load(Path(config).read_text())
-        if not isinstance(parsed, Mapping):
-            raise ValueError(f"{config} is not a configuration: it must hold options, such as `model:`.")
+        from zoo.hub import import_methods  # the hub knows every method, a method's base class must not
+
+        import_methods()
+        parsed = config if isinstance(config, Mapping) else read_config(config)
         model = parsed.get("model")
         if not (isinstance(model, Mapping) and "class_path" in model):
             read = (found for c in _family(cls) if (found := c.from_official_config(parsed)) is not None)
@@ -322,7 +331,7 @@ class ZooModule(Configurable, LightningModule):
                 "This is neither a configuration of the zoo (it has no model.class_path) nor one of published code that"
                 f" {cls.__name__} can read: {', '.join(map(str, parsed)) or 'it is empty'}."
             )
-        module = build(cls, model)
+        module = build(cls, model, trusted=True)
         module.load_official(path)
         return module
 

@@ -170,7 +170,7 @@ def test_cifar10(bins, discretized):
     adamw = {"lr": 2e-4, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.01}
     assert parts["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": adamw}
     assert "solver" not in parts and not found.sampling
-    assert found.data == {"dataset": "cifar10", "horizontal_flip": False, "val_frac": 0.01}
+    assert found.data == {"dataset": "cifar10", "flip": False, "val_fraction": 0.01}
     assert found.training["max_steps"] == 1_000_000
     assert (found.training["ema_decay"], found.training["gradient_clip_val"], found.training["batch_size"]) == (0.9999, 5.0, 32)
 

@@ -1,8 +1,9 @@
 """Officially released weights to ours and back: strict, both ways, and through `zoo convert`."""
 
-import inspect
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,34 +28,16 @@ from zoo.bfn import (
     read_official_weights,
     to_official,
 )
-from zoo.bfn.state_dict_adapter import from_official_config, published_files
+from zoo.bfn.state_dict_adapter import published_files
 from zoo.hyperparameters import build
 from zoo.module import ZooModule
 
-UNET = {"image_shape": [1, 8, 8], "width": 8, "norm_groups": 4, "multipliers": [1, 2], "num_res_blocks": 1, "num_heads": 2}
+UNET = {"image_shape": [1, 8, 8], "width": 32, "multipliers": [1, 2], "num_res_blocks": 1, "num_heads": 2}
 SMALL: dict[str, Callable[[], Network]] = {
     "UNetVDM": lambda: UNetVDM(image_shape=(3, 4, 4), width=8, depth=2, norm_groups=4),
     "ImprovedUNet": lambda: ImprovedUNet(**UNET),
     "BFNTransformer": lambda: BFNTransformer(5, 5, seq_len=6, width=8, depth=2, num_heads=2),
 }
-
-
-class Official(BFN):
-    """BFN with its hooks for official weights."""
-
-    def load_official(self, path: str | Path) -> None:
-        load_official(self.network, path)
-
-    def to_official(self) -> dict[str, Tensor]:
-        return to_official(self.network)
-
-    @classmethod
-    def from_official_config(cls, config: Any) -> dict[str, Any] | None:
-        model = from_official_config(cls, config)
-        if model is not None:
-            known = inspect.signature(BFN).parameters
-            model["init_args"] = {name: value for name, value in model["init_args"].items() if name in known}
-        return model
 
 
 def official(network: Network) -> dict[str, Tensor]:
@@ -144,19 +127,55 @@ def test_files_that_hold_code_or_no_weights_are_refused(tmp_path):
     torch.save({"net.a": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil.pt holds .*system, .*could run code when loaded, so it was refused"):
         read_official_weights(tmp_path / "evil.pt")
-    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut\x00")
     with pytest.raises(ValueError, match="is damaged"):
         read_official_weights(tmp_path / "cut.safetensors")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no weights"):
         read_official_weights(tmp_path / "list.pt")
     torch.save({"net.a": torch.zeros(2), "step": 3}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=r"not tensors \(step\)"):
+    with pytest.raises(ValueError, match=r"not named tensors \(step\)"):
         read_official_weights(tmp_path / "state.pt")
+    torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match=r"not named tensors \(0\)"):
+        read_official_weights(tmp_path / "numbers.pt")
+    with pytest.raises(FileNotFoundError, match=r"is a folder without ema_model\.pt"):
+        read_official_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none.pt"):
         read_official_weights(tmp_path / "none.pt")
     with pytest.raises(ValueError, match=r"both with and without the prefix net\.: a"):
         from_official({"net.a": torch.zeros(2), "a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3])
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(value, tmp_path):
+    stored = official(SMALL["UNetVDM"]())
+    stored["net.conv_in.bias"] = torch.full((8,), value)
+    torch.save(stored, tmp_path / "weights.pt")
+    network = SMALL["UNetVDM"]()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"not a number \(conv_in\.bias\)"):
+        load_official(network, tmp_path / "weights.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("network", "difference"),
+    [
+        (lambda: ImprovedUNet(**UNET | {"norm_groups": 16}), "ImprovedUNet with norm_groups=16"),
+        (lambda: ImprovedUNet(**UNET | {"image_shape": [1, 8, 4]}), "ImprovedUNet for images of 8 x 4"),
+        (lambda: UNetVDM((3, 4, 6), width=8, depth=1, norm_groups=4), "UNetVDM for images of 4 x 6"),
+        (lambda: UNetVDM((3, 4, 4), width=8, depth=1, norm_groups=4, fourier_exponents=(3, 4)), r"fourier_exponents=\(3, 4\)"),
+    ],
+)
+def test_what_the_published_code_would_build_otherwise_has_no_official_format(network, difference):
+    """The names and shapes agree, so that it would load these weights, and compute something else."""
+    with pytest.raises(ValueError, match=f"The published code has no .*{difference}"):
+        to_official(network())
+
+
+def test_a_network_without_fourier_features_has_an_official_format():
+    assert to_official(UNetVDM((3, 4, 4), width=8, depth=1, norm_groups=4, fourier_exponents=()))
 
 
 def test_networks_that_the_published_code_lacks_have_no_official_format():
@@ -177,7 +196,7 @@ def test_networks_are_rebuilt_from_plain_data(name):
 # The module's hooks and the command line
 
 
-def our_config(tmp_path: Path, cls: type = Official) -> Path:
+def our_config(tmp_path: Path, cls: type = BFN) -> Path:
     model = {"network": {"class_path": "ImprovedUNet", "init_args": UNET}, "solver": {"class_path": "ODE1"}}
     path = tmp_path / "unet.yaml"
     path.write_text(yaml.safe_dump({"model": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": model}}))
@@ -213,7 +232,7 @@ def test_official_weights_become_a_folder_and_official_weights_again(tmp_path, c
     folder, back = str(tmp_path / "folder"), str(tmp_path / "back" / "weights.pt")
     assert main(["convert", str(tmp_path / "mnist_ema.pt"), folder, "--config", config, "--description", "small"]) == 0
     module = ZooModule.from_pretrained(folder)
-    assert isinstance(module, Official)
+    assert type(module) is BFN
     assert all(torch.equal(tensor, module.network.state_dict()[name]) for name, tensor in network.state_dict().items())
     assert main(["convert", folder, back, "--official"]) == 0
     assert "wrote" in capsys.readouterr().out
@@ -229,12 +248,43 @@ def test_official_weights_become_a_folder_and_official_weights_again(tmp_path, c
 def test_a_configuration_of_the_published_code_serves_as_well(tmp_path):
     network = ImprovedUNet(image_shape=(1, 8, 8), width=32, multipliers=(1, 2), num_res_blocks=1, num_heads=2)
     torch.save(official(network), tmp_path / "weights.pt")
-    module = Official.from_official(tmp_path / "weights.pt", published_config(tmp_path))
-    assert isinstance(module, Official)
+    module = BFN.from_official(tmp_path / "weights.pt", published_config(tmp_path))
+    assert type(module) is BFN
     assert module.flow.min_variance == 1e-6
     assert module.head.num_bins == 256
     assert module.network.init_config["init_args"]["dropout"] == 0.5
     assert all(torch.equal(tensor, module.network.state_dict()[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_training_folder_is_read_and_what_is_left_out_is_said(tmp_path, capsys):
+    network = ImprovedUNet(image_shape=(1, 8, 8), width=32, multipliers=(1, 2), num_res_blocks=1, num_heads=2)
+    (tmp_path / "training").mkdir()
+    torch.save(official(network), tmp_path / "training" / "ema_model.pt")
+    config = published_config(tmp_path)
+    parsed = yaml.safe_load(config.read_text())
+    parsed["data"] |= {"val_frac": 0.02, "data_dir": "./data"}
+    parsed["sampling"] = {"algorithm": "ode_bfnsolver1", "n_steps": 5, "seed": 7, "save_path": "samples"}
+    config.write_text(yaml.safe_dump(parsed))
+    folder = tmp_path / "folder"
+    assert main(["convert", str(tmp_path / "training"), str(folder), "--config", str(config)]) == 0
+    module = ZooModule.from_pretrained(folder)
+    assert all(torch.equal(tensor, module.network.state_dict()[name]) for name, tensor in network.state_dict().items())
+    out = capsys.readouterr().out
+    assert f"not taken over from {config}:\n" in out
+    assert "data: dataset=mnist, flip=False, val_fraction=0.02\n" in out and "sampling: seed=7\n" in out
+    assert "data.data_dir (our own data sets know where they lie)" in out and "sampling.save_path (" in out
+    assert main(["convert", str(tmp_path / "training"), str(tmp_path / "out")]) == 2
+    assert "is a folder without config.json" in capsys.readouterr().err
+
+
+def test_the_base_class_knows_every_method(tmp_path):
+    """In a new process, where nothing but zoo is imported."""
+    torch.save(official(ImprovedUNet(image_shape=(1, 8, 8), width=32, multipliers=(1, 2), num_res_blocks=1, num_heads=2)),
+               tmp_path / "weights.pt")  # fmt: skip
+    arguments = [str(tmp_path / "weights.pt"), str(published_config(tmp_path))]
+    code = f"import zoo; print(type(zoo.ZooModule.from_official(*{arguments})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "BFN\n", done.stderr
 
 
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, capsys):

@@ -194,6 +194,24 @@ def test_cifar_is_read_from_its_binary_and_its_pickled_files(binary, inside, tmp
     assert test[1].tolist() == batches["test_batch"][1]
 
 
+@pytest.mark.parametrize(("cls", "share"), [(CIFAR10, 0.02), (CIFAR10, 0.33), (MNIST, 0.2), (FashionMNIST, 0.03)])
+def test_a_fraction_is_held_out_as_the_published_code_does(cls, share, tmp_path):
+    """Its validation set: the end of a permutation with the seed 2147483647, with as many pictures as the share has whole."""
+    (write_cifar if cls is CIFAR10 else write_idx)(tmp_path, True)
+    train, val, test = cls(root=tmp_path, val_fraction=share).splits
+    everything = torch.cat([train[1], val[1]])
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(2147483647))
+    kept = len(everything) - int(len(everything) * share)
+    original = torch.empty_like(everything)
+    original[order] = everything
+    assert (len(train[0]), len(val[0])) == (kept, len(everything) - kept)
+    stored = torch.cat([part[1] for part in cls(root=tmp_path).splits[:2]])
+    assert torch.equal(original.bincount(), stored.bincount())
+    if cls is not CIFAR10:
+        assert torch.equal(original, torch.arange(40) % 10)  # the files' labels, in the files' order
+    assert torch.equal(test[0], cls(root=tmp_path).splits.test[0])
+
+
 def test_flipping_mirrors_training_pictures_only(tmp_path):
     write_cifar(tmp_path, binary=True)
     data = CIFAR10(root=tmp_path, batch_size=45, flip=True)
@@ -315,6 +333,11 @@ def test_impossible_arguments_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Digits(**arguments)
+    for cls in (CIFAR10, FashionMNIST):
+        with pytest.raises(ValueError, match=r"val_fraction is 1\.0"):
+            cls(root=tmp_path, val_fraction=1.0)
+    with pytest.raises(ValueError, match="val_fraction divides the official files"):
+        MNIST(val_fraction=0.1).setup("fit")
     with pytest.raises(ValueError, match="1437 samples, fewer than one global batch of 2000"):
         Digits(batch_size=2000).train_dataloader()
 

@@ -15,7 +15,7 @@ from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Noise, Observer, Solver, solver_names
-from zoo.bfn.state_dict_adapter import from_official_config, load_official, to_official
+from zoo.bfn.state_dict_adapter import from_official_config, load_official, official_leftovers, to_official
 from zoo.bfn.statistics import DataStatistics
 from zoo.callbacks import DataStatisticsWriter
 from zoo.metrics.mean_and_error import Mean, MeanAndError
@@ -63,7 +63,7 @@ class BFN(ZooModule):
         flow: Flow = ContinuousFlow(min_variance=1.0e-3),  # noqa: B008 (a default that jsonargparse shows; never changed)
         head: Head = DeltaHead(num_bins=16),  # noqa: B008
         solver: Solver = ODE2M(nfe=10),  # noqa: B008
-        codec: Codec = ImageCodec((1, 8, 8)),  # noqa: B008
+        codec: Codec = ImageCodec(shape=(1, 8, 8)),  # noqa: B008
         stratified_time: bool = False,
         loss_steps: int = 0,
         clip_in_loss: bool = True,
@@ -346,6 +346,11 @@ class BFN(ZooModule):
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """Our hyperparameters from a configuration of the published code."""
         return from_official_config(cls, config)
+
+    @classmethod
+    def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
+        """What a configuration of the published code says of data, training and sampling, and what has no counterpart."""
+        return official_leftovers(config)
 
     # Sampling
 

@@ -24,7 +24,7 @@ class OfficialConfig:
     Args:
         hyperparameters: arguments of `BFN` as plain data: ``network``, ``flow``, ``head``, ``codec``; ``solver`` if the
             file has a ``sampling`` section, ``optimizer`` if it has one of that name.
-        data: the ``dataset`` and how it is prepared.
+        data: the ``dataset`` and how it is prepared, by the names of our DataModule's options.
         training: what it says of the run, by the names of our trainer's options where there are any.
         sampling: how many samples are drawn, with which seed, and what they are compared with.
         not_applicable: options without a counterpart here: dotted name and reason.
@@ -356,8 +356,8 @@ def _data(data: ConfigSection, shape: tuple[int, ...], kind: _Kind) -> tuple[dic
     else:
         data.require("image_size", shape[1], "it must be that of input_adapter.input_shape")
         data.require("image_channels", shape[0], "it must be output_adapter.output_channels")
-        prepared["horizontal_flip"] = data.flag("horizontal_flip", False)
-        prepared["val_frac"] = data.number("val_frac", 0.01)
+        prepared["flip"] = data.flag("horizontal_flip", False)
+        prepared["val_fraction"] = data.number("val_frac", 0.01)
         codec = _component("ImageCodec", shape=list(shape), dynamic_binarization=dataset == "bin_mnist")
         if (dataset == "bin_mnist") == kind.continuous:
             raise ValueError(f"data.dataset={dataset!r} does not go with this bayesian_flow: bin_mnist is discrete, others not.")

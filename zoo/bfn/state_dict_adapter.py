@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, UNetVDM
 from zoo.bfn.official_config import read_official_config
@@ -21,6 +21,7 @@ __all__ = [
     "from_official",
     "from_official_config",
     "load_official",
+    "official_leftovers",
     "published_files",
     "read_official_weights",
     "to_official",
@@ -45,12 +46,12 @@ def from_official(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     comparison with the network to find.
 
     Raises:
-        ValueError: entries that are not tensors, or a name that occurs both with and without the prefix.
+        ValueError: entries that are not named tensors, or a name that occurs both with and without the prefix.
     """
-    foreign = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    foreign = [name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if foreign:
         raise ValueError(
-            f"The weights hold entries that are not tensors ({', '.join(map(str, foreign[:5]))}): give the file of the"
+            f"The weights hold entries that are not named tensors ({', '.join(map(str, foreign[:5]))}): give the file of the"
             " weights alone, such as mnist_ema.pt or ema_model.pt."
         )
     prefix = next((p for p in (OFFICIAL_PREFIX, OUR_PREFIX) if any(name.startswith(p) for name in state_dict)), "")
@@ -65,21 +66,39 @@ def to_official(network: Network) -> dict[str, Tensor]:
     """The state dict that the published code loads: names with ``net.`` before them, tensors on the CPU.
 
     Raises:
-        ValueError: a network that the published code does not have.
+        ValueError: a network that the published code does not have; what differs is said.
     """
-    if not isinstance(network, UNetVDM | BFNTransformer | ImprovedUNet) or getattr(network, "patch_size", 1) > 1:
-        described = f"{type(network).__name__} with patches" if hasattr(network, "patch_size") else type(network).__name__
+    if other := _unpublished(network):
         raise ValueError(
-            f"The published code has no {described}, so there is no official format for it; it has UNetVDM, BFNTransformer"
-            " and ImprovedUNet without patches."
+            f"The published code has no {type(network).__name__}{other}, so there is no official format for it; it has UNetVDM,"
+            " BFNTransformer and ImprovedUNet without patches, for square images, with 32 norm groups in ImprovedUNet and"
+            " fourier_exponents (5, 6) or none in UNetVDM."
         )
     return {OFFICIAL_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def _unpublished(network: Network) -> str:
+    """What the published code cannot build in this network, though the names agree; empty if it can build it."""
+    if isinstance(network, BFNTransformer):
+        return ""
+    if not isinstance(network, UNetVDM | ImprovedUNet):
+        return " at all"
+    _, height, width = network.image_shape
+    if height != width:
+        return f" for images of {height} x {width}"
+    if isinstance(network, UNetVDM):
+        exponents = network.fourier_exponents
+        return "" if exponents in ((), (5, 6)) else f" with fourier_exponents={exponents}"
+    if network.patch_size > 1:
+        return " with patches"
+    groups = next(layer.num_groups for layer in network.modules() if isinstance(layer, nn.GroupNorm))
+    return "" if groups == 32 else f" with norm_groups={groups}"
 
 
 def read_official_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights: ``*_ema.pt``, ``ema_model.pt``, a Lightning checkpoint, or a ``.safetensors`` file.
 
-    Nothing in the file is run.
+    Nothing in the file is run. A folder of the published code's training is read by its ``ema_model.pt``.
 
     Returns:
         Weights by the names of our networks, as from `from_official`.
@@ -88,6 +107,11 @@ def read_official_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file holds code, is damaged, or holds no weights.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "ema_model.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} is a folder without {path.name}: give the file of the weights.")
     content = read_plain(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -101,7 +125,8 @@ def load_official(network: Network, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is unsafe or damaged, or its weights are not this network's; what differs is listed.
+        ValueError: the file is unsafe or damaged, its weights are not this network's (what differs is listed), or some are
+            no finite numbers.
     """
     weights = read_official_weights(path)
     try:
@@ -113,6 +138,12 @@ def load_official(network: Network, path: str | Path) -> None:
         cls, arguments = PUBLISHED[files]
         call = ", ".join(f"{name}={value}" for name, value in arguments.items())
         raise ValueError(f"{error} They are those of {files}: {cls.__name__}({call}).") from None
+    useless = [name for name, tensor in weights.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if useless:
+        raise ValueError(
+            f"{path} holds weights that are whole numbers, infinite or not a number ({', '.join(useless[:5])}): it was damaged,"
+            " or the training that wrote it had diverged."
+        )
     network.load_state_dict(weights)
 
 
@@ -144,6 +175,33 @@ def from_official_config(cls: type, config: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: names or values in it that we do not have.
     """
-    if not ("bayesian_flow" in config or "bayesian_flow" in (config.get("model") or {})):
+    if not _is_published(config):
         return None
     return {"class_path": class_path(cls), "init_args": read_official_config(config).hyperparameters}
+
+
+def official_leftovers(config: Mapping[str, Any]) -> list[str]:
+    """What a configuration of the published code says beside the model, a line each; nothing if it is another file.
+
+    Args:
+        config: the file, parsed.
+
+    Raises:
+        ValueError: names or values in it that we do not have.
+    """
+    if not _is_published(config):
+        return []
+    found = read_official_config(config)
+    lines = [
+        f"{name}: {', '.join(f'{option}={value}' for option, value in options.items())}"
+        for name, options in (("data", found.data), ("training", found.training), ("sampling", found.sampling))
+        if options
+    ]
+    for reason in dict.fromkeys(found.not_applicable.values()):
+        options = [option for option, why in found.not_applicable.items() if why == reason]
+        lines.append(f"{', '.join(options)} ({reason})")
+    return lines
+
+
+def _is_published(config: Mapping[str, Any]) -> bool:
+    return "bayesian_flow" in config or "bayesian_flow" in (config.get("model") or {})
