@@ -123,6 +123,6 @@ def test_missing_spylls_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch)
         return load(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-zoo\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install spylls \(in a checkout: pip install '\.\[eval\]'\)"):
         english_dictionary.__wrapped__()
     assert math.isclose(spelling_accuracy(["a b"], vowel), 0.5)

@@ -76,7 +76,8 @@ def english_dictionary(path: Path | None = None) -> Accepts:
         from spylls.hunspell import Dictionary
     except ImportError as error:
         raise ImportError(
-            "Spelling accuracy needs the package spylls: pip install 'lightning-zoo[eval]', or leave out what measures it."
+            "Spelling accuracy needs the package spylls: pip install spylls (in a checkout: pip install '.[eval]'), "
+            "or leave out what measures it."
         ) from error
     if path is None:
         with as_file(files("spylls") / "hunspell" / "data" / "en") as folder:
