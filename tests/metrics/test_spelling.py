@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_two_ranks_score_what_one_scores_although_lines_repeat_across_them(pool)
     expected = [text_scores(lines, frozenset({"to"})) for lines in (repeated, no_word_on_one)]
     assert 0 < expected[0].duplicates < 1 and 0 < expected[0].spelling_accuracy < 1
     assert pool.run(_on_rank, [repeated, no_word_on_one], world_size=2) == [expected] * 2
+
+
+def test_a_metric_survives_pickling() -> None:
+    metric = SpellingAccuracy(frozenset({"the"}))
+    metric.update(["the hause"])
+    copy = pickle.loads(pickle.dumps(metric))  # noqa: S301
+    for each in (metric, copy):
+        each.update(["the house"])
+    assert copy.compute() == metric.compute() and copy.compute()["spelling_accuracy"] == 0.75
 
 
 def test_vocabulary_holds_what_occurs_often_enough() -> None:
