@@ -7,7 +7,8 @@ noise. Every sampler draws the same sample ids (so the same noise) with 5 to 100
 * images: the feature distance beside the real-data floor, at how many fewer calls the second-order ODE solver is as good as
   the ancestral sampler, and the share of the sampling time spent outside the network;
 * text: the share of words that are spelled right, of words known from the training text, of distinct words and of
-  duplicates, beside held-out text and a character 5-gram model of the same training text.
+  duplicates, beside held-out text and a character 5-gram model of the same training text; and the bits per character that
+  model and 5-gram model need for windows of held-out text.
 
 Start and grid of the solvers are the configuration's; on the digits as continuous data the second-order solvers are also
 measured with the published ones (eta 0.01, uniform grid).
@@ -41,11 +42,14 @@ from benchmarks.character_ngram import CharacterNgram
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
+from datamodules.text_files import encode
 from zoo.bfn import ODE2M
 from zoo.cli import ZooCLI, packaged_configs
 from zoo.metrics import NUM_SAMPLES, feature_distances, real_data_floor
+from zoo.metrics.mean_and_error import MeanAndError
 from zoo.metrics.spelling import text_scores, vocabulary
 from zoo.module import ZooModule
+from zoo.random import SampleRandom
 from zoo.sampling import as_sampled, to_uint8
 
 SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m", "ode2s", "ode3m")
@@ -58,6 +62,8 @@ PUBLISHED_GRID = ("sde2m", "ode2m")
 FLOOR = "real data (floor)"
 HELD_OUT, NGRAM = "held-out text", "character 5-gram"
 TEXT_FIGURES = ("spelling_accuracy", "vocabulary_accuracy", "distinct_words", "duplicates")
+LIKELIHOOD_REPEATS = 8
+"""Times and noises drawn for each window whose likelihood is bounded."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Study:
         weights: Shipped weights; ``None``: trained anew for each seed.
         published: Whether the second-order samplers are also measured with the published start and grid.
         text: Whether the samples are texts.
+        windows: Windows of held-out text whose bits per character are measured.
     """
 
     config: str
@@ -80,6 +87,7 @@ class Study:
     weights: str | None = None
     published: bool = False
     text: bool = False
+    windows: int = 256
 
 
 STUDIES = {
@@ -180,22 +188,27 @@ class ImageScores:
     def __call__(self, samples: Sequence[Any]) -> dict[str, float]:
         """The figures of samples, given in batches."""
         images = to_uint8(torch.cat([batch.images for batch in samples]))
-        return {"distance": feature_distances(images, self.reference, self.extractor, kid_subsets=1).frechet_distance}
+        return {"distance": feature_distances(images, self.reference, self.extractor, **self._subset).frechet_distance}
 
     def baselines(self, seed: int) -> dict[str, dict[str, float]]:
         """The figures of what samples are compared with."""
-        floor = real_data_floor(self.reference, self.extractor, self.count, kid_subsets=1)
+        floor = real_data_floor(self.reference, self.extractor, self.count, **self._subset)
         return {FLOOR: {"distance": floor.frechet_distance}}
+
+    @property
+    def _subset(self) -> dict[str, int]:
+        """The one subset of the kernel distance, which is not wanted, but must fit the samples."""
+        return {"kid_subsets": 1, "kid_subset_size": min(500, self.count)}
 
 
 class TextScores:
-    """Spelling and diversity of texts."""
+    """Spelling and diversity of texts, and the bits per character of held-out windows."""
 
-    def __init__(self, data: Any, count: int) -> None:
-        self.train_text, self.count = data.train_text(), count
-        self.known_words = vocabulary(self.train_text)
+    def __init__(self, data: Any, count: int, windows: int) -> None:
+        train_text, self.count = data.train_text(), count
+        self.known_words, self.ngram = vocabulary(train_text), CharacterNgram(train_text)
         lines = data.reference_text()
-        self.held_out = lines[:: max(1, len(lines) // count)][:count]
+        self.held_out, self.windows = (lines[:: max(1, len(lines) // number)][:number] for number in (count, windows))
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, float]:
         """The figures of samples, given in batches."""
@@ -203,12 +216,36 @@ class TextScores:
 
     def baselines(self, seed: int) -> dict[str, dict[str, float]]:
         """The figures of what samples are compared with."""
-        ngram = CharacterNgram(self.train_text).sample(self.count, len(self.held_out[0]), seed)
+        ngram = self.ngram.sample(self.count, len(self.held_out[0]), seed)
         return {HELD_OUT: self._figures(self.held_out), NGRAM: self._figures(ngram)}
+
+    def likelihoods(self, model: Any, seed: int, batch: int) -> dict[str, tuple[float, float]]:
+        """Bits per character of the held-out windows, with standard error: the model's bound, and the 5-gram model's own."""
+        ngram = torch.tensor([self.ngram.bits_per_character([window]) for window in self.windows])
+        return {type(model).__name__: bits_per_character(model, self.windows, seed, batch), NGRAM: mean_and_error(ngram)}
 
     def _figures(self, lines: list[str]) -> dict[str, float]:
         scores = dataclasses.asdict(text_scores(lines, self.known_words))
         return {name: 100 * scores[name] for name in TEXT_FIGURES}
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of values (N,), and its standard error."""
+    metric = MeanAndError()
+    metric.update(values)
+    mean, error = metric.compute()
+    return mean.item(), error.item()
+
+
+@torch.inference_mode()
+def bits_per_character(model: Any, lines: Sequence[str], seed: int, batch: int) -> tuple[float, float]:
+    """Bound of a BFN on the likelihood of lines, in continuous time: bits per character, and standard error over the lines."""
+    bounds = []
+    for index_B in torch.arange(len(lines), device=model.device).split(batch):
+        x = model.encode({"input_ids": torch.stack([encode(lines[index]) for index in index_B.tolist()])})
+        draws = [SampleRandom(seed, index_B, epoch=repeat) for repeat in range(LIKELIHOOD_REPEATS)]
+        bounds.append(torch.stack([model.loss(x, random) + model.reconstruction(x, random) for random in draws]).mean(0).cpu())
+    return mean_and_error(torch.cat(bounds) * model.codec.units()["bits_per_char"])
 
 
 @torch.inference_mode()
@@ -242,6 +279,9 @@ def measure(record: Record, seed: int, model: Any, scores: ImageScores | TextSco
         for nfe in nfes:
             record.row(seed=seed, sampler=name, nfe=nfe, **figures)
     model.solver = configured
+    if isinstance(scores, TextScores):
+        for name, (bits, error) in scores.likelihoods(model, seed, batch).items():
+            record.row(seed=seed, text_model=name, bits_per_character=bits, standard_error=error)
 
 
 class Curves:
@@ -257,7 +297,13 @@ class Curves:
 
 
 def judge_images(record: Record, seeds: Sequence[int]) -> None:
-    """Work the bars of images out of the rows, and add a row of the calls at equal quality."""
+    """Work the bars of images out of the rows, and add a row of the calls at equal quality.
+
+    Raises:
+        ValueError: A sampler was not measured.
+    """
+    if missing := [sampler for sampler in SAMPLERS if not any(row.get("sampler") == sampler for row in record.rows)]:
+        raise ValueError(f"The result has no row of {', '.join(missing)}: measure every sampler before judging.")
     curve = Curves(record, "distance")
     at_ten, at_five = [], []
     factors: dict[int, list[float]] = {level: [] for level in LEVELS}
@@ -303,12 +349,14 @@ def tables_of(study: Study) -> tuple[list[Table], list[Plot]]:
             "spelling_accuracy": "Words spelled right (Hunspell en_US)",
             "vocabulary_accuracy": "Words that occur at least twice in the training text",
             "distinct_words": "Distinct words among all",
-            "duplicates": "Lines that occur more than once",
+            "duplicates": "Lines that equal an earlier one",
         }
         tables = [
             Table(f"{title}, percent, by network calls, {study.count} samples", "sampler", [name], columns="nfe", digits=1)
             for name, title in titles.items()
         ]
+        likelihood = f"Bits per character of {study.windows} held-out windows (BFN: bound in continuous time)"
+        tables.append(Table(likelihood, "text_model", ["bits_per_character", "standard_error"], digits=3))
         return tables, [Plot("Percent of words spelled right by network calls", "nfe", "spelling_accuracy", "sampler", log="x",
                              reference=HELD_OUT)]  # fmt: skip
     return [
@@ -329,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(arguments)
     study, seeds, nfes, short = STUDIES[options.data], options.seeds, NFES, []
     if options.smoke:
-        study = dataclasses.replace(study, count=8 if study.text else 500 if study.weights is None else 100)
+        study = dataclasses.replace(study, count=8 if study.text else 100 if study.weights is None else 10, windows=8)
         seeds, nfes, short = seeds[:1], NFES[:2], ["--trainer.max_steps", "20", "--trainer.limit_val_batches", "0"]
     tables, plots = tables_of(study)
     if study.weights is None:
@@ -345,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 model, data, steps = train(study.config, seed, Path(folder), short)
                 record.row(seed=seed, steps=steps, training_seconds=time.perf_counter() - begin)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        scores = TextScores(data, study.count) if study.text else ImageScores(model, data, study.count)
+        scores = TextScores(data, study.count, study.windows) if study.text else ImageScores(model, data, study.count)
         measure(record, seed, model, scores, study, nfes)
     if study.text:
         solver: Any = model.solver

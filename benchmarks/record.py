@@ -163,8 +163,7 @@ def command() -> str:
     """The command line of this process, as one would type it, without paths of this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", module, *words])
+    return shlex.join(["python", "-m", module, *map(_without_folder, sys.argv[1:])])
 
 
 def commit() -> dict[str, str | bool | None]:
@@ -200,6 +199,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _without_folder(word: str) -> str:
+    """A word of the command line, of which an absolute path, alone or after ``--option=``, keeps its last part only."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}"
 
 
 def _processor() -> str:

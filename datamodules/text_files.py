@@ -6,6 +6,7 @@ Shape suffixes: N characters of a text, S lines, L characters of a window.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def read_text8(path: Path, num_characters: int) -> Tensor:
         try:
             with zipfile.ZipFile(path) as archive:
                 raw = archive.read("text8")
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
             raise ValueError(f"{path} is not the official text8.zip ({error}): download it again.") from error
     else:
         raw = path.read_bytes()

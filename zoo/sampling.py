@@ -64,6 +64,26 @@ class SupportsSampling(Protocol):
         """
 
 
+@runtime_checkable
+class ChecksSampling(Protocol):
+    """What a module may offer beside `SupportsSampling`, so that callbacks find mistakes before the run starts."""
+
+    @property
+    def sample_type(self) -> type[Samples] | type[TextSamples]:
+        """Whether `sample` gives images or texts."""
+
+    def check_sampler(self, sampler: str | None = None, nfe: int | None = None) -> None:
+        """Make sure that `sample` can draw so.
+
+        Args:
+            sampler: As for `sample`.
+            nfe: As for `sample`.
+
+        Raises:
+            ValueError: If it cannot, as with fewer evaluations than the sampler needs.
+        """
+
+
 def as_sampled(module: object, images: Tensor) -> Tensor:
     """Real images in the form that a module's samples have, so that a distance between them measures the model alone.
 

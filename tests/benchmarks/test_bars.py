@@ -111,8 +111,10 @@ def test_a_path_of_this_machine_is_not_written(root: Path) -> None:
 
 
 def test_command_line_shows_names_of_absolute_paths_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x", "--weights", "/somewhere/private/weights.pt", "--data", "digits"])
-    assert command().endswith(" --weights weights.pt --data digits")
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--weights", "/somewhere/private/weights.pt", "--data", "digits", "--into=/private/a=b", "--seed=1"]
+    )
+    assert command().endswith(" --weights weights.pt --data digits --into=a=b --seed=1")
 
 
 def test_unknown_bar_name_is_refused_with_the_known_ones(root: Path) -> None:

@@ -111,6 +111,18 @@ def test_results_of_the_users_images_keep_their_file_names(tmp_path: Path) -> No
         predict(tmp_path, ImageGridWriter(), Ids([0, 1], ["cat.png", "/a/cat.jpg"]))
 
 
+def test_single_files_of_an_earlier_run_are_neither_kept_nor_announced(tmp_path: Path, capsys) -> None:
+    images = tmp_path / "predictions" / "images"
+    predict(tmp_path, ImageGridWriter(single_files=True), Ids([0, 1, 2]))
+    assert str(images) in capsys.readouterr().out
+    predict(tmp_path, ImageGridWriter(), Ids([7], ["cat.png"]))
+    assert [path.name for path in images.iterdir()] == ["cat.png"]
+    capsys.readouterr()
+    predict(tmp_path, ImageGridWriter(), Ids([0, 1, 2]))
+    assert [path.name for path in images.parent.iterdir()] == ["grid.png"]
+    assert str(images) not in capsys.readouterr().out
+
+
 def test_trajectory_shows_the_steps_in_order_as_strip_and_animation(tmp_path: Path) -> None:
     predict(tmp_path, TrajectoryWriter(num_samples=2, num_frames=3, scale=2), Ids([5, 3, 9]))
     path = tmp_path / "predictions" / "trajectory.png"

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from zoo.bfn import BFN, CategoricalHead, DiscreteFlow, ResidualMLP, TextCodec, TextConvNet
 from zoo.callbacks import EMA, SampleGridLogger, SampleQuality
 from zoo.callbacks.picture import picture_grid
 from zoo.metrics import feature_distances, real_data_floor
@@ -273,6 +274,49 @@ def test_samples_show_the_averaged_weights_wherever_ema_stands_in_the_list(tmp_p
     trainer_of(tmp_path, *callbacks, max_epochs=1).fit(Watched(), Stripes())
     # Two steps: the weight goes 0, 0.1, 0.2, its average 0, 0.05, 0.125.
     assert seen == pytest.approx([0.125])
+
+
+class Checked(Sampler):
+    """Knows beforehand that `late` costs at least two network evaluations."""
+
+    sample_type: type = Samples
+
+    def check_sampler(self, sampler: str | None = None, nfe: int | None = None) -> None:
+        if sampler == "late" and nfe == 1:
+            raise ValueError("late wants two.")
+
+
+def test_pairs_of_sampler_and_nfe_that_the_module_refuses_are_found_before_training(tmp_path: Path) -> None:
+    callback = SampleQuality(["early", "late"], [2, 1], every_n_epochs=1, **QUALITY)
+    with pytest.raises(ValueError, match=r"SampleQuality: late with nfe=1: late wants two\."):
+        trainer_of(tmp_path, callback, max_epochs=1).fit(Checked(), Stripes())
+    model = BFN(ResidualMLP(width=8, depth=1))
+    with pytest.raises(ValueError, match=r"SampleGridLogger: ancestral with nfe=1: .* must be at least 2"):
+        trainer_of(tmp_path, SampleGridLogger(sampler="ancestral", nfe=1), max_epochs=1).fit(model, Stripes())
+
+
+def test_pictures_of_a_model_of_text_are_refused_before_training(tmp_path: Path) -> None:
+    network = TextConvNet(num_classes=27, width=8, depth=1)
+    model = BFN(network, flow=DiscreteFlow(27), head=CategoricalHead(), codec=TextCodec(16))
+    with pytest.raises(TypeError, match="SampleGridLogger wants images, and BFN draws texts as it is configured"):
+        trainer_of(tmp_path, SampleGridLogger(), max_epochs=1).fit(model, Stripes())
+
+
+def test_quality_of_a_checkpoint_has_the_checkpoint_s_age(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_epochs=3)
+    trainer.fit(Sampler(), Stripes())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    age = {name: torch.load(tmp_path / "last.ckpt", weights_only=True)[name] for name in ("epoch", "global_step")}
+    assert age["global_step"] == 6
+    callback = SampleQuality(["early"], [5], **QUALITY)
+    tester = trainer_of(tmp_path, callback, logger=CSVLogger(tmp_path, name="", version=""))
+    tester.test(Sampler(), Stripes(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    found = json.loads((tmp_path / "sample_quality.json").read_text())
+    assert {name: found[name] for name in age} == age
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["test/frechet_distance/floor"]] == ["6"]
+    tester.test(Sampler(), Stripes(), verbose=False)
+    assert callback.result is not None and callback.result["global_step"] == 0  # of other weights
 
 
 def test_pictures_refuse_an_unknown_sampler_before_training(tmp_path: Path) -> None:

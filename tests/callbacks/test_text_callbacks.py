@@ -203,7 +203,10 @@ def test_mistakes_are_found_with_their_cause(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("zoo.callbacks.text_quality.english_dictionary", missing)
     with pytest.raises(ImportError, match="eval"):  # before the first step
-        trainer_of(tmp_path, TextQuality(["late"], [1]), max_epochs=1).fit(Writer(), Novel())
+        trainer_of(tmp_path, TextQuality(["late"], [1], every_n_epochs=1), max_epochs=1).fit(Writer(), Novel())
+    with pytest.raises(ImportError, match="eval"):
+        trainer_of(tmp_path, TextQuality(["late"], [1])).test(Writer(), Novel(), verbose=False)
+    trainer_of(tmp_path, TextQuality(["late"], [1]), max_epochs=1).fit(Writer(), Novel())  # where nothing is measured
 
 
 # Writers

@@ -1,5 +1,7 @@
 """What predict works on: sample numbers, or the user's own pictures and masks, checked before any work starts."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,17 @@ def picture(path: Path, size=(8, 8), mode="L", fill=None) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return pixels
+
+
+def deep_png(colour_type: int, channels: int) -> bytes:
+    """A PNG of 8x8 pixels with 16 bits a channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + b"\xff\xff" * 8 * channels) * 8
+    head = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def predict_batch(data) -> dict:
@@ -109,6 +122,10 @@ def test_a_picture_that_cannot_be_read_is_named_before_sampling_starts(tmp_path)
     picture(broken, mode="I;16", fill=1000)
     with pytest.raises(ValueError, match=f"{broken} has more than 8 bits a channel"):
         Digits(predict_images=tmp_path).setup("predict")
+    for colour_type, channels in ((2, 3), (4, 2), (6, 4), (0, 1)):
+        broken.write_bytes(deep_png(colour_type, channels))
+        with pytest.raises(ValueError, match=f"{broken} has more than 8 bits a channel"):
+            Digits(predict_images=tmp_path).setup("predict")
     picture(broken, mode="RGBA", fill=100)
     with pytest.raises(ValueError, match=f"{broken} has transparent pixels"):
         Digits(predict_images=tmp_path).setup("predict")

@@ -244,6 +244,12 @@ def test_damaged_files_of_text8_are_named(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "text8.zip").write_bytes(b"PK no archive")
     with pytest.raises(ValueError, match=r"text8\.zip is not the official text8\.zip"):
         mini8(tmp_path)
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text8", raw * 1000)
+    whole = (tmp_path / "text8.zip").read_bytes()
+    (tmp_path / "text8.zip").write_bytes(whole[:50] + b"\xff" * 50 + whole[100:])
+    with pytest.raises(ValueError, match=r"text8\.zip is not the official text8\.zip .*: download it again"):
+        mini8(tmp_path)
     with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
         archive.writestr("enwik8", raw)
     with pytest.raises(ValueError, match="no item named 'text8'"):

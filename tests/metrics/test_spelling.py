@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def test_two_ranks_score_what_one_scores_although_lines_repeat_across_them(pool)
     assert pool.run(_on_rank, [repeated, no_word_on_one], world_size=2) == [expected] * 2
 
 
+def test_a_metric_survives_pickling() -> None:
+    metric = SpellingAccuracy(frozenset({"the"}))
+    metric.update(["the hause"])
+    copy = pickle.loads(pickle.dumps(metric))  # noqa: S301
+    for each in (metric, copy):
+        each.update(["the house"])
+    assert copy.compute() == metric.compute() and copy.compute()["spelling_accuracy"] == 0.75
+
+
 def test_vocabulary_holds_what_occurs_often_enough() -> None:
     text = "to be or not to be that is the question whether tis nobler to"
     assert vocabulary(text) == {"to", "be"}
@@ -123,6 +133,6 @@ def test_missing_spylls_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch)
         return load(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-zoo\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install spylls \(in a checkout: pip install '\.\[eval\]'\)"):
         english_dictionary.__wrapped__()
     assert math.isclose(spelling_accuracy(["a b"], vowel), 0.5)

@@ -359,6 +359,23 @@ class BFN(ZooModule):
         """Names that `sample` takes."""
         return solver_names()
 
+    @property
+    def sample_type(self) -> type[Samples] | type[TextSamples]:
+        """What `sample` gives, as the codec makes it."""
+        return type(self.codec.samples(torch.zeros(1, *self.data_shape), 0, None, self.num_levels))
+
+    def check_sampler(self, sampler: str | None = None, nfe: int | None = None) -> None:
+        """Make sure that `sample` can draw so.
+
+        Args:
+            sampler: as for `sample`.
+            nfe: as for `sample`.
+
+        Raises:
+            ValueError: unknown sampler, or too few network calls for it.
+        """
+        self.solver.rebuilt(sampler, nfe)
+
     def sample(
         self,
         index_B: Tensor,

@@ -12,9 +12,9 @@ from torch import Tensor
 class DataStatisticsWriter(Callback):
     """Writes mean and standard deviation of the encoded training data, for solvers with ``start: optimal``.
 
-    The file is computed in one epoch of the training loader (which may leave out an incomplete last batch), before the first
-    step, test or prediction, unless it is there already; it is the ``statistics`` file of the solvers,
-    ``torch.save`` of ``{"mean", "std"}``.
+    The file is computed in one pass over the training set, before the first step, test or prediction, unless it is there
+    already; it is the ``statistics`` file of the solvers, ``torch.save`` of ``{"mean", "std"}``. A DataModule of the zoo
+    gives every sample; of another one the training loader is read, as it is.
 
     Args:
         path: the file to write.
@@ -57,7 +57,10 @@ class DataStatisticsWriter(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.setup("fit")
-        batches = (move_data_to_device(batch, pl_module.device) for batch in data.train_dataloader())
+        loader = data.train_dataloader()
+        if hasattr(data, "eval_loader"):  # which leaves out no incomplete last batch
+            loader = data.eval_loader(loader.dataset, loader.collate_fn)
+        batches = (move_data_to_device(batch, pl_module.device) for batch in loader)
 
         def reduce(total: Tensor) -> Tensor:
             return trainer.strategy.reduce(total, reduce_op="sum")

@@ -109,7 +109,7 @@ class ImageGridWriter(FirstSamplesWriter):
 
     Each row is labelled with the id of its first image; the PNG's text entry "index" lists all of them. Predictions
     that carry a `path` (the user's own images) are also written singly, to `predictions/images` under the same file
-    names, as PNG.
+    names, as PNG. All PNG files that are there from the run before are removed first.
 
     Args:
         filename: Name of the picture.
@@ -138,6 +138,15 @@ class ImageGridWriter(FirstSamplesWriter):
         self.scale = scale
         self.single_files = single_files
         self._written: dict[str, int] = {}
+
+    def clear(self, trainer: Trainer) -> None:
+        """Remove parts, and the single files of the run before."""
+        super().clear(trainer)
+        images = self.folder(trainer) / "images"
+        for earlier in images.glob("*.png"):
+            earlier.unlink()
+        if images.is_dir() and not any(images.iterdir()):
+            images.rmdir()
 
     def open(self, trainer: Trainer) -> None:
         """Begin with no samples."""
@@ -181,7 +190,8 @@ class ImageGridWriter(FirstSamplesWriter):
             with np.load(part) as arrays:
                 for name, index in zip(arrays["name"].tolist(), arrays["name_index"].tolist(), strict=True):
                     _claim(written, name, index)
-        return super().merge(trainer, parts)
+        paths = super().merge(trainer, parts)
+        return [*paths, self.folder(trainer) / "images"] if written else paths
 
     def draw(self, folder: Path, index: list[int], pixels: Tensor) -> list[Path]:
         """Write the grid."""
@@ -190,8 +200,7 @@ class ImageGridWriter(FirstSamplesWriter):
         labels = [str(first) for first in index[:: self.columns]]
         path = folder / self.filename
         picture_grid(pixels, self.columns, scale=self.scale, row_labels=labels).save(path, pnginfo=text)
-        images = folder / "images"
-        return [path, images] if images.is_dir() else [path]
+        return [path]
 
 
 class TrajectoryWriter(FirstSamplesWriter):

@@ -56,8 +56,7 @@ class RankMergingWriter(BasePredictionWriter, ABC):
             )
         if trainer.is_global_zero:
             self.folder(trainer).mkdir(parents=True, exist_ok=True)
-            for stale in self.folder(trainer).glob(f".{self.filename}.rank*"):
-                stale.unlink()
+            self.clear(trainer)
         trainer.strategy.barrier("prediction writer: parts removed")
         self.open(trainer)
 
@@ -104,6 +103,11 @@ class RankMergingWriter(BasePredictionWriter, ABC):
             for part in parts:
                 part.unlink()
         trainer.strategy.barrier("prediction writer: parts merged")
+
+    def clear(self, trainer: Trainer) -> None:
+        """Remove, on rank 0, what must not be taken for this run's."""
+        for stale in self.folder(trainer).glob(f".{self.filename}.rank*"):
+            stale.unlink()
 
     @abstractmethod
     def open(self, trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.callbacks.picture import picture_grid
 from zoo.callbacks.sampling import check_cadence, check_sampling, draw_images, is_due
+from zoo.sampling import Samples
 
 
 class SampleGridLogger(Callback):
@@ -51,9 +52,9 @@ class SampleGridLogger(Callback):
         self.tag = tag
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check sampler and NFE (Lightning hook)."""
+        """Check sampler and NFE, and that the module draws images (Lightning hook)."""
         if stage == "fit":
-            check_sampling(pl_module, [self.sampler], [self.nfe], "SampleGridLogger")
+            check_sampling(pl_module, [self.sampler], [self.nfe], "SampleGridLogger", Samples)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is a validation to act in (Lightning hook)."""

@@ -14,7 +14,7 @@ from zoo.callbacks.sampling import draw_images
 from zoo.metrics.agreement import classifier_agreement
 from zoo.metrics.extractors import OWN_CLASSIFIER, SHIPPED_EXTRACTORS, check_extractor
 from zoo.metrics.feature_distance import NUM_SAMPLES, FeatureDistances, feature_distances, real_data_floor
-from zoo.sampling import as_sampled
+from zoo.sampling import Samples, as_sampled
 
 
 class SampleQuality(SamplerComparison):
@@ -41,6 +41,7 @@ class SampleQuality(SamplerComparison):
             extractor and its weights, reference images) is checked in `setup`, before the run starts.
     """
 
+    kind = Samples
     result_file = "sample_quality.json"
     figures = ("frechet_distance", "kernel_distance", "inception_score", "mean_max_probability")
     real = "floor"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import zoo
 from zoo.callbacks.sampling import check_cadence, check_sampling, is_due
+from zoo.sampling import Samples, TextSamples
 
 
 class SamplerComparison(Callback, ABC):
@@ -37,6 +38,8 @@ class SamplerComparison(Callback, ABC):
             before the run starts.
     """
 
+    kind: ClassVar[type[Samples] | type[TextSamples]]
+    """What the module has to draw."""
     result_file: ClassVar[str]
     """Name of the file that `test` writes."""
     figures: ClassVar[tuple[str, ...]]
@@ -68,17 +71,24 @@ class SamplerComparison(Callback, ABC):
         self.every_n_epochs = every_n_epochs
         self.seed = seed
         self.result: dict[str, Any] | None = None
+        self._loaded: tuple[int, int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check samplers and NFEs, and what the subclass needs (Lightning hook).
 
         Raises:
-            TypeError: If the module offers no samples, or the DataModule nothing real to compare them with.
+            TypeError: If the module offers no samples of the kind, or the DataModule nothing real to compare them with.
             ValueError: If a sampler, an NFE or an option of the subclass is wrong.
         """
+        self._loaded = None
         if stage in ("fit", "test"):
-            check_sampling(pl_module, self.samplers, self.nfes, type(self).__name__)
+            check_sampling(pl_module, self.samplers, self.nfes, type(self).__name__, self.kind)
             self.check(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the age of the weights that are tested, for Lightning restores its own counts in `fit` only (Lightning hook)."""
+        if trainer.testing:
+            self._loaded = checkpoint["epoch"], checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that there is a validation to act in (Lightning hook)."""
@@ -94,7 +104,7 @@ class SamplerComparison(Callback, ABC):
         """Measure, log, print and write (Lightning hook)."""
         self.result = result = self.measure(trainer, pl_module)
         for logger in trainer.loggers:
-            logger.log_metrics(self._scalars("test", result), step=trainer.global_step)
+            logger.log_metrics(self._scalars("test", result), step=result["global_step"])
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / self.result_file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,14 +140,15 @@ class SamplerComparison(Callback, ABC):
                     rows.append({**name, **self.score(trainer, samples, reference)})
         result: dict[str, Any] = {}
         if trainer.is_global_zero:
+            epoch, global_step = self._loaded or (trainer.current_epoch, trainer.global_step)
             result = {
                 "model": type(pl_module).__name__,
                 "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
                 "num_samples": self.num_samples,
                 **self.conditions(trainer, reference),
                 "seed": self.seed,
-                "epoch": trainer.current_epoch,
-                "global_step": trainer.global_step,
+                "epoch": epoch,
+                "global_step": global_step,
                 "zoo_version": zoo.__version__,
                 "rows": rows,
                 self.real: self.score_real(trainer, reference),

@@ -3,6 +3,7 @@
 Shape suffixes: N samples, C channels, H height, W width, L bytes of the longest text.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -12,25 +13,32 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from zoo.option_errors import nearest
-from zoo.sampling import Samples, SupportsSampling, TextSamples, to_uint8
+from zoo.sampling import ChecksSampling, Samples, SupportsSampling, TextSamples, to_uint8
 
 T = TypeVar("T")
 
 _NO_UTF8 = b"\xff"  # a byte that no text contains
 
 
-def check_sampling(pl_module: LightningModule, samplers: Sequence[str | None], nfes: Sequence[int | None], user: str) -> None:
-    """Make sure, before the run starts, that the module can draw what a callback will ask for.
+def check_sampling(
+    pl_module: LightningModule,
+    samplers: Sequence[str | None],
+    nfes: Sequence[int | None],
+    user: str,
+    kind: type[Samples] | type[TextSamples],
+) -> None:
+    """Make sure, before the run starts, that the module can draw what a callback will ask for, as far as the module can tell.
 
     Args:
         pl_module: The module.
         samplers: Names of samplers; None stands for the module's own.
         nfes: Numbers of network function evaluations; None stands for the module's own.
         user: Who asks, for the message.
+        kind: What is wanted, images or texts.
 
     Raises:
-        TypeError: If the module does not offer `SupportsSampling`.
-        ValueError: If a sampler is unknown (the nearest name is given) or a number is less than 1.
+        TypeError: If the module does not offer `SupportsSampling`, or draws the other kind.
+        ValueError: If a sampler is unknown (the nearest name is given), or a number is less than 1 or too few for a sampler.
     """
     if not isinstance(pl_module, SupportsSampling):
         raise TypeError(
@@ -47,6 +55,18 @@ def check_sampling(pl_module: LightningModule, samplers: Sequence[str | None], n
     for nfe in nfes:
         if nfe is not None and nfe < 1:
             raise ValueError(f"{user}: the number of network function evaluations must be at least 1, got nfe={nfe}.")
+    if not isinstance(pl_module, ChecksSampling):
+        return
+    wanted, drawn = ("texts" if issubclass(found, TextSamples) else "images" for found in (kind, pl_module.sample_type))
+    if wanted != drawn:
+        raise TypeError(
+            f"{user} wants {wanted}, and {type(pl_module).__name__} draws {drawn} as it is configured: remove the callback."
+        )
+    for sampler, nfe in itertools.product(samplers, nfes):
+        try:
+            pl_module.check_sampler(sampler, nfe)
+        except ValueError as error:
+            raise ValueError(f"{user}: {sampler or 'its own sampler'} with nfe={nfe}: {error}") from error
 
 
 def check_cadence(trainer: Trainer, every_n_epochs: int | None, user: str) -> None:

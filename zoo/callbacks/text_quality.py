@@ -10,6 +10,7 @@ from rich.table import Table
 from zoo.callbacks.sampler_comparison import SamplerComparison
 from zoo.callbacks.sampling import draw_texts
 from zoo.metrics.spelling import english_dictionary, text_scores, vocabulary
+from zoo.sampling import TextSamples
 
 
 class RealText(NamedTuple):
@@ -29,7 +30,7 @@ class TextQuality(SamplerComparison):
 
     What `SamplerComparison` says holds; the figures are the fields of `TextScores`, those of real data are of held-out
     text, and the file is `text_quality.json`. Spelling accuracy is measured with Hunspell's en_US, so it suits English
-    text in lower case; it needs the package spylls (`pip install 'lightning-zoo[eval]'`).
+    text in lower case; it needs the package spylls (`pip install spylls`).
 
     Args:
         samplers: Samplers to compare, out of the module's `sampler_names`.
@@ -43,9 +44,10 @@ class TextQuality(SamplerComparison):
 
     Raises:
         ValueError: If a list is empty or a number is too small. What depends on module and data (names of samplers,
-            held-out and training text) and spylls is checked in `setup`, before the run starts.
+            held-out and training text) is checked in `setup`, before the run starts; so is spylls, if the run will measure.
     """
 
+    kind = TextSamples
     result_file = "text_quality.json"
     figures = ("spelling_accuracy", "vocabulary_accuracy", "distinct_words", "duplicates")
     real = "held_out"
@@ -71,12 +73,13 @@ class TextQuality(SamplerComparison):
 
         Raises:
             TypeError: If the DataModule offers no held-out lines or no training text.
-            ImportError: If spylls is not installed.
+            ImportError: If this run will measure, and spylls is not installed.
         """
         self.require(trainer, "reference_text", "held-out lines of text", "a list of strings as long as the samples")
         self.require(trainer, "train_text", "the words of the training text", "one string")
         self._reference = None  # another run may have other data
-        if trainer.is_global_zero:
+        measures = trainer.testing or self.every_n_epochs is not None
+        if measures and trainer.is_global_zero:
             english_dictionary()
 
     def draw(self, trainer: Trainer, pl_module: LightningModule, num_samples: int, **options: Any) -> tuple[list[str], int]:

@@ -26,7 +26,7 @@ from torchmetrics.utilities import dim_zero_cat
 from zoo.metrics.extractors import registered_name
 
 NUM_SAMPLES = 2000
-"""The sample count behind every figure of the zoo's shipped extractors; the Fréchet distance falls with the count."""
+"""The usual sample count with the zoo's shipped extractors; the Fréchet distance falls with the count, so state another."""
 
 NUM_INCEPTION_SAMPLES = 10_000
 """The sample count of Inception FID here, as in the BFN-Solver paper's released commands (not the 50,000 of others)."""

@@ -76,7 +76,8 @@ def english_dictionary(path: Path | None = None) -> Accepts:
         from spylls.hunspell import Dictionary
     except ImportError as error:
         raise ImportError(
-            "Spelling accuracy needs the package spylls: pip install 'lightning-zoo[eval]', or leave out what measures it."
+            "Spelling accuracy needs the package spylls: pip install spylls (in a checkout: pip install '.[eval]'), "
+            "or leave out what measures it."
         ) from error
     if path is None:
         with as_file(files("spylls") / "hunspell" / "data" / "en") as folder:
@@ -201,7 +202,9 @@ class SpellingAccuracy(Metric):
     def __init__(self, known_words: frozenset[str] | None = None, accepts: Accepts | None = None) -> None:
         super().__init__()
         self.known_words = known_words
-        self.accepts = accepts or english_dictionary()
+        if accepts is None:
+            english_dictionary()  # to find out now whether it is there; it is no part of the metric, which can be pickled
+        self.accepts = accepts
         self.add_state("accepted", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("in_vocabulary", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("words", default=[], dist_reduce_fx="cat")
@@ -210,7 +213,8 @@ class SpellingAccuracy(Metric):
     def update(self, lines: Sequence[str]) -> None:
         """Add lines of lower-case text."""
         words = [word for line in lines for word in words_of(line)]
-        self.accepted += sum(self.accepts(word) for word in words)
+        accepts = self.accepts or english_dictionary()
+        self.accepted += sum(accepts(word) for word in words)
         if self.known_words is not None:
             self.in_vocabulary += sum(word in self.known_words for word in words)
         self.words.append(self._fingerprints(words))
