@@ -78,6 +78,7 @@ class Study:
         weights: Shipped weights; ``None``: trained anew for each seed.
         published: Whether the second-order samplers are also measured with the published start and grid.
         text: Whether the samples are texts.
+        mixed: Whether the network runs in mixed precision, as ``zoo test`` runs the configuration.
         windows: Windows of held-out text whose bits per character are measured.
     """
 
@@ -87,6 +88,7 @@ class Study:
     weights: str | None = None
     published: bool = False
     text: bool = False
+    mixed: bool = False
     windows: int = 256
 
 
@@ -94,7 +96,7 @@ STUDIES = {
     "digits": Study("bfn/digits", NUM_SAMPLES, published=True),
     "digits_k4": Study("bfn/digits_k4", NUM_SAMPLES),
     "mnist": Study("bfn/mnist", 500, batch=50, weights="bfn-mnist"),
-    "text": Study("bfn/text_small", 128, batch=16, weights="bfn-text", text=True),
+    "text": Study("bfn/text_small", 64, batch=16, weights="bfn-text", text=True, mixed=True),
 }
 
 
@@ -394,7 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 record.row(seed=seed, steps=steps, training_seconds=time.perf_counter() - begin)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         scores = TextScores(data, study.count, study.windows) if study.text else ImageScores(model, data, study.count)
-        measure(record, seed, model, scores, study, nfes)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=study.mixed):
+            measure(record, seed, model, scores, study, nfes)
     if study.text:
         solver: Any = model.solver
         judge_texts(record, seeds, type(solver).names[0], solver.nfe if solver.nfe in nfes else nfes[-1])
