@@ -33,13 +33,18 @@ def command(folder: Path, steps: int) -> list[str]:
             "--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(folder)]  # fmt: skip
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step, from ``metrics.csv``."""
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Steps and their training losses, row by row of ``metrics.csv``."""
     path = folder / "metrics.csv"
     if not path.exists():
-        return {}
+        return []
     with path.open(newline="") as file:
-        return {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")}
+        return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(file) if row.get("train_loss")]
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the log shows; -1 if none."""
+    return max((step for step, _ in losses(folder)), default=-1)
 
 
 def run(folder: Path, steps: int, kills: Sequence[int]) -> list[int]:
@@ -48,14 +53,16 @@ def run(folder: Path, steps: int, kills: Sequence[int]) -> list[int]:
     for kill in [*kills, None]:
         process = subprocess.Popen(command(folder, steps), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None:
-            if kill is not None and max(losses(folder), default=-1) >= kill:
+            if kill is not None and last_step(folder) >= kill:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                died.append(max(losses(folder)))
+                died.append(last_step(folder))
             else:
                 time.sleep(0.01)
         if kill is None and process.returncode:
             raise SystemExit(f"the training command failed with status {process.returncode}.")
+    if len(died) < len(kills):
+        raise SystemExit(f"the run ended by itself after {len(died)} of {len(kills)} kills: nothing is shown; take more steps.")
     return died
 
 
@@ -66,7 +73,15 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for state in states for tensor in state.values()])
 
 
-def draw(undisturbed: dict[int, float], resumed: dict[int, float], died: list[int]) -> None:
+def compare(undisturbed: list[tuple[int, float]], resumed: list[tuple[int, float]], steps: int) -> float:
+    """Largest difference between two logs of the steps 0 to ``steps`` - 1, each of which must stand there once and in order."""
+    for name, log in (("undisturbed", undisturbed), ("resumed", resumed)):
+        if [step for step, _ in log] != list(range(steps)):
+            raise SystemExit(f"the {name} run did not log each of {steps} steps once: {[step for step, _ in log]}.")
+    return max(abs(a - b) for (_, a), (_, b) in zip(undisturbed, resumed, strict=True))
+
+
+def draw(undisturbed: list[tuple[int, float]], resumed: list[tuple[int, float]], died: list[int]) -> None:
     """Both curves on each other, and where the run was killed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,8 +89,8 @@ def draw(undisturbed: dict[int, float], resumed: dict[int, float], died: list[in
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(list(undisturbed), list(undisturbed.values()), color="0.75", linewidth=5, label="never interrupted")
-    axes.plot(list(resumed), list(resumed.values()), color="C0", linewidth=1.2, label="killed, and continued by the same command")
+    axes.plot(*zip(*undisturbed, strict=True), color="0.75", linewidth=5, label="never interrupted")
+    axes.plot(*zip(*resumed, strict=True), color="C0", linewidth=1.2, label="killed, and continued by the same command")
     for step in died:
         axes.axvline(step, color="C3", linestyle=":", label="kill -9" if step == died[0] else None)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
@@ -101,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         run(whole, steps, [])
         died = run(cut, steps, kills)
         undisturbed, resumed = losses(whole), losses(cut)
-        if undisturbed.keys() != resumed.keys() or len(resumed) != steps:
-            raise SystemExit(f"the resumed run logged {len(resumed)} steps, the other {len(undisturbed)}, of {steps}.")
-        difference = max(abs(undisturbed[step] - resumed[step]) for step in resumed)
+        difference = compare(undisturbed, resumed, steps)
         record.row(run=f"killed at steps {', '.join(map(str, died))}", kills=len(died), steps=steps,
                    largest_loss_difference=difference,
                    largest_weight_difference=(weights(whole) - weights(cut)).abs().max().item())  # fmt: skip

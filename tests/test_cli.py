@@ -84,9 +84,56 @@ def test_model_and_data_come_from_the_checkpoint_alone(folder, capsys):
     path = "runs/tiny/checkpoints/last.ckpt"
     config = effective(capsys, "test", "--ckpt_path", path)
     assert (config["model"]["class_path"], config["data"]["init_args"]["rows"]) == ("tiny.Tiny", 48)
-    assert effective(capsys, "test", "-c", "tiny.yaml", "--ckpt_path", path)["data"]["init_args"]["rows"] == 64
     assert main(["test", "--ckpt_path", path, "--trainer.accelerator", "cpu"]) == 0
     assert Path("runs/tiny/test.yaml").exists()  # in the folder of the checkpoint's run
+
+
+def test_data_of_the_checkpoint_win_over_configurations_of_the_same_class(folder, capsys):
+    assert main(["fit", "-c", "tiny.yaml", "--data.rows", "48", "--data.batch_size", "4"]) == 0
+
+    def data(*argv):
+        args = effective(capsys, *argv, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")["data"]["init_args"]
+        return args["rows"], args["batch_size"]
+
+    Path("same.yaml").write_text(yaml.safe_dump({"data": {"class_path": "TinyData", "init_args": {"rows": 32}}}))
+    Path("more.py").write_text("from tiny import TinyData\n\n\nclass More(TinyData):\n    pass\n")
+    Path("other.yaml").write_text(yaml.safe_dump({"data": {"class_path": "more.More", "init_args": {"rows": 40}}}))
+    assert data("fit", "-c", "tiny.yaml") == (48, 4)
+    assert data("fit", "-c", "tiny.yaml", "-c", "same.yaml") == (48, 4)
+    assert data("fit", "-c", "tiny.yaml", "--data.rows", "56") == (56, 4)  # typed
+    assert data("test", "-c", "tiny.yaml", "--data", "tiny.TinyData") == (64, 8)  # typed class
+    assert data("test", "-c", "tiny.yaml", "-c", "other.yaml") == (40, 8)  # another class
+    assert data("test", "-c", "other.yaml", "-c", "tiny.yaml") == (48, 4)  # the last one counts
+
+
+def test_what_a_configuration_says_of_prediction_needs_no_training(folder, capsys):
+    source = "from tiny import TinyData\n\n\nclass Asked(TinyData):\n    def __init__(self, predict_rows: int = 3, **kwargs):\n"
+    Path("asked.py").write_text(f"{source}        super().__init__(**kwargs)\n")
+    assert main(["fit", "-c", "tiny.yaml", "--data", "asked.Asked", "--data.rows", "48"]) == 0
+    Path("ask.yaml").write_text(
+        yaml.safe_dump({"data": {"class_path": "asked.Asked", "init_args": {"predict_rows": 9, "rows": 8}}})
+    )
+    path = "runs/tiny/checkpoints/last.ckpt"
+    args = effective(capsys, "predict", "-c", "tiny.yaml", "-c", "ask.yaml", "--ckpt_path", path)["data"]["init_args"]
+    assert (args["predict_rows"], args["rows"]) == (9, 48)
+
+
+def test_random_weights_and_lost_predictions_are_announced(folder, capsys):
+    for stage in ("validate", "test", "predict"):
+        assert main([stage, "-c", "tiny.yaml"]) == 0
+        err = capsys.readouterr().err
+        assert f"No --ckpt_path: {stage} uses untrained, random weights" in err
+        assert ("Nothing will be written" in err) == (stage == "predict")
+    Path("writer.py").write_text(
+        "from lightning.pytorch.callbacks import BasePredictionWriter\n\n\nclass Writer(BasePredictionWriter):\n"
+        "    def __init__(self) -> None:\n        super().__init__('epoch')\n"
+        "    def write_on_epoch_end(self, *args) -> None:\n        pass\n"
+    )
+    Tiny(MLP(3)).save_pretrained("shared")
+    capsys.readouterr()
+    assert main(["predict", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.callbacks+", "writer.Writer"]) == 0
+    err = capsys.readouterr().err
+    assert "No --ckpt_path" not in err and "Nothing will be written" not in err
 
 
 def test_last_starts_anew_only_for_fit(folder, capsys):
@@ -113,6 +160,14 @@ def test_wrong_input_leaves_an_earlier_run_in_its_place(folder):
     main(["fit", "-c", "tiny.yaml"])
     assert main(["fit", "-c", "tiny.yaml", "--checkpoint.every_n_steps", "0"]) == 2
     assert not Path("runs/tiny/earlier").exists()
+
+
+def test_a_log_alone_is_a_run_to_move_out_of_the_way(tmp_path):
+    for run in ("a", "a/b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.csv").touch()
+    assert archive_run(tmp_path / "a") == tmp_path / "a/earlier/0"
+    assert (tmp_path / "a/earlier/0/metrics.csv").exists() and (tmp_path / "a/b/metrics.csv").exists()
 
 
 def test_archiving_leaves_runs_of_other_configurations(tmp_path):
@@ -164,6 +219,17 @@ def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
     assert stored()["noise"] == 0.6
 
 
+def test_tied_weights_are_loaded_from_a_pretrained_folder(folder):
+    Path("tied.py").write_text(
+        "from tiny import Tiny\n\n\nclass Tied(Tiny):\n    def __init__(self, **kwargs):\n"
+        "        super().__init__(**kwargs)\n        self.again = self.net\n"
+    )
+    tied = ["-c", "tiny.yaml", "--model", "tied.Tied"]
+    assert main(["fit", *tied]) == 0
+    assert main(["convert", "runs/tiny/checkpoints/last.ckpt", "shared"]) == 0
+    assert main(["test", *tied, "--ckpt_path", "shared"]) == 0
+
+
 def test_convert_writes_the_averaged_weights(folder):
     from zoo import load
 
@@ -195,7 +261,7 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--model.nett", "3"], "unknown option model.nett of Tiny; did you mean net?"),
+        (["--model.nett", "3"], "unknown option model.nett of Tiny; did you mean net? (it has net, noise, root, optimizer,"),
         (["--model.net.widht", "3"], "unknown option model.net.widht of MLP; did you mean width?"),
         (["--model.net", "MLQ"], "unknown class MLQ for model.net; did you mean MLP?"),
         (["--model", "Tinny"], "unknown class Tinny for model; did you mean Tiny?"),
@@ -211,6 +277,24 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
         (["-c", "bfn/digits", "--model.solver.nfe", "0"], "nfe=0 must be at least 1; it counts the network's calls"),
         (["--trainer.callbacks", "EMA", "--trainer.callbacks.decay", "2"], "decay=2.0 must lie in [0, 1)"),
         (["--data.batch_size", "0"], "batch_size is 0, and must be at least 1"),
+        (["--trainer.callbacks", "nowhere.Writer"], "option trainer.callbacks: there is no module nowhere for nowhere.Writer"),
+        (
+            ["-c", "bfn/digits", "--model.solver.grid", "log"],
+            "model.solver.grid: expected one of uniform, logsnr, quadratic, got log",
+        ),
+        (["--trainer.precision", "12"], "option trainer.precision: expected one of 64, 32, 16, transformer-engine, "),
+        (["--model.optimizer.lr", "x"], "option model.optimizer.lr: expected a number, got x\n"),
+        (["--model.optimizer.betas", "3"], "option model.optimizer.betas: expected tuple, got 3\n"),
+        (["--model.optimizer.betass", "3"], "betass of AdamW; did you mean betas? (it has lr, betas, eps,"),
+        (["-c", "bfn/digits", "--model.lr_scheduler.T_mx", "3"], "T_mx of CosineAnnealingLR; did you mean T_max? (it has T_max,"),
+        (["--model", "BFN", "--data", "Digits"], "--model.network must be given"),
+        (["-c", "bfn/digits", "--model.solver", "ode2m"], "unknown class ode2m for model.solver; did you mean ODE2M or"),
+        (["bfn/digits"], "bfn/digits stands alone; did you mean -c bfn/digits?"),
+        (["--ckpt_path"], "--ckpt_path needs a value: last, a file, a folder, or a name that `zoo list` shows."),
+        (["--ckpt_path="], "--ckpt_path needs a value"),
+        (["--ckpt_path", "--model.noise", "0.5"], "--ckpt_path needs a value"),
+        (["--ckpt_path", "last", "--ckpt_path=a.ckpt"], "--ckpt_path is given 2 times (last, a.ckpt): leave one of them."),
+        (["--ckpt_path", "."], "--ckpt_path . is a folder, but neither a pretrained one"),
         (["-c", "strategies/dpp"], "there is no configuration strategies/dpp; did you mean strategies/ddp"),
     ],
 )
@@ -222,9 +306,59 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
     err = capsys.readouterr().err
     assert status == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and sentence in lines[0]
+    assert len(lines) == 1 and sentence in lines[0] + "\n"
     assert "Traceback" not in err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: [", "other.yaml is not valid YAML: while parsing a flow"),
+        ("trainer: 5", "other.yaml: `trainer: 5` must be a section with options of its own, such as `max_steps: 1000`."),
+        ("data: [1]", "other.yaml: `data: [1]` must be a section"),
+        ("5", "other.yaml is not a configuration"),
+        ("model: {bayesian_flow: {}}", "other.yaml is a configuration of the published code: convert the weights with"),
+        ("net: {}\nbayesian_flow: {}", "`zoo convert FILE FOLDER --config other.yaml`, then give --ckpt_path FOLDER"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_sentence(folder, capsys, text, sentence):
+    Path("other.yaml").write_text(text)
+    assert main(["fit", "-c", "tiny.yaml", "-c", "other.yaml"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["lst"], "unknown verb lst; did you mean list"),
+        (["--model", "BFN"], "unknown verb BFN (a verb comes first: fit, validate, test, predict, list, assets, convert)"),
+        (["fit", "--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
+        (["--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
+    ],
+)
+def test_a_misplaced_word_is_one_sentence(folder, capsys, argv, sentence):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_stage_may_stand_behind_its_options(folder, capsys):
+    assert effective(capsys, "-c", "tiny.yaml", "fit", "--model.noise", "0.5")["model"]["init_args"]["noise"] == 0.5
+    with pytest.raises(SystemExit):
+        main(["--model.help", "BFN"])
+    assert "--model.network" in capsys.readouterr().out
+
+
+def test_a_classifier_predicts_only_pictures(folder, capsys):
+    assert main(["predict", "--data", "Digits", "--ckpt_path", "fd_digits_mlp", "--trainer.accelerator", "cpu"]) == 2
+    assert "FeatureClassifier draws no samples: name the pictures to work on" in capsys.readouterr().err
+
+
+def test_methods_are_imported_when_they_are_used():
+    code = "import sys, zoo; assert 'torch' not in sys.modules; zoo.bfn.Network; zoo.metrics.FeatureDistance"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_without_model_and_data_the_way_is_shown(folder, capsys):
@@ -280,8 +414,9 @@ def test_tab_completion_is_printed(folder, capsys):
 def test_list_names_everything(folder, capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    for name in ("BFN", "Digits", "bfn/digits", "bfn-digits", "strategies/ddp"):
+    for name in ("BFN", "FeatureClassifier", "Digits", "bfn/digits", "bfn-digits", "strategies/ddp", "[deepspeed]"):
         assert name in out
+    assert "extractor │ fd_digits_mlp" in out
 
 
 def test_model_help_reads_well(folder, capsys):

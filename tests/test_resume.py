@@ -1,6 +1,7 @@
 """An interrupted run continues as if nothing had happened: losses, weights, averages and logs are those of a whole run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,15 @@ def test_the_curve_continues_as_if_never_interrupted(folder, how, step, workers,
         assert all(torch.equal(a[key][n], b[key][n]) for n in a[key])
     for x, y in zip(a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True):
         assert torch.equal(x["exp_avg_sq"], y["exp_avg_sq"])
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(folder):
+    Path("early.yaml").write_text(Path("whole.yaml").read_text())
+    command = options("early", 0, 1)
+    assert main([word if word != "20" else "2" for word in command]) == 0
+    shutil.rmtree("runs/early/checkpoints")  # what SIGKILL at this moment leaves: a log
+    assert main(command) == 0
+    assert curve("early") == curve("whole_0_1")
 
 
 def test_another_seed_is_announced(folder):

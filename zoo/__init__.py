@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zoo import bfn, callbacks, metrics
     from zoo.hub import list_models, load
     from zoo.hyperparameters import Configurable
     from zoo.module import ZooModule
 
-__all__ = ["Configurable", "ZooModule", "__version__", "list_models", "load"]
+__all__ = ["Configurable", "ZooModule", "__version__", "bfn", "callbacks", "list_models", "load", "metrics"]
 
 _HOME = {"Configurable": "hyperparameters", "ZooModule": "module", "list_models": "hub", "load": "hub"}
+_PACKAGES = ("bfn", "callbacks", "metrics")
 
 
 def __getattr__(name: str) -> Any:
     """Import lazily: ``import zoo`` is instant, and no method is loaded before it is used."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
     import importlib
 
+    if name in _PACKAGES:
+        return importlib.import_module(f"zoo.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"zoo.{_HOME[name]}"), name)

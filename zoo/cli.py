@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from importlib.resources import files
@@ -11,9 +12,11 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_model
 
 import datamodules
 import strategies
@@ -21,13 +24,15 @@ import zoo.bfn
 import zoo.callbacks
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
-from zoo.checkpoint import check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
+from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
 from zoo.hyperparameters import find_class
+from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
 from zoo.runs import archive_run, find_checkpoint, run_folder
+from zoo.sampling import SupportsSampling
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
 
@@ -135,24 +140,20 @@ class ZooCLI(LightningCLI):
         if not isinstance(args, list | tuple | None):
             raise TypeError("ZooCLI takes its arguments as a list of strings.")
         argv = list(sys.argv[1:] if args is None else args)
-        stage = next((word for word in argv if word in STAGES), None)
-        if stage is not None:
-            argv = self._in_order_of_precedence(stage, argv)
+        argv = _stage_first(argv)
+        if argv and argv[0] in STAGES:
+            argv = self._in_order_of_precedence(argv[0], argv[1:])
         self.config = parser.parse_args(argv)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the checkpoint win over typed options here; `parse_arguments` has put it in its place already."""
 
     def _in_order_of_precedence(self, stage: str, argv: list[str]) -> list[str]:
-        at = argv.index(stage)
-        configs, typed = _split_configs(argv[at + 1 :])
+        configs, typed = _split_configs(argv)
         paths = [find_config(name) for name in configs]
-        parsed = [yaml.safe_load(path.read_text()) or {} for path in paths]
-        for path, config in zip(paths, parsed, strict=True):
-            if not isinstance(config, Mapping):
-                raise ValueError(f"{path} is not a configuration: it must hold options, such as `model:` and `data:`.")
+        parsed = [_read_config(path) for path in paths]
         _warn_of_replaced_callbacks(paths, parsed)
-        ckpt = _typed_value(typed, "--ckpt_path")
+        ckpt, typed = _take_ckpt_path(typed)
         if ckpt is None:
             ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
         self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
@@ -161,10 +162,10 @@ class ZooCLI(LightningCLI):
         if root:
             self._run_folder = Path(root)
         stored = self._read_ckpt(stage, ckpt) if ckpt else {}
-        if any(config.get("data") for config in parsed) or _typed_value(typed, "--data"):
-            stored.pop("data", None)
-        typed = _without(typed, "--ckpt_path")
-        ordered = [*argv[:at], stage]
+        data = stored.pop("data", None)
+        if data and not _typed_value(typed, "--data") and (above := _above_configs(data, parsed)):
+            stored["data"] = above
+        ordered = [stage]
         for path in paths:
             ordered += ["--config", str(path)]
         if stored:
@@ -205,6 +206,11 @@ class ZooCLI(LightningCLI):
             config.trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // local
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._run_folder / "checkpoints")
+        if self.subcommand != "fit" and self._ckpt_path is None and self._pretrained is None:
+            _say(
+                f"No --ckpt_path: {self.subcommand} uses untrained, random weights"
+                " (--ckpt_path last takes the newest of this run)."
+            )
         self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:
@@ -213,13 +219,26 @@ class ZooCLI(LightningCLI):
         if self._pretrained is not None:
             weights = read_pretrained(self._pretrained)[1]
             check_weights(self.model, weights, str(self._pretrained))
-            self.model.load_state_dict(weights)
+            load_model(self.model, self._pretrained / WEIGHTS_FILE)  # knows tied weights, which are stored once
 
     @rank_zero_only
     def before_fit(self) -> None:
         """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
         if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
             _say(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
+
+    def before_predict(self) -> None:
+        """See that there is something to predict, and someone to write it (LightningCLI hook).
+
+        Raises:
+            ValueError: the model draws no samples, and the data have no pictures for it.
+        """
+        if not isinstance(self.model, SupportsSampling) and getattr(self.datamodule, "predict_images", "its own") is None:
+            raise ValueError(
+                f"{type(self.model).__name__} draws no samples: name the pictures to work on with --data.predict_images FOLDER."
+            )
+        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            _say("Nothing will be written: add --trainer.callbacks+ ImageGridWriter (or TextWriter, JSONLWriter).")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config.get("logger") is None or config.get("logger") is True:
@@ -252,6 +271,14 @@ def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": path, "init_args": arguments}
 
 
+def _stage_first(argv: list[str]) -> list[str]:
+    """The stage before its options, wherever it is typed; help on a component, which is the same for all, is that of fit."""
+    for at, word in enumerate(argv):
+        if word in STAGES and (at == 0 or argv[at - 1] not in ("-c", "--config")):
+            return [word, *argv[:at], *argv[at + 1 :]]
+    return ["fit", *argv] if any(re.match(r"--[\w.]+\.help(=|$)", word) for word in argv) else argv
+
+
 def _split_configs(argv: list[str]) -> tuple[list[str], list[str]]:
     """Configuration files, and everything else that is typed, each in its order."""
     configs, typed = [], []
@@ -275,11 +302,65 @@ def _typed_value(argv: list[str], option: str) -> str | None:
     return None
 
 
-def _without(argv: list[str], option: str) -> list[str]:
-    at = next((i for i, word in enumerate(argv) if word == option or word.startswith(option + "=")), None)
-    if at is None:
-        return argv
-    return argv[:at] + argv[at + (2 if argv[at] == option else 1) :]
+def _take_ckpt_path(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--ckpt_path``, None if it is not typed, and all other words."""
+    found, rest = [], []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--ckpt_path":
+            found.append(next(words, "") if word == name else value)
+        else:
+            rest.append(word)
+    if any(not value or value.startswith("--") for value in found):
+        raise ValueError("--ckpt_path needs a value: last, a file, a folder, or a name that `zoo list` shows.")
+    if len(found) > 1:
+        raise ValueError(f"--ckpt_path is given {len(found)} times ({', '.join(found)}): leave one of them.")
+    return (found[0] if found else None), rest
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The options of a configuration file, whose sections are sections."""
+    try:
+        config = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a configuration: it must hold options, such as `model:` and `data:`.")
+    model = config.get("model")
+    if "bayesian_flow" in config or (isinstance(model, dict) and "bayesian_flow" in model):
+        raise ValueError(
+            f"{path} is a configuration of the published code: convert the weights with"
+            f" `zoo convert FILE FOLDER --config {path}`, then give --ckpt_path FOLDER with a configuration of ours."
+        )
+    for section, example in (("model", "class_path: BFN"), ("data", "class_path: Digits"), ("trainer", "max_steps: 1000")):
+        value = config.get(section)
+        if not isinstance(value, dict | None if section == "trainer" else dict | str | None):
+            raise ValueError(f"{path}: `{section}: {value}` must be a section with options of its own, such as `{example}`.")
+    return config
+
+
+def _above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a checkpoint says of the data, as far as it stands above the configurations; None if they name another class.
+
+    What they say of prediction (``predict_samples``, ``predict_images``) stays theirs, since no training depends on it.
+    """
+    sections = [data if isinstance(data, dict) else {"class_path": data} for config in parsed if (data := config.get("data"))]
+    named = next((data["class_path"] for data in reversed(sections) if "class_path" in data), stored["class_path"])
+    if not _is_same_class(named, stored["class_path"]):
+        return None
+    theirs = {name for data in sections for name in data.get("init_args") or {} if name.startswith("predict_")}
+    return {**stored, "init_args": {name: value for name, value in stored["init_args"].items() if name not in theirs}}
+
+
+def _is_same_class(name: str, path: str) -> bool:
+    """Whether a name from a configuration, with or without its module, means the class of an import path."""
+    if "." not in name:
+        return name == path.rpartition(".")[2]
+    try:
+        return find_class(name, object) is find_class(path, object)
+    except ValueError:
+        return name == path
 
 
 def _run_name(configs: list[str], typed: list[str], parsed: list[dict[str, Any]], ckpt: str | None) -> str:
@@ -312,6 +393,7 @@ def _warn_of_replaced_callbacks(paths: list[Path], parsed: list[dict[str, Any]])
 def list_everything() -> None:
     """Print modules, data, strategies, configurations and shipped models (``zoo list``)."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -320,16 +402,21 @@ def list_everything() -> None:
         return [n for n in package.__all__ if isinstance(getattr(package, n), type) and issubclass(getattr(package, n), base)]
 
     table = Table("kind", "name", "what it is", title="zoo")
-    for package in (zoo.bfn,):
+
+    def row(*cells: str) -> None:
+        table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
+
+    for package in (zoo.bfn, zoo.metrics):
         for name in names(package, ZooModule):
-            table.add_row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
+            row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):
-        table.add_row("data", name, (getattr(datamodules, name).__doc__ or "").strip().split("\n")[0])
+        row("data", name, (getattr(datamodules, name).__doc__ or "").strip().split("\n")[0])
     for name in getattr(strategies, "__all__", []):
-        table.add_row("strategy", name, (getattr(strategies, name).__doc__ or "").strip().split("\n")[0])
+        row("strategy", name, (getattr(strategies, name).__doc__ or "").strip().split("\n")[0])
     for name, path in packaged_configs().items():
         head = path.read_text().split("\n", 1)[0]
-        table.add_row("config", name, head.removeprefix("#").strip() if head.startswith("#") else "")
+        row("config", name, head.removeprefix("#").strip() if head.startswith("#") else "")
     for model in list_models():
-        table.add_row("weights", model.name, f"{model.description} ({model.num_bytes / 2**20:.1f} MiB)")
+        kind = "extractor" if issubclass(find_class(model.class_path, ZooModule), FeatureClassifier) else "weights"
+        row(kind, model.name, f"{model.description} ({model.num_bytes / 2**20:.1f} MiB)")
     console.print(table)

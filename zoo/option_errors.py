@@ -11,11 +11,16 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 
 __all__ = ["explain", "nearest"]
 
+VERBS = ("fit", "validate", "test", "predict", "list", "assets", "convert")
+
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """``"; did you mean X or Y?"``, or nothing if no candidate is near."""
-    near = difflib.get_close_matches(name.lstrip("-"), sorted(set(candidates)), n=3, cutoff=0.55)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    """``"; did you mean X or Y?"``, or nothing if no candidate is near; capitals do not count."""
+    spellings: dict[str, list[str]] = {}
+    for candidate in sorted(set(candidates)):
+        spellings.setdefault(candidate.lower(), []).append(candidate)
+    near = difflib.get_close_matches(name.lstrip("-").lower(), spellings, n=3, cutoff=0.55)
+    return f"; did you mean {' or '.join(name for key in near for name in spellings[key])}?" if near else ""
 
 
 def explain(message: str, options: list[str]) -> str:
@@ -29,35 +34,64 @@ def explain(message: str, options: list[str]) -> str:
         One sentence.
     """
     keys = re.findall(r'Parser key "([\w.+]+)"', message)
+    key = ".".join(keys)
+    inner = message[message.rfind("Parser key") :]  # what is said of the innermost key
     owners = [_import(path) for path in re.findall(r"class_path '([\w.]+)'", message)]
     owner = owners[-1] if owners else None
 
-    if match := re.search(r"Option '(\S+?)' is not accepted", message):
+    if match := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
+        return f"unknown verb {match[1]}{nearest(match[1], VERBS)} (a verb comes first: {', '.join(VERBS)})"
+    if match := re.search(r"Option '(\S+?)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?", message):
+        owner = _import(match[2]) if match[2] else owner
         names = [parameter.name for parameter in get_signature_parameters(owner)] if owner else options
+        if owner and "Type typing.Callable" in inner:
+            names = names[1:]  # the first argument, such as the parameters to optimise, comes from the program
         where = f" of {owner.__name__}" if owner else ""
-        return f"unknown option {'.'.join([*keys, match[1]])}{where}{nearest(match[1], names)} (--help lists all)"
+        known = f"it has {', '.join(names)}" if owner else "--help lists all"
+        return f"unknown option {'.'.join([*keys, match[1]])}{where}{nearest(match[1], names)} ({known})"
+    if keys and (match := re.search(r"nrecognized arguments: --([\w.]+)\.help=(\S+)", message)):
+        option = f"--{key}.{match[1]}.help {match[2]}"
+        return f"{option} needs to know whose it is: name the class before it, such as --{key} NAME {option}"
     if match := re.search(r"nrecognized arguments?: (\S+)|does not accept option '(\S+)'|Key '(\S+)' is not expected", message):
         option = (match[1] or match[2] or match[3]).split("=")[0]
+        if match[1] and not option.startswith("-") and ("/" in option or option.endswith((".yaml", ".yml"))):
+            return f"{option} stands alone; did you mean -c {option}?"
         return f"unknown option {option}{nearest(option, options)} (--help lists all)"
+    numbers = r"Subtypes: \[(.*<class '(?:float|int)'>.*)\]\s[\s\S]*?Given value: (.*?)(?:\. Got |\n|$)"
+    if match := re.search(numbers, inner):
+        return f"option {key}: expected {_kinds(match[1])}, got {match[2]}"
     if match := re.search(r"Expected a dot import path string: (\S+)|nexpected import path format: (\S+)", message):
         name = match[1] or match[2]
         bases = _bases(owner, keys[-1]) if owner and keys else _classes_in(message)
         found = nearest(name.rpartition(".")[2], (cls.__name__ for base in bases for cls in _descendants(base)))
-        return f"unknown class {name} for {'.'.join(keys)}{found} (give a class name, or an import path such as my_file.{name})"
+        return f"unknown class {name} for {key}{found} (give a class name, or an import path such as my_file.{name})"
+    if keys and (match := re.search(r"class_path '([\w.]+)':\s+No module named '([\w.]+)'", inner)):
+        return f"option {key}: there is no module {match[2]} for {match[1]}, neither here ({match[2]}.py) nor installed"
     if match := re.search(r"following arguments are required: (.*)", message):
-        needed = " and ".join(f"--{key.strip().rpartition('.')[2]}" for key in match[1].split(","))
-        return f"{needed} must be given, or a configuration that holds them: -c bfn/digits (`zoo list` shows all)"
-    if keys and (match := re.search(r"Expected a <class '([\w.]+)'>\. Got value: (.*)", message)):
-        return f"option {'.'.join(keys)}: expected {_plain_type(match[1])}, got {match[2].strip()}"
+        needed = [".".join([*keys, name.strip().rpartition(".")[2]]) for name in match[1].split(",")]
+        given = " and ".join(f"--{name}" for name in needed)
+        return f"{given} must be given, or a configuration that holds them: -c bfn/digits (`zoo list` shows all)"
+    expected = r"Expected a (<class '[\w.]+'>|typing\.Literal\[.*?\])\. Got value: (.*?)(?:\. Got |\n|$)"
+    if keys and (match := re.search(expected, inner)):
+        return f"option {key}: expected {_kinds(match[1])}, got {match[2].strip()}"
     if len(keys) == 1 and (match := re.search(r"Subtypes: \[(.*)\]\s", message)):
-        kinds = " or ".join(_plain_type(kind) for kind in re.findall(r"(?:<class ')?([\w.\[\]]+)(?:'>)?(?:,|$)", match[1]))
         value = re.search(r"Given value: (.*)", message)
-        return f"option {keys[0]}: expected {kinds}, got {value[1] if value else 'something else'}"
+        return f"option {key}: expected {_kinds(match[1])}, got {value[1] if value else 'something else'}"
     return " ".join(message.split())
 
 
+def _kinds(subtypes: str) -> str:
+    """Types and choices, as the parser prints them, in words."""
+    kinds: list[str] = []
+    each = r"(?:^|, )((?:typing\.)?Literal\[(.*?)\]|<class '([\w.]+)'>|[^,\[]+(?:\[.*?\]+)?)"
+    for kind, choices, name in re.findall(each, subtypes):
+        kinds += [choice.strip("' ") for choice in choices.split(",")] if choices else [_plain_type(name or kind)]
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind != "Tensor"]  # of optimizers; not to be typed
+    return f"one of {', '.join(kinds)}" if "Literal[" in subtypes else " or ".join(kinds)
+
+
 def _plain_type(name: str) -> str:
-    return {"NoneType": "null"}.get(name, name.rpartition(".")[2] or name)
+    return {"NoneType": "null", "float": "a number"}.get(name, re.sub(r"[\w.]+\.", "", name))
 
 
 def _import(path: str) -> type | None:

@@ -9,6 +9,11 @@ __all__ = ["archive_run", "find_checkpoint", "last_checkpoint", "run_folder"]
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 EARLIER = "earlier"
+METRICS = "metrics.csv"  # all that a run killed before its first checkpoint leaves
+
+
+# What Lightning's strategies write into a folder: FSDP and ModelParallel, DeepSpeed, and torch's distributed checkpoints.
+_SHARDED = ("meta.pt", "checkpoint", ".metadata")
 
 
 def run_folder(name: str) -> Path:
@@ -35,6 +40,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint yet to validate, test or predict with.
+        ValueError: a folder that is no sharded checkpoint.
     """
     if ckpt_path == "last":
         found = last_checkpoint(folder)
@@ -44,9 +50,16 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
                 " or give the path of a checkpoint."
             )
         return found
-    if not Path(ckpt_path).exists():
+    path = Path(ckpt_path)
+    if not path.exists():
         raise FileNotFoundError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file, pretrained folder or shipped model.")
-    return Path(ckpt_path)
+    if path.is_dir() and not any((path / mark).exists() for mark in _SHARDED):
+        newest = last_checkpoint(path)
+        raise ValueError(
+            f"--ckpt_path {ckpt_path} is a folder, but neither a pretrained one (config.json and model.safetensors) nor a sharded"
+            f" checkpoint: give {newest or 'a .ckpt file'}, or write a pretrained folder with `zoo convert FILE FOLDER`."
+        )
+    return path
 
 
 def archive_run(folder: Path) -> Path | None:
@@ -55,14 +68,15 @@ def archive_run(folder: Path) -> Path | None:
     Returns:
         Where it lies now, or None if the folder held no run.
     """
-    if last_checkpoint(folder) is None:
+    if last_checkpoint(folder) is None and not (folder / METRICS).exists():
         return None
     number = 1 + max((int(p.name) for p in (folder / EARLIER).glob("*") if p.name.isdigit()), default=-1)
     target = folder / EARLIER / str(number)
     target.mkdir(parents=True)
     for entry in folder.iterdir():
         # A folder of another run may lie inside (runs/bfn made with --model BFN, beside runs/bfn/digits of a config).
-        other_run = entry.is_dir() and entry.name != CHECKPOINTS and any(entry.glob(f"**/{CHECKPOINTS}"))
+        traces = (trace for name in (CHECKPOINTS, METRICS) for trace in entry.glob(f"**/{name}"))
+        other_run = entry.is_dir() and entry.name != CHECKPOINTS and any(traces)
         if entry.name != EARLIER and not other_run:
             shutil.move(os.fspath(entry), os.fspath(target / entry.name))
     return target
