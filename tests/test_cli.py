@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny import MLP, Tiny
 
+import zoo
 from zoo.__main__ import main
 from zoo.checkpoint import read_checkpoint
 from zoo.cli import find_config, packaged_configs
@@ -314,7 +315,7 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model: [", "other.yaml is not valid YAML: while parsing a flow"),
+        ("model: [", "other.yaml is not valid YAML, line 1"),
         ("trainer: 5", "other.yaml: `trainer: 5` must be a section with options of its own, such as `max_steps: 1000`."),
         ("data: [1]", "other.yaml: `data: [1]` must be a section"),
         ("5", "other.yaml is not a configuration"),
@@ -425,3 +426,16 @@ def test_model_help_reads_well(folder, capsys):
     out = capsys.readouterr().out
     assert "--model.network" in out and "--model.solver" in out
     assert "torch.nn.modules" not in out  # components are typed by our own small base classes
+
+
+def test_shared_folders_import_nothing_that_the_user_did_not_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "trap_module.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    folder = zoo.load("bfn-digits").save_pretrained(tmp_path / "shared")
+    config = json.loads((folder / "config.json").read_text())
+    config["network"] = {"class_path": "trap_module.Trap", "init_args": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["predict", "-c", "bfn/digits", "--ckpt_path", "shared"]) == 2
+    assert "trap_module.Trap is not known here" in capsys.readouterr().err

@@ -4,12 +4,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -27,7 +26,7 @@ from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
-from zoo.hyperparameters import find_class
+from zoo.hyperparameters import check_config, find_class, read_config
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
@@ -162,6 +161,10 @@ class ZooCLI(LightningCLI):
         if root:
             self._run_folder = Path(root)
         stored = self._read_ckpt(stage, ckpt) if ckpt else {}
+        chosen = {*_texts(parsed), *(text for word in typed for text in word.split("="))}
+        for section, base in (("model", LightningModule), ("data", LightningDataModule)):
+            if section in stored:
+                check_config(base, stored[section], chosen)
         data = stored.pop("data", None)
         if data and not _typed_value(typed, "--data") and (above := _above_configs(data, parsed)):
             stored["data"] = above
@@ -321,12 +324,7 @@ def _take_ckpt_path(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The options of a configuration file, whose sections are sections."""
-    try:
-        config = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a configuration: it must hold options, such as `model:` and `data:`.")
+    config = read_config(path)
     model = config.get("model")
     if "bayesian_flow" in config or (isinstance(model, dict) and "bayesian_flow" in model):
         raise ValueError(
@@ -338,6 +336,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict | None if section == "trainer" else dict | str | None):
             raise ValueError(f"{path}: `{section}: {value}` must be a section with options of its own, such as `{example}`.")
     return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict[str, Any] | None:
