@@ -96,7 +96,7 @@ def test_data_of_the_checkpoint_win_over_configurations_of_the_same_class(folder
         args = effective(capsys, *argv, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")["data"]["init_args"]
         return args["rows"], args["batch_size"]
 
-    Path("same.yaml").write_text(yaml.safe_dump({"data": {"class_path": "TinyData", "init_args": {"rows": 32}}}))
+    Path("same.yaml").write_text(yaml.safe_dump({"data": {"class_path": "tiny.TinyData", "init_args": {"rows": 32}}}))
     Path("more.py").write_text("from tiny import TinyData\n\n\nclass More(TinyData):\n    pass\n")
     Path("other.yaml").write_text(yaml.safe_dump({"data": {"class_path": "more.More", "init_args": {"rows": 40}}}))
     assert data("fit", "-c", "tiny.yaml") == (48, 4)

@@ -1,8 +1,11 @@
 """The checkpoint that a run continues from."""
 
 import copy
+import signal
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,6 +47,7 @@ class RunCheckpoint(Checkpoint):
         self._seen_step = 0
         self._boundary: dict[str, Any] | None = None
         self._boundary_step = -1
+        self._told_to_stop = False
 
     def path(self, trainer: Trainer) -> Path:
         """The checkpoint file."""
@@ -54,11 +58,21 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
         self._boundary = None
+        self._told_to_stop = False
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            # Lightning's handler speaks to the other processes wherever it interrupts this one, in the middle of a gradient's
+            # reduction too, and each process stops by itself. Here the signal is noted, and all stop after the same step.
+            signal.signal(signal.SIGTERM, self._note_signal)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_stop = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, after a batch that applied a step (Lightning hook)."""
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+            trainer._signal_connector.received_sigterm = True  # Lightning raises SIGTERMException after this batch
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = self._boundary_step = trainer.global_step
