@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -36,10 +37,12 @@ class Plot:
 
     def save(self, rows: Sequence[Row], path: Path) -> None:
         """Draw the rows that have all three columns and write a PNG."""
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.6, 4.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         shown = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (self.x, self.y))]
+        if len({row[self.series] for row in shown}) > 10:  # more than the usual cycle has colours
+            axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         ticks = sorted({float(row[self.x]) for row in shown})  # type: ignore[arg-type]
         for name in dict.fromkeys(row[self.series] for row in shown):
             points = {
@@ -59,5 +62,5 @@ class Plot:
             axes.set_yscale("log")
         axes.set(title=self.title, xlabel=self.x, ylabel=self.y)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
         figure.savefig(path, dpi=120)
