@@ -136,7 +136,7 @@ class NetworkClock:
 
 def now() -> float:
     """Seconds on a clock that the accelerator's queue cannot run ahead of."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # whether a device is there would take long to find out, beside a step of a sampler
         torch.cuda.synchronize()
     return time.perf_counter()
 

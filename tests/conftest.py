@@ -1,16 +1,14 @@
 """What all tests share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-# Before torch is imported: threads that wait for one another spin for a moment only, then sleep. GNU's default is to spin
-# for long, which beside any other busy process (ranks, workers) slows small networks down several times.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from zoo.process import tune_process
 
-from distributed import RankPool
+tune_process()  # before torch is imported
+
+from distributed import RankPool  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -146,3 +146,11 @@ def test_gpu_draws_what_the_cpu_draws():
     assert torch.equal(cpu.bits("b", 9), gpu.bits("b", 9).cpu())
     assert torch.equal(cpu.uniform("u", (9,)), gpu.uniform("u", (9,)).cpu())
     assert torch.allclose(cpu.normal("z", (9,)), gpu.normal("z", (9,)).cpu(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_draws_at_once_are_those_one_after_the_other(dtype):
+    random = SampleRandom(3, torch.arange(70))
+    names = [f"noise {i}" for i in range(5)]
+    together = random.normals(names, (3, 5), dtype)
+    assert torch.equal(together, torch.stack([random.normal(name, (3, 5), dtype) for name in names]))

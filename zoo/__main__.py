@@ -5,6 +5,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from zoo.process import tune_process
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
@@ -18,10 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
     os.environ.setdefault("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")  # zoo --print_completion
-    # Threads that wait for one another spin for a moment only, then sleep. GNU's default is to spin for long, which beside
-    # any other busy process slows small networks down several times.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    tune_process()
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # classes of the user's folder are found by name
     from lightning.pytorch.utilities.exceptions import SIGTERMException

@@ -31,6 +31,8 @@ Noise = Callable[[int, float, float], Tensor]
 #: copy what is to be kept.
 Observer = Callable[[int, float, Tensor, Tensor], None]
 
+_NOISE_AT_ONCE = 2**21  # numbers: small noise of several steps is drawn together
+
 Grid = Literal["uniform", "logsnr", "quadratic"]
 Start = Literal["zero", "optimal"]
 NoiseKind = Literal["independent", "brownian"]
@@ -295,7 +297,7 @@ class Solver(Configurable, ABC):
         """The noise that ``noise`` names, in states of the given shape per sample."""
         if self.noise == "brownian":
             return BrownianNoise(flow, random, shape, dtype)
-        return random_noise(random, shape, dtype)
+        return random_noise(random, shape, dtype, self.num_steps - self.drops_last() if self.stochastic else 0)
 
     def finish(self, denoiser: Denoiser, state: Tensor, random: SampleRandom) -> Tensor:
         """Final estimate from the state at t = 1, where the last estimate of the loop is not the sample."""
@@ -319,9 +321,27 @@ class Solver(Configurable, ABC):
         return cls(**{**options, "nfe": self.nfe if nfe is None else nfe})
 
 
-def random_noise(random: SampleRandom, shape: tuple[int, ...], dtype: torch.dtype) -> Noise:
-    """Noise that is drawn per sample, anew for each step."""
-    return lambda number, start, end: random.normal(f"noise {number}", shape, dtype)
+def random_noise(random: SampleRandom, shape: tuple[int, ...], dtype: torch.dtype, num_steps: int = 0) -> Noise:
+    """Noise that is drawn per sample, anew for each step.
+
+    Args:
+        random: the random numbers of the samples.
+        shape: of one sample's state.
+        dtype: float type of the noise.
+        num_steps: noise of steps up to this number is drawn several steps at once, as far as that is little.
+    """
+    at_once = max(1, _NOISE_AT_ONCE // max(1, len(random) * math.prod(shape)))
+    drawn: dict[int, Tensor] = {}
+
+    def noise(number: int, start: float, end: float) -> Tensor:
+        if number not in drawn:
+            last = max(number, min(num_steps, number + at_once - 1))
+            numbers = range(number, last + 1)
+            drawn.clear()
+            drawn.update(zip(numbers, random.normals([f"noise {n}" for n in numbers], shape, dtype), strict=True))
+        return drawn[number]
+
+    return noise
 
 
 def _solvers(cls: type[Solver] = Solver) -> list[type[Solver]]:
