@@ -20,6 +20,7 @@ from safetensors.torch import load_model
 import datamodules
 import strategies
 import zoo.bfn
+import zoo.emigm
 import zoo.callbacks
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
@@ -416,7 +417,7 @@ def list_everything() -> None:
     def row(*cells: str) -> None:
         table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
 
-    for package in (zoo.bfn, zoo.metrics):
+    for package in (zoo.bfn, zoo.emigm, zoo.metrics):
         for name in names(package, ZooModule):
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):
