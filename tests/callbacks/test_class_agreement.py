@@ -9,6 +9,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -213,7 +214,8 @@ def test_quality_against_statistics_needs_no_images_and_is_the_same(tmp_path: Pa
     assert row["kernel_distance"] is None and found["floor"] is None
     assert (found["num_reference"], found["statistics"]) == (1617, str(statistics))
     printed = capsys.readouterr().out
-    assert printed.count("not") >= 2 and "measured" in printed
+    floor = next(line for line in printed.splitlines() if "floor" in line)
+    assert floor.count("–") == 5 and "– not measured" in printed
     scalars = callback._scalars("test", found)
     assert "test/class_accuracy/replay/nfe3" in scalars
     assert not [name for name in scalars if "kernel" in name or "floor" in name]
@@ -254,6 +256,16 @@ def test_quality_against_statistics_needs_no_datamodule(tmp_path: Path) -> None:
     write_statistics(tmp_path / "digits.npz", Digits().reference_images(), CLASSIFIER)
     callback = SampleQuality(**QUALITY, extractor=CLASSIFIER, statistics=tmp_path / "digits.npz")
     assert quality(tmp_path, callback, Replay(), Data().test_dataloader())["data"] is None
+
+
+def test_options_are_found_on_the_command_line() -> None:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_argument("--callbacks", type=list[Callback])
+    quality = {"class_path": "SampleQuality", "init_args": {"samplers": ["a"], "nfes": [5], "statistics": "real.npz"}}
+    writer = {"class_path": "ClassAgreementWriter", "init_args": {"classifier": "fd_mnist_cnn"}}
+    first, second = made.instantiate_classes(made.parse_object({"callbacks": [quality, writer]})).callbacks
+    assert Path(first.statistics) == Path("real.npz")
+    assert isinstance(second, ClassAgreementWriter) and second.classifier == "fd_mnist_cnn"
 
 
 def test_modules_must_name_one_class_for_each_sample() -> None:

@@ -86,7 +86,7 @@ class ClassAgreementWriter(RankMergingWriter):
         assert isinstance(index_B, Tensor) and isinstance(image_BCHW, Tensor) and isinstance(label_B, Tensor)
         check_labels(label_B, self._network.num_classes)
         network = self._network.to(image_BCHW.device)
-        with torch.no_grad(), torch.autocast(image_BCHW.device.type, enabled=False):
+        with torch.no_grad():
             logits_BK = network(to_uint8(image_BCHW).double() / 255).logits
         probability_B, seen_B = logits_BK.softmax(dim=1).max(dim=1)
         for name, column in zip(_COLUMNS, (index_B, label_B, seen_B, probability_B), strict=True):

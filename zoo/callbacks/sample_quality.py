@@ -19,7 +19,7 @@ from zoo.metrics.feature_statistics import FeatureStatistics, FeatureStream, rea
 from zoo.metrics.streamed_distance import streamed_distances
 from zoo.sampling import Samples, as_sampled, labels_of_samples
 
-_NOT_MEASURED = "not measured"
+_NOT_MEASURED = "–"
 
 
 class SampleQuality(SamplerComparison):
@@ -163,14 +163,15 @@ class SampleQuality(SamplerComparison):
             real = f"the statistics of {real} in {Path(result['statistics']).name}"
         model = result["model"] if result["data"] is None else f"{result['model']} on {result['data']}"
         table = Table(title=f"{model}: {result['num_samples']} samples against {real}, features of {result['extractor']}")
-        table.add_column("sampler")
+        table.add_column("sampler", min_width=max(len(row["sampler"]) for row in rows))
         for column in ("NFE", "Fréchet distance", "kernel distance", "inception score"):
             table.add_column(column, justify="right")
-        if judged:
+        if labelled:  # a terminal has no room for the classes seen, which the accuracy makes up for
+            table.add_column("mean max prob.", justify="right")
+            table.add_column("class accuracy", justify="right")
+        elif judged:
             table.add_column("mean max probability", justify="right")
             table.add_column("classes seen", justify="right")
-        if labelled:
-            table.add_column("class accuracy", justify="right")
         floor = {"sampler": "floor (real)", "nfe": "", **(result["floor"] or {})}
         for row in [*rows, floor]:
             cells = [
@@ -181,12 +182,13 @@ class SampleQuality(SamplerComparison):
                 _figure(row, "inception_score", 2),
             ]
             if judged:
-                cells += [
-                    _figure(row, "mean_max_probability", 3),
-                    str(len(row["classes"])) if "classes" in row else _NOT_MEASURED,
-                ]
+                cells.append(_figure(row, "mean_max_probability", 3))
             if labelled:
                 cells.append(_figure(row, "class_accuracy", 3))
+            elif judged:
+                cells.append(str(len(row["classes"])) if "classes" in row else _NOT_MEASURED)
+            if _NOT_MEASURED in cells:
+                table.caption = f"{_NOT_MEASURED} not measured"
             table.add_row(*cells, style="bold" if row is floor else None)
         return table
 
@@ -214,7 +216,7 @@ def _view(agreement: ClassifierAgreement) -> dict[str, Any]:
 
 
 def _figure(row: dict[str, Any], name: str, digits: int) -> str:
-    """A figure for people, who are told if there is none."""
+    """A figure for people, or the mark that there is none."""
     return _NOT_MEASURED if row.get(name) is None else f"{row[name]:.{digits}f}"
 
 

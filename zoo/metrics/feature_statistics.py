@@ -140,11 +140,11 @@ def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLi
         >>> frechet_distance([0.0, 0.0], [[4.0, 0.0], [0.0, 1.0]], [3.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
         10.0
     """
-    mu1, sigma1 = _checked(np.asarray(mu1), np.asarray(sigma1), "mu1", "sigma1")
-    mu2, sigma2 = _checked(np.asarray(mu2), np.asarray(sigma2), "mu2", "sigma2")
-    if len(mu1) != len(mu2):
-        raise ValueError(f"Statistics of {len(mu1)} and of {len(mu2)} features: they are of different extractors.")
-    first, second = {"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}
+    mean_1, covariance_1 = _checked(np.asarray(mu1), np.asarray(sigma1), "mu1", "sigma1")
+    mean_2, covariance_2 = _checked(np.asarray(mu2), np.asarray(sigma2), "mu2", "sigma2")
+    if len(mean_1) != len(mean_2):
+        raise ValueError(f"Statistics of {len(mean_1)} and of {len(mean_2)} features: they are of different extractors.")
+    first, second = {"mu": mean_1, "sigma": covariance_1}, {"mu": mean_2, "sigma": covariance_2}
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
 
 
