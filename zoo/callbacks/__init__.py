@@ -1,5 +1,6 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
@@ -12,6 +13,7 @@ from zoo.callbacks.text_writer import TextWriter
 
 __all__ = [
     "EMA",
+    "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
