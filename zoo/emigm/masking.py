@@ -82,10 +82,8 @@ class Masking:
 
     def times(self, uniform: Tensor) -> Tensor:
         """Times p in [1e-3, 1] from uniform draws in [0, 1), truncated."""
-        if self.truncation == "clamp":
-            t = uniform.clamp(min=self.t_min)
-        else:
-            t = self.t_min + (1 - self.t_min) * uniform
+        raised = self.truncation == "clamp"
+        t = uniform.clamp(min=self.t_min) if raised else self.t_min + (1 - self.t_min) * uniform
         return (1 - _FLOOR) * t + _FLOOR
 
     def draw(self, random: SampleRandom, num_tokens: int, time: float | None = None) -> MaskDraw:
