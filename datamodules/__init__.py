@@ -3,7 +3,8 @@
 from datamodules.datamodule import ZooDataModule as ZooDataModule
 from datamodules.images import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images import ImageDataModule as ImageDataModule
+from datamodules.latents import CachedLatents
 from datamodules.text import CharacterText as CharacterText
 from datamodules.text import Shakespeare, Text8
 
-__all__ = ["CIFAR10", "MNIST", "Digits", "FashionMNIST", "Shakespeare", "Text8"]
+__all__ = ["CIFAR10", "MNIST", "CachedLatents", "Digits", "FashionMNIST", "Shakespeare", "Text8"]
