@@ -219,7 +219,8 @@ class CachedLatents(ZooDataModule):
         kind: what is stored: ``moments``, or ``latent``, scaled already. ``auto`` takes it from the manifest. The two
             published caches have none, and the same shape (32, 16, 16): for 256 x 256 it is ``moments``, for 512 x 512
             ``latent``.
-        scale: factor of latents that are drawn from moments. None: the manifest's, without one 0.2325, that of KL-16.
+        scale: factor of latents that are drawn from moments. None: the manifest's, without one 0.2325, that of KL-16. Of
+            latents that are scaled already, by what they were; they are taken as they are.
         flip: whether mirrored images are taken, too.
         val_fraction: share of the samples held out, stratified by class, for validation and test. None: nothing is.
         predict_samples: how many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
@@ -258,14 +259,24 @@ class CachedLatents(ZooDataModule):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a sample's latents."""
+        """(channels, height, width) of a sample's latents.
+
+        Raises:
+            FileNotFoundError: there is no cache.
+            ValueError: it is incomplete or damaged, or what it stores is not known.
+        """
         channels, height, width = self.cache.store.shape
         return (channels // 2 if self.cache.kind == "moments" else channels, height, width)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.cache.num_classes
+    def num_classes(self) -> int | None:
+        """Number of classes; None where there is no cache, which ``predict`` does not need."""
+        return self.cache.num_classes if self.root.is_dir() else None
+
+    @property
+    def latent_scale(self) -> float | None:
+        """Factor by which the latents are scaled; None where there is no cache, or it does not say."""
+        return self.cache.scale if self.root.is_dir() else None
 
     @property
     def cache(self) -> _Cache:
@@ -299,7 +310,7 @@ class CachedLatents(ZooDataModule):
             self.cache.store,
             kept if training else held_out,
             self.cache.kind,
-            self.cache.scale,
+            self.cache.scale or 1.0,
             seed=self.data_seed,
             flip=self.flip and self.cache.mirrored,
             training=training,
@@ -333,7 +344,7 @@ class _Cache(NamedTuple):
 
     store: _Store
     kind: Literal["moments", "latent"]
-    scale: float
+    scale: float | None
     mirrored: bool
     num_classes: int
 
@@ -350,7 +361,8 @@ def _open_cache(root: Path, kind: Literal["auto", "moments", "latent"], scale: f
                 f"{root} has no {_MANIFEST} that says what its arrays {files.shape} are: set kind to moments (mean and"
                 " log-variance, as the published cache of 256 x 256), or to latent (scaled already, as that of 512 x 512)."
             )
-        return _checked(root, _Cache(files, kind, 0.2325 if scale is None else scale, True, len(files.classes)))
+        published = 0.2325 if kind == "moments" else None
+        return _checked(root, _Cache(files, kind, published if scale is None else scale, True, len(files.classes)))
     try:
         manifest = json.loads((root / _MANIFEST).read_text())
         found, shape, classes = manifest["kind"], tuple(manifest["shape"]), manifest["classes"]
@@ -363,6 +375,10 @@ def _open_cache(root: Path, kind: Literal["auto", "moments", "latent"], scale: f
         raise ValueError(f"{root} is not complete{counted}: continue the `zoo predict` that began it.")
     if found not in _KINDS or kind not in ("auto", found):
         raise ValueError(f"{root} stores kind={found!r} by its {_MANIFEST}, not kind={kind!r}: set kind: auto.")
+    if found == "latent" and scale not in (None, own_scale):
+        raise ValueError(
+            f"{root} stores latents that are scaled by {own_scale} already, so scale={scale} cannot be: leave it out."
+        )
     store: _Store = _Files(root, classes, shape) if layout == "npz" else _Shards(root, manifest)
     num_classes = int(store.labels.max()) + 1 if classes is None and len(store.labels) else len(classes or ())
     return _checked(root, _Cache(store, found, own_scale if scale is None else scale, mirrored, num_classes))

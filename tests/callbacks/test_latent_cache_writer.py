@@ -12,7 +12,7 @@ import torch
 from distributed import RankError, RankPool
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from datamodules import CachedLatents, ZooDataModule
 from zoo.callbacks import LatentCacheWriter
@@ -29,16 +29,24 @@ def picture(index: int) -> Tensor:
 class Shelf(Dataset[dict[str, Any]]):
     """Labelled pictures of three classes, as read from files."""
 
-    def __init__(self, length: int, labelled: bool) -> None:
-        self.length, self.labelled = length, labelled
+    read = 0
+
+    def __init__(self, length: int, labelled: bool, step: int, name: str) -> None:
+        self.length, self.labelled, self.step, self.name = length, labelled, step, name
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        Shelf.read += 1
+        index = place * self.step % self.length
         sample = {"index": index, "image": picture(index)}
         label = index * 3 // self.length
-        return {**sample, "label": label, "path": f"/data/{Photos.classes[label]}/{index}.JPEG"} if self.labelled else sample
+        return (
+            {**sample, "label": label, "path": f"/data/{Photos.classes[label]}/{self.name.format(index)}"}
+            if self.labelled
+            else sample
+        )
 
 
 class Photos(ZooDataModule):
@@ -46,12 +54,15 @@ class Photos(ZooDataModule):
 
     classes = ("ant", "bee", "cat")
 
-    def __init__(self, length: int = NUM, labelled: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, length: int = NUM, labelled: bool = True, step: int = 1, name: str = "{}.JPEG", unreadable: int = -1, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.length, self.labelled = length, labelled
+        self.shelf = Shelf(length, labelled, step, name)
+        self.unreadable = unreadable
 
     def predict_dataloader(self) -> Any:
-        return self.eval_loader(Shelf(self.length, self.labelled))
+        return self.eval_loader(self.shelf, lambda batch: default_collate([x for x in batch if x["index"] != self.unreadable]))
 
 
 class Counting(LatentCodec):
@@ -94,7 +105,7 @@ def cache(
     **options: Any,
 ) -> int:
     """Run `zoo predict`'s Trainer; returns how many images the codec was given."""
-    Counting.encoded = 0
+    Counting.encoded = Shelf.read = 0
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -221,7 +232,11 @@ def test_two_ranks_share_the_samples_out(tmp_path: Path, pool: RankPool) -> None
     assert len(samples(tmp_path / "mixed")) == 4
     assert cache(tmp_path / "mixed") == 2 * (NUM - 4)
     assert samples(tmp_path / "mixed") == samples(tmp_path / "two")
-    for name in ("two", "mixed"):
+    cache(tmp_path / "begun", limit=3)
+    counts = pool.run(cache_on_ranks, tmp_path / "begun", world_size=2)
+    assert sum(counts) == 2 * (NUM - 6)
+    assert samples(tmp_path / "begun") == samples(tmp_path / "two")
+    for name in ("two", "mixed", "begun"):
         batch = CachedLatents(tmp_path / name, flip=False, seed=0).latent_set("train").batch([7, 2])
         assert batch["labels"].tolist() == [1, 0]
 
@@ -244,6 +259,41 @@ def test_other_latents_in_the_same_folder_are_refused(tmp_path: Path, options: d
         cache(tmp_path, **options)
     assert contents(tmp_path) == before
     cache(tmp_path, data=Photos(batch_size=3, num_workers=0, seed=5), shard_size=4)  # how data are loaded does not matter
+
+
+def test_what_is_before_the_first_missing_sample_is_not_read_again(tmp_path: Path) -> None:
+    cache(tmp_path, limit=3)
+    assert len(samples(tmp_path)) == 6
+    cache(tmp_path, data=Photos(batch_size=4))
+    assert Shelf.read == NUM - 4  # two of the batch of four that holds the seventh sample are read in vain
+    assert samples(tmp_path) == {index: expected(index) for index in range(NUM)}
+    other = tmp_path / "other"
+    cache(other, data=Photos(step=5, batch_size=2), limit=1)  # the numbers 0, 5: nothing can be left out
+    cache(other, data=Photos(step=5, batch_size=2), limit=4)
+    assert Shelf.read == 8
+    assert cache(other, data=Photos(step=5, batch_size=1)) == 2 * 3
+    assert samples(other) == samples(tmp_path)
+
+
+def test_order_that_is_not_that_of_the_numbers_is_noticed(tmp_path: Path) -> None:
+    data = Photos(length=4, step=3, batch_size=2)  # the numbers 0, 3, 2, 1
+    cache(tmp_path, data=data, limit=1)
+    (tmp_path / "shard-0000-000000" / "index.npy").unlink()
+    np.save(tmp_path / "shard-0000-000000" / "index.npy", np.array([0, 1]))  # as if another order had begun
+    with pytest.raises(ValueError, match="in another order than it gives them"):
+        cache(tmp_path, data=data)
+
+
+@pytest.mark.parametrize("layout", ["shards", "npz"])
+def test_pictures_that_the_data_leaves_out_are_counted(tmp_path: Path, capsys, layout) -> None:
+    cache(tmp_path, data=Photos(unreadable=4, batch_size=2), layout=layout)
+    assert "10 samples of 11 in the data (the others were not given: unreadable?), complete" in capsys.readouterr().out
+    assert len(CachedLatents(tmp_path).latent_set("train")) == 10
+
+
+def test_images_of_one_name_are_noticed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="8 of 11 images have the file name of another one"):
+        cache(tmp_path, data=Photos(name="same.png"), layout="npz")
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:

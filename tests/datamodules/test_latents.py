@@ -1,5 +1,6 @@
 """Cached latents: what is drawn from them, in which order, from which layout; and caches that do not fit."""
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_posterior_has_the_stored_mean_and_standard_deviation(tmp_path: Path) ->
     correlation = torch.corrcoef(drawn.flatten(1).T)[0, 1]
     assert correlation.abs() < 5 / 20_000**0.5
     assert data.latent_shape == (1, 1, 2)
+    assert data.latent_scale == 0.2325
     wider = CachedLatents(root, scale=1.0)
+    assert wider.latent_scale == 1.0
     torch.testing.assert_close(all_of(wider)["latents"] * 0.2325, all_of(data)["latents"])
 
 
@@ -141,6 +144,7 @@ def test_published_caches_have_labels_in_the_order_of_their_folders(tmp_path: Pa
     assert data.latent_shape == ((16, 16, 16) if kind == "moments" else (32, 16, 16))
     expected = stored[:, :16] * 0.2325 if kind == "moments" else stored  # scaled already
     torch.testing.assert_close(batch["latents"], expected, atol=1e-6, rtol=0)
+    assert data.latent_scale == (0.2325 if kind == "moments" else None)
     flipped = CachedLatents(root, kind=kind)
     drawn = torch.stack([all_of(flipped, epoch)["latents"] for epoch in range(20)])
     assert 20 < sum(torch.allclose(a, b, atol=1e-6) for row in drawn for a, b in zip(row, expected, strict=True)) < 60
@@ -163,12 +167,13 @@ def test_workers_are_not_sent_what_is_mapped(tmp_path: Path) -> None:
     found = CachedLatents(shards(tmp_path, moments, moments, [0] * 4, [[0, 1], [2, 3]])).latent_set("train")
     before = found.batch([0, 1, 2, 3])["latents"]
     assert len(pickle.dumps(found)) < 20_000 < moments.nbytes
-    assert torch.equal(pickle.loads(pickle.dumps(found)).batch([0, 1, 2, 3])["latents"], before)
+    assert torch.equal(copy.deepcopy(found).batch([0, 1, 2, 3])["latents"], before)
 
 
 def test_predict_draws_sample_numbers_without_a_cache(tmp_path: Path) -> None:
     data = CachedLatents(tmp_path / "nowhere", predict_samples=5, batch_size=2)
     data.setup("predict")
+    assert data.num_classes is None and data.latent_scale is None
     assert [batch["index"].tolist() for batch in data.predict_dataloader()] == [[0, 1], [2, 3], [4]]
 
 
@@ -232,8 +237,10 @@ def test_caches_that_do_not_fit_are_named(tmp_path: Path, how: str, message: str
 
 
 def test_kind_that_the_manifest_denies_is_refused(numbered: Path) -> None:
-    with pytest.raises(ValueError, match="stores kind='latent'.* not kind='moments'"):
+    with pytest.raises(ValueError, match=r"stores kind='latent'.* not kind='moments'"):
         CachedLatents(numbered, kind="moments").setup("fit")
+    with pytest.raises(ValueError, match=r"scaled by 1\.0 already, so scale=0\.5 cannot be"):
+        CachedLatents(numbered, scale=0.5).setup("fit")
 
 
 @pytest.mark.parametrize(

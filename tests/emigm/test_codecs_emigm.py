@@ -45,6 +45,12 @@ def test_pixels_of_the_data_have_unit_variance_in_each_channel() -> None:
     torch.testing.assert_close(latents.std(dim=(0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
 
+def test_module_in_half_precision_keeps_the_mean() -> None:
+    images = grey(256, (4, 1, 8, 8))
+    codec = PixelCodec(mean=0.2860, std=0.3530, num_levels=256)
+    assert torch.equal(LatentEncoder(codec).to(torch.bfloat16).codec.encode(images), (images - 0.2860) / 0.3530)
+
+
 def test_samples_beyond_white_and_black_are_clamped_and_rounded() -> None:
     latents = torch.tensor([-9.0, 9.0, 0.01]).view(1, 1, 1, 3)
     assert PixelCodec((1, 1, 3), num_levels=17).decode(latents).flatten().tolist() == [0.0, 1.0, 0.5]

@@ -48,8 +48,9 @@ class LatentCacheWriter(BasePredictionWriter):
     """Writes what `predict_step` returned as ``moments`` and ``moments_flip`` into a cache that `CachedLatents` reads.
 
     A run that was cut short, by ``kill -9`` as well, is continued by the same command: samples on disk are not encoded
-    again, only read. Each process writes shards of its own, so that any number of them may begin and another number
-    continue; they must share the folder. A folder that holds latents of other data or of another codec is refused.
+    again; in the layout ``shards``, those before the first that is missing are not even read. Each process writes shards of
+    its own, so that any number of them may begin and another number continue; they must share the folder. A folder that
+    holds latents of other data or of another codec is refused.
 
     Args:
         folder: the cache.
@@ -85,6 +86,8 @@ class LatentCacheWriter(BasePredictionWriter):
         self._done: set[int] = set()
         self._waiting: dict[str, list[np.ndarray]] = {}
         self._number = 0
+        self._start = 0
+        self._given = 0
         self._manifest: dict[str, Any] = {}
 
     # Lightning hooks
@@ -126,6 +129,12 @@ class LatentCacheWriter(BasePredictionWriter):
         self._number = max(mine, default=-1) + 1
         self._done = {int(index) for shard in shards for index in np.load(shard / "index.npy")}
         self._waiting = {}
+        self._start = self._given = 0
+        loader: Any = trainer.predict_dataloaders
+        if self._done and hasattr(loader, "start_at"):  # of a ZooDataModule, which numbers samples in their order
+            first_missing = next(index for index in range(len(self._done) + 1) if index not in self._done)
+            loader.start_at(min(first_missing, len(loader.dataset)))
+            self._start = loader.state_dict()["samples"]
         pl_module.finished = self.finished
         trainer.predict_loop.return_predictions = False  # a data set's latents do not fit into memory
 
@@ -147,6 +156,12 @@ class LatentCacheWriter(BasePredictionWriter):
         """
         if not isinstance(prediction, Mapping) or not isinstance(prediction.get("index"), Tensor):
             raise TypeError('LatentCacheWriter wants predict_step to return a dictionary with the sample ids as "index".')
+        self._given += len(batch["index"])
+        if self._start and int(batch["index"].min() if len(batch["index"]) else self._start) < self._start:
+            raise ValueError(
+                f"LatentCacheWriter: the data numbers its samples in another order than it gives them, so that"
+                f" folder={self.folder} cannot be continued: number them 0, 1, 2 ... as they come, and give a new folder."
+            )
         if not len(prediction["index"]):
             return
         arrays = self._arrays(prediction)
@@ -163,9 +178,13 @@ class LatentCacheWriter(BasePredictionWriter):
         if self._waiting.get("index"):
             self._write_shard(trainer.global_rank, self.shard_size)
         trainer.strategy.barrier("latent cache: written")
-        if trainer.is_global_zero:
-            self._complete()
-        trainer.strategy.barrier("latent cache: complete")
+        given = int(trainer.strategy.reduce(torch.tensor(self._given, device=pl_module.device), reduce_op="sum"))
+        try:
+            if trainer.is_global_zero:
+                whole = trainer.num_predict_batches[0] == len(trainer.predict_dataloaders)  # type: ignore[arg-type]
+                self._complete(whole, given)
+        finally:
+            trainer.strategy.barrier("latent cache: complete")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the module (Lightning hook)."""
@@ -283,8 +302,16 @@ class LatentCacheWriter(BasePredictionWriter):
     def _file(self, path: str, label: int) -> Path:
         return self.folder / self._manifest["classes"][label] / f"{Path(path).name}.npz"
 
-    def _complete(self) -> None:
-        """Count what is there and write the manifest."""
+    def _complete(self, whole: bool, given: int) -> None:
+        """Count what is there and write the manifest.
+
+        Args:
+            whole: whether this run went through all of the data.
+            given: samples that all processes were given.
+
+        Raises:
+            ValueError: several images have one name.
+        """
         expected = self._manifest["data_samples"]
         counted: dict[str, Any]
         if self.layout == "npz":
@@ -296,12 +323,15 @@ class LatentCacheWriter(BasePredictionWriter):
             count = len(np.unique(np.concatenate(indices))) if indices else 0
             sizes = [{"name": shard.name, "num_samples": len(index)} for shard, index in zip(shards, indices, strict=True)]
             counted = {"num_samples": count, "shards": sizes}
-        self._write_manifest({**self._manifest, "complete": count == expected, **counted})
-        if count == expected:
-            print(f"LatentCacheWriter: {self.folder}, {count} samples, complete.")
-        else:
-            hint = " (images of one class with the same file name count once)" if self.layout == "npz" else ""
-            print(f"LatentCacheWriter: {self.folder}, {count} of {expected} samples{hint}; the same command continues.")
+        if self.layout == "npz" and whole and count < given:
+            raise ValueError(
+                f"LatentCacheWriter: {given - count} of {given} images have the file name of another one of their class, and the"
+                " layout npz tells images apart by it: rename them, or use layout: shards."
+            )
+        self._write_manifest({**self._manifest, "complete": whole, **counted})
+        left_out = f" of {expected} in the data (the others were not given: unreadable?)" if count < expected else ""
+        end = f"samples{left_out}, complete" if whole else f"of {expected} samples; the same command continues"
+        print(f"LatentCacheWriter: {self.folder}, {count} {end}.")
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         temporary = self.folder / f".{MANIFEST}.partial"
