@@ -20,8 +20,8 @@ from safetensors.torch import load_model
 import datamodules
 import strategies
 import zoo.bfn
-import zoo.emigm
 import zoo.callbacks
+import zoo.emigm
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained

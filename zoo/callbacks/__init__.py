@@ -4,6 +4,7 @@ from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
+from zoo.callbacks.latent_cache_writer import LatentCacheWriter
 from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
@@ -17,6 +18,7 @@ __all__ = [
     "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
+    "LatentCacheWriter",
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",

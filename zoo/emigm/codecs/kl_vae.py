@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zoo.checkpoint import check_weights, read_plain
 from zoo.emigm.codecs.codec import LatentCodec, check_scale
 
-__all__ = ["KLAutoencoder", "KLVAE"]
+__all__ = ["KLVAE", "KLAutoencoder"]
 
 #: Names of a file that are no part of the autoencoder: its training loss (discriminator, LPIPS) is saved with it.
 IGNORED_PREFIXES = ("loss.",)
