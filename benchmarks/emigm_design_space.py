@@ -105,11 +105,9 @@ VARIANTS = {
     RECIPE: Variant(),
     "cosine schedule": Variant({"masking.schedule": "cosine"}, {"schedule": "cosine"}),
     "linear schedule": Variant({"masking.schedule": "linear"}, {"schedule": "linear"}),
-    "poly-0.5 schedule": Variant({"masking.schedule": "poly-0.5"}, {"schedule": "poly-0.5"}),
     "log schedule": Variant({"masking.schedule": "log"}, {"schedule": "log"}),
     "no MAE": Variant({"use_mae": False}),
     "t_min 0": Variant({"masking.t_min": 0.0}),
-    "t_min resampled": Variant({"masking.truncation": "resample"}),
     "fake token": Variant({"cfg_with_mask": False}),
     "ELBO weight": Variant({"weighting": "elbo"}),
     "MaskGIT-like": Variant(
@@ -175,7 +173,7 @@ class Study:
 
 
 STUDIES = {
-    "digits": Study("emigm_design_space", "emigm/digits", (2.5e-4, 5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3)),
+    "digits": Study("emigm_design_space", "emigm/digits", (5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3)),
     "fashion_mnist": Study("emigm_design_space_fashion_mnist", "emigm/fashion_mnist", (1.5e-4, 3.0e-4, 6.0e-4, 1.2e-3, 2.4e-3)),
 }
 
