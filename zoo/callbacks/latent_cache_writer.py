@@ -27,8 +27,8 @@ from torch import Tensor
 __all__ = ["EncodesLatents", "LatentCacheWriter"]
 
 MANIFEST = "manifest.json"
-_LOADING = ("batch_size", "num_workers", "pin_memory", "seed")
-"""Arguments of a DataModule that say how data are loaded, not which."""
+_LOADING = ("batch_size", "num_workers", "pin_memory", "seed", "flip", "on_error")
+"""Arguments of a DataModule that say how data are loaded and trained on, not which they are."""
 _AT_THE_END = ("complete", "num_samples", "shards")
 """Entries of the manifest that are known at the end only."""
 
