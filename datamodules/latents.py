@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
@@ -224,6 +225,8 @@ class CachedLatents(ZooDataModule):
         flip: whether mirrored images are taken, too.
         val_fraction: share of the samples held out, stratified by class, for validation and test. None: nothing is.
         predict_samples: how many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
+        predict_labels: the class of what ``predict`` draws, or a list of classes that is cycled over the sample numbers. None:
+            the model chooses.
         **kwargs: arguments of `ZooDataModule`.
 
     Raises:
@@ -238,6 +241,7 @@ class CachedLatents(ZooDataModule):
         flip: bool = True,
         val_fraction: float | None = None,
         predict_samples: int = 100,
+        predict_labels: Sequence[int] | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -255,6 +259,11 @@ class CachedLatents(ZooDataModule):
         self.flip = flip
         self.val_fraction = val_fraction
         self.predict_samples = predict_samples
+        self.predict_labels = [predict_labels] if isinstance(predict_labels, int) else predict_labels
+        if self.predict_labels is not None and (not len(self.predict_labels) or min(self.predict_labels) < 0):
+            raise ValueError(
+                f"CachedLatents: predict_labels={predict_labels} must name at least one class, 0 or more, or be null."
+            )
         self._cache: _Cache | None = None
 
     @property
@@ -336,7 +345,7 @@ class CachedLatents(ZooDataModule):
 
     def predict_dataloader(self) -> ResumableLoader[Any]:
         """Batches of sample numbers (Lightning hook)."""
-        return self.eval_loader(SampleIndices(self.predict_samples))
+        return self.eval_loader(SampleIndices(self.predict_samples, self.predict_labels))
 
 
 class _Cache(NamedTuple):

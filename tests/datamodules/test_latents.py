@@ -173,6 +173,8 @@ def test_workers_are_not_sent_what_is_mapped(tmp_path: Path) -> None:
 def test_predict_draws_sample_numbers_without_a_cache(tmp_path: Path) -> None:
     data = CachedLatents(tmp_path / "nowhere", predict_samples=5, batch_size=2)
     data.setup("predict")
+    chosen = CachedLatents(tmp_path / "nowhere", predict_samples=5, predict_labels=[7, 2], batch_size=5)
+    assert next(iter(chosen.predict_dataloader()))["label"].tolist() == [7, 2, 7, 2, 7]
     assert data.num_classes is None and data.latent_scale is None
     assert [batch["index"].tolist() for batch in data.predict_dataloader()] == [[0, 1], [2, 3], [4]]
 
@@ -250,6 +252,7 @@ def test_kind_that_the_manifest_denies_is_refused(numbered: Path) -> None:
         ({"scale": -1.0}, "scale=-1.0"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"predict_samples": 0}, "predict_samples=0"),
+        ({"predict_labels": []}, r"predict_labels=\[\]"),
     ],
 )
 def test_impossible_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
