@@ -106,7 +106,6 @@ VARIANTS = {
     RECIPE: Variant(),
     "cosine schedule": Variant({"masking.schedule": "cosine"}, {"schedule": "cosine"}),
     "linear schedule": Variant({"masking.schedule": "linear"}, {"schedule": "linear"}),
-    "log schedule": Variant({"masking.schedule": "log"}, {"schedule": "log"}),
     "no MAE": Variant({"use_mae": False}),
     "t_min 0": Variant({"masking.t_min": 0.0}),
     "fake token": Variant({"cfg_with_mask": False}),
