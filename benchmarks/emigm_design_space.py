@@ -290,22 +290,37 @@ def arms_of(variant: Variant, sweep: bool) -> Iterator[tuple[str, str, MaskSampl
         yield "head", name, MaskSampler(AT, guidance=unguided, **options)
 
 
-def measure_run(run: Run, study: Study, folder: Path, sweep: bool, save: bool) -> dict[str, Any]:
-    """Train and sample, or read what an earlier attempt has left in the folder.
+def settings_of(run: Run, study: Study, sweep: bool) -> dict[str, Any]:
+    """All that the figures of a run depend on, apart from the code."""
+    return {
+        "run": dataclasses.asdict(run),
+        "switches": VARIANTS[run.variant].switches,
+        "options": list(study.options),
+        "config": hashlib.sha256(find_config(study.config).read_bytes()).hexdigest(),
+        "count": study.count,
+        "sweep": sweep,
+    }
+
+
+def earlier(run: Run, study: Study, folder: Path, sweep: bool) -> dict[str, Any] | None:
+    """What an earlier attempt with the same settings has left in the folder."""
+    path = folder / f"{run.file_name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("settings") == settings_of(run, study, sweep) else None
+
+
+def measure_run(run: Run, study: Study, folder: Path, sweep: bool) -> dict[str, Any]:
+    """Train and sample, unless an earlier attempt has.
 
     Args:
         run: What is trained.
         study: On what.
         folder: Where the figures are kept.
-        sweep: Whether to draw in all the ways that are compared on one model.
-        save: Whether to keep the weights too.
+        sweep: Whether to draw in all the ways that are compared on one model, and to keep the weights.
     """
-    variant, path = VARIANTS[run.variant], folder / f"{run.file_name}.json"
-    config = hashlib.sha256(find_config(study.config).read_bytes()).hexdigest()
-    settings = {"run": dataclasses.asdict(run), "switches": variant.switches, "count": study.count, "sweep": sweep,
-                "options": list(study.options), "config": config}  # fmt: skip
-    if path.exists() and (found := json.loads(path.read_text()))["settings"] == settings:
+    if (found := earlier(run, study, folder, sweep)) is not None:
         return found
+    variant, path = VARIANTS[run.variant], folder / f"{run.file_name}.json"
     switches = [f"--model.init_args.{name}={value}" for name, value in variant.switches.items()]
     options = [*switches, *study.options, f"--model.init_args.optimizer.init_args.lr={run.rate}", "--trainer.logger=false",
                "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
@@ -332,9 +347,15 @@ def measure_run(run: Run, study: Study, folder: Path, sweep: bool, save: bool) -
                 "diverged_percent": 100 * drawing.diverged,
             }
         )
-    if save:
+    if sweep:
         model.save_pretrained(folder / run.file_name)
-    found = {"settings": settings, "steps": steps, "training_seconds": seconds, "floor": judge.floor(), "rows": rows}
+    found = {
+        "settings": settings_of(run, study, sweep),
+        "steps": steps,
+        "training_seconds": seconds,
+        "floor": judge.floor(),
+        "rows": rows,
+    }
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(found, indent=1))
     unfinished.replace(path)
@@ -344,6 +365,11 @@ def measure_run(run: Run, study: Study, folder: Path, sweep: bool, save: bool) -
 def judge_of(model: Any, data: Any, count: int) -> Judge:
     """Judge of a model's samples."""
     return Judge(as_sampled(model, data.reference_images()), data.feature_extractor, count)
+
+
+def is_recipe(run: Run, study: Study) -> bool:
+    """Whether a run trains eMIGM as the configuration says."""
+    return run.variant == RECIPE and run.rate == study.rate
 
 
 def row_of(found: Mapping[str, Any], table: str, arm: str, iterations: int = AT) -> dict[str, Any]:
@@ -399,8 +425,8 @@ class Bench:
               f" trained in {found['training_seconds']:.0f} s", flush=True)  # fmt: skip
 
     def _one(self, run: Run) -> dict[str, Any]:
-        sweep = run.variant == RECIPE and run.rate == self.study.rate
-        if self.jobs > 1:
+        sweep = is_recipe(run, self.study)
+        if self.jobs > 1 and earlier(run, self.study, self.folder, sweep) is None:
             child = [sys.executable, "-m", "benchmarks.emigm_design_space", *self.words, "--folder", str(self.folder)]
             child += ["--child", run.variant, str(run.rate), str(run.seed)]
             log = self.folder / f"{run.file_name}.log"
@@ -409,7 +435,7 @@ class Bench:
                 done = subprocess.run(child, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             if done.returncode:
                 raise RuntimeError(f"{run} failed with status {done.returncode}:\n{log.read_text()[-3000:]}")
-        return measure_run(run, self.study, self.folder, sweep, save=sweep)
+        return measure_run(run, self.study, self.folder, sweep)
 
     def all(self, seeds: Sequence[int]) -> float:
         """Everything; returns the learning rate of the masked diffusion model."""
@@ -620,8 +646,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if options.child:
             variant, rate, seed = options.child
             run = Run(variant, float(rate), int(seed))
-            sweep = run.variant == RECIPE and run.rate == study.rate
-            measure_run(run, study, folder, sweep, save=sweep)
+            measure_run(run, study, folder, is_recipe(run, study))
             return folder
         tables, plots = tables_of(study)
         record = Record(study.name, seeds=seeds, smoke=options.smoke, tables=tables, plots=plots)
