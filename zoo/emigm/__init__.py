@@ -12,6 +12,7 @@ from zoo.emigm.module import EMIGM
 from zoo.emigm.network import MaskedTransformer
 from zoo.emigm.sampler import Drawn, MaskSampler, reveal_counts, sample_tokens
 from zoo.emigm.sizes import Architecture
+from zoo.emigm.state_dict_adapter import OfficialConfig, infer_config, load_official, read_official_weights, to_official
 
 __all__ = [
     "DCAE",
@@ -28,15 +29,20 @@ __all__ = [
     "MaskSampler",
     "MaskedTransformer",
     "Masking",
+    "OfficialConfig",
     "PixelCodec",
     "WarmUp",
     "elbo_weight",
     "expected_reveals",
     "gamma",
+    "infer_config",
+    "load_official",
     "nfe_of",
     "num_iter_of",
+    "read_official_weights",
     "reveal_counts",
     "reveal_probability",
     "sample_tokens",
     "step_times",
+    "to_official",
 ]

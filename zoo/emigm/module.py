@@ -18,6 +18,7 @@ from zoo.emigm.network import MaskedTransformer
 from zoo.emigm.patches import known_positions, patchify, token_mask, unpatchify
 from zoo.emigm.sampler import Drawn, MaskSampler, equal_groups, sample_tokens
 from zoo.emigm.sizes import Architecture, SizeName, architecture
+from zoo.emigm.state_dict_adapter import TiedTokenSource, Which, infer_official_config, load_official, to_official
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
@@ -517,17 +518,20 @@ class EMIGM(ZooModule):
 
     # Official weights
 
-    def load_official(self, path: str | Path) -> None:
-        """Read a released checkpoint of eMIGM or MAR into the network; see `ZooModule.from_official`."""
-        from zoo.emigm.state_dict_adapter import load_official
+    official_entries = ("model", "model_ema")
 
-        load_official(self.network, path)
+    def load_official(self, path: str | Path, which: Which = "ema", tied_token_source: TiedTokenSource = "mask_token") -> None:
+        """Read a released checkpoint of eMIGM or MAR into the network; see `read_official_weights` for the arguments."""
+        load_official(self.network, path, which, tied_token_source)
 
     def to_official(self) -> dict[str, Tensor]:
         """The network's weights under the released files' names."""
-        from zoo.emigm.state_dict_adapter import to_official
-
         return to_official(self.network)
+
+    @classmethod
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """Our hyperparameters from a released checkpoint alone: ``EMIGM.from_official(path)`` needs no configuration."""
+        return infer_official_config(cls, path)
 
     @property
     def nfe(self) -> int:
