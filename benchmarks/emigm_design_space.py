@@ -173,7 +173,7 @@ class Study:
 
 
 STUDIES = {
-    "digits": Study("emigm_design_space", "emigm/digits", (5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3)),
+    "digits": Study("emigm_design_space", "emigm/digits", (5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3, 8.0e-3)),
     "fashion_mnist": Study("emigm_design_space_fashion_mnist", "emigm/fashion_mnist", (1.5e-4, 3.0e-4, 6.0e-4, 1.2e-3, 2.4e-3)),
 }
 

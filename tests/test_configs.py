@@ -69,7 +69,7 @@ def test_the_default_codec_can_be_shown_and_replaced(capsys):
     assert "object at 0x" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if name not in PUBLISHED])
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in PUBLISHED and name != "emigm/cache_latents"])
 def test_it_trains_validates_and_tests(name):
     config = yaml.safe_load(CONFIGS[name].read_text())
     asset = ASSETS.get(config["data"]["class_path"])

@@ -66,7 +66,9 @@ class EMIGM(ZooModule):
         conditional: whether samples have a class at all; false draws without one.
         val_times: mask times at which validation and test measure the loss.
         record_trajectory: let `predict` return the image after each step too.
-        pretrained: a released checkpoint (``.pth``, ``.safetensors``) whose weights are read before anything starts.
+        pretrained: a released checkpoint (``.pth``, ``.safetensors``) whose weights are read when the module is built; it is not
+            among the hyperparameters that are stored, so that the module can be built again without it.
+        tied_token_source: which of the two names is believed in ``pretrained``; see `read_official_weights`.
         optimizer: makes the optimizer. Published rates: 4e-4 (xsmall, small), 8e-4 (others) at batches of 1024 and 2048.
         lr_scheduler: makes the learning-rate schedule; see `WarmUp`.
         lr_scheduler_interval: whether it advances per step or epoch.
@@ -100,6 +102,7 @@ class EMIGM(ZooModule):
         val_times: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         record_trajectory: bool = False,
         pretrained: Path | None = None,
+        tied_token_source: TiedTokenSource = "mask_token",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=4e-4, betas=(0.9, 0.95), weight_decay=0.02),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
@@ -167,7 +170,9 @@ class EMIGM(ZooModule):
         self.test_losses = nn.ModuleDict({name: MeanAndError() for name in ("loss", "mse", "vb")})
         self._scale_checked = False
         if pretrained is not None:
-            self.load_official(pretrained)
+            load_official(self.network, pretrained, tied_token_source=tied_token_source)
+            for stored in (self._hparams, self._hparams_initial):
+                stored["pretrained"] = None
 
     # Data
 
@@ -212,6 +217,8 @@ class EMIGM(ZooModule):
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if self._float == torch.float32:
             self.network.diffloss.float()
+        if stage == "predict":
+            self.codec.require_weights()
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
@@ -464,6 +471,7 @@ class EMIGM(ZooModule):
         record: bool,
     ) -> tuple[Samples, Tensor]:
         """Samples, and the transformer evaluations of each (B,)."""
+        self.codec.require_weights()
         index_B = index_B.to(self.device)
         label_B = None if label_B is None else label_B.to(self.device)
         known_BNC, known_BN = self._known(image_BCHW, mask_B1HW, SampleRandom(seed, index_B))

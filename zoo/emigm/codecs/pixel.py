@@ -16,7 +16,7 @@ class PixelCodec(LatentCodec):
 
     Args:
         image_shape: (channels, height, width) of the images.
-        mean: mean of the training pixels, one for all channels or one for each. The padding is not to be counted among them.
+        mean: mean of the training pixels, one for all channels or one for each; of padded images, the padding counts.
         std: their standard deviation, likewise.
         pad_to: side of the square to which images are padded with black (0) on all sides alike before they are normalised,
             such as 32 for 28 x 28 images that shall be divided into patches; None for none. `decode` cuts it off again.
