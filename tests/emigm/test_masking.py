@@ -106,7 +106,7 @@ def test_mar_hides_a_truncated_normal_share():
     counts = torch.tensor([draw.num_masked for draw in draws(Masking(law="mar_truncnorm"), num_tokens, 1000)])
     assert counts.min() >= 14
     edges = [m / num_tokens for m in range(14, num_tokens + 1)]
-    expected = [1000 * (law.cdf(b) - law.cdf(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    expected = [1000 * (law.cdf(b) - law.cdf(a)) for a, b in itertools.pairwise(edges)]
     observed = counts.bincount(minlength=num_tokens + 1)[15:]
     assert stats.chisquare(observed.numpy(), expected).pvalue > 1e-3
 
