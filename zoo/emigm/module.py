@@ -215,7 +215,7 @@ class EMIGM(ZooModule):
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(
-                f"EMIGM: the data has {classes} classes and the model num_classes={self.num_classes}: set num_classes to {classes}."
+                f"EMIGM: the data has {classes} classes and the model num_classes={self.num_classes}: set it to {classes}."
             )
         scale, own = getattr(data, "latent_scale", None), getattr(self.codec, "scale", None)
         if scale is not None and own is not None and not math.isclose(scale, own, rel_tol=1e-4):
@@ -232,7 +232,7 @@ class EMIGM(ZooModule):
     # Losses
 
     def token_losses(self, x_BCHW: Tensor, label_B: Tensor | None, draw: MaskDraw, random: SampleRandom) -> dict[str, Tensor]:
-        """Losses of a batch, reduced over its masked tokens: scalars ``loss``, ``mse``, ``vb``; and ``mask_ratio``.
+        """What each sample contributes to the losses ``loss``, ``mse`` and ``vb``, (B,) each: their mean is the batch's.
 
         Only masked tokens go through the head, which changes nothing but the time it takes.
 
@@ -264,9 +264,17 @@ class EMIGM(ZooModule):
             noise = random.normal("diffusion noise", (*shape, channels), self._float)[draw.mask]
             weight_R = self._weight(draw)[:, None].expand(-1, num_tokens)[draw.mask]
         losses = self.network.diffloss.loss(target, z, step, noise)
-        count = len(target) if self.reduction == "masked_mean" else batch * num_tokens
-        reduced = {name: (rows.mean(1) * weight_R).sum() / max(count, 1) for name, rows in losses.items()}
-        return {**reduced, "mask_ratio": draw.mask.double().mean()}
+        sample_R = draw.mask.nonzero()[:, 0] if draw.order is None else None
+        count = len(target) / batch if self.reduction == "masked_mean" else num_tokens
+        reduced = {}
+        for name, rows_RD in losses.items():
+            row_R = rows_RD.mean(1) * weight_R
+            if sample_R is None:
+                sum_B = row_R.view(batch, -1).sum(1)
+            else:
+                sum_B = torch.zeros(batch, dtype=row_R.dtype, device=row_R.device).index_add(0, sample_R, row_R)
+            reduced[name] = sum_B / max(count, 1 / batch)
+        return reduced
 
     def _weight(self, draw: MaskDraw) -> Tensor:
         """w(t) of each sample (B,), or of all (1,)."""
@@ -278,7 +286,8 @@ class EMIGM(ZooModule):
 
     def parameter_groups(self) -> Iterable[Any]:
         """Weight decay for all but vectors, biases and the head, as published."""
-        decayed, free = [], []
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 exempt = parameter.dim() == 1 or name.endswith(".bias") or "diffloss" in name
@@ -291,9 +300,9 @@ class EMIGM(ZooModule):
         x_BCHW, label_B = self.latents(batch, random)
         self._check_scale(x_BCHW)
         draw = self.masking.draw(random, self.network.num_tokens)
-        losses = self.token_losses(x_BCHW, label_B, draw, random)
+        losses = {name: loss_B.mean() for name, loss_B in self.token_losses(x_BCHW, label_B, draw, random).items()}
         self.log("train_loss", losses["loss"], prog_bar=True)
-        self.log_dict({f"train_{name}": losses[name] for name in ("mse", "vb", "mask_ratio")})
+        self.log_dict({"train_mse": losses["mse"], "train_vb": losses["vb"], "train_mask_ratio": draw.mask.float().mean()})
         return losses["loss"]
 
     def _check_scale(self, x_BCHW: Tensor) -> None:
@@ -309,7 +318,7 @@ class EMIGM(ZooModule):
         self._scale_checked = True
 
     def _evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Unweighted losses with the same draws at each evaluation, at each time of the grid."""
+        """Losses (B,) with the same draws at each evaluation, over the times of the grid and at each."""
         random = self.eval_random(_batch_size(batch))
         x_BCHW, label_B = self.latents(batch, random)
         found: dict[str, list[Tensor]] = {}
@@ -319,20 +328,20 @@ class EMIGM(ZooModule):
             for name in ("loss", "mse", "vb"):
                 found.setdefault(name, []).append(losses[name])
             found[_time_name(time)] = [losses["loss"]]
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss, whole and by mask time (Lightning hook)."""
         for name, value in self._evaluate(batch).items():
             mean = cast(Mean, self.val_losses[name])
-            mean.update(value.expand(_batch_size(batch)))
+            mean.update(value)
             self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss with its standard error (Lightning hook)."""
         losses = self._evaluate(batch)
         for name, metric in self.test_losses.items():
-            cast(MeanAndError, metric).update(losses[name].expand(_batch_size(batch)))
+            cast(MeanAndError, metric).update(losses[name])
 
     def on_test_epoch_end(self) -> None:
         """Log the test's means (Lightning hook)."""
