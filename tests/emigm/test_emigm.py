@@ -372,14 +372,11 @@ def test_validation_repeats_itself(tmp_path: Path):
     results = [trainer(tmp_path).validate(model, loader(), verbose=False)[0] for _ in range(2)]
     assert results[0] == results[1]
     times = [results[0][f"val_loss_t{name}"] for name in ("0_25", "0_5", "0_75", "1")]
-    assert len(set(times)) == 4
+    assert len(set(times)) >= 3  # of 16 tokens all are masked at the two latest
     assert results[0]["val_loss"] == pytest.approx(sum(times) / 4, rel=1e-5)
 
 
-BY_BATCH = pytest.mark.xfail(strict=True, reason="numbers of masked tokens at validation are drawn for each batch")
-
-
-@pytest.mark.parametrize("name", [pytest.param("eMIGM", marks=BY_BATCH), "MaskGIT"])
+@pytest.mark.parametrize("name", ["eMIGM", "MaskGIT"])
 def test_validation_does_not_depend_on_the_batches(tmp_path: Path, name):
     model = make(**TABLE_1[name])
     results = [trainer(tmp_path).validate(model, loader(batch_size=size), verbose=False)[0] for size in (32, 5)]
@@ -404,10 +401,7 @@ def test_latents_train_like_the_images_they_come_from(tmp_path: Path):
 # Precision and compilation
 
 
-BF16_HEAD = pytest.mark.xfail(strict=True, reason="Lightning converts the module after setup(), head included")
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", pytest.param("bf16-true", marks=BF16_HEAD), "64-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_head_computes_in_full_precision(precision, tmp_path: Path):
     model, seen = make(), {"head": set(), "transformer": set()}
     model.network.diffloss.net.register_forward_hook(lambda module, args, output: seen["head"].add(output.dtype))
@@ -562,7 +556,6 @@ def test_samples_without_class(tmp_path: Path):
     assert torch.equal(batch["images"], drawn.images)
 
 
-@pytest.mark.xfail(strict=True, reason="nfe and sample(nfe=...) count guided steps also where there is no class to guide to")
 def test_evaluations_without_class():
     model = painter(conditional=False, sampler=MaskSampler(num_iter=6, head_steps=2, guidance=Guidance(3.0, 0.0, 1.0)))
     assert model.nfe == 6
@@ -713,7 +706,7 @@ def test_latents_of_another_shape_are_refused():
 @pytest.mark.parametrize("scale", [0.0, 0.2325, 4.3, math.nan])
 def test_latents_of_another_scale_are_refused(scale, tmp_path: Path):
     batch = {"latents": scale * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), "labels": torch.arange(8)}
-    with pytest.raises(ValueError, match="standard deviation of .*, and the head needs about 1"):
+    with pytest.raises(ValueError, match=r"standard deviation of .*, and the head needs about 1"):
         trainer(tmp_path, max_steps=1).fit(make(), DataLoader([batch], batch_size=None))
 
 

@@ -6,7 +6,7 @@ published ones. Shape suffixes: R rows (tokens), C channels of a token, W width,
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ class _HeadNetwork(nn.Module):
 class DiffLossHead(nn.Module):
     """Models p(token | z) by a diffusion process over the token.
 
-    Everything is computed in the weights' own type without autocast: half precision overflows here.
+    Everything is computed in single precision or better, without autocast: half precision overflows here. So ``half()``,
+    ``bfloat16()`` and true half precision of a Trainer leave the head in float32.
 
     Args:
         token_channels: channels C of a token.
@@ -146,6 +147,15 @@ class DiffLossHead(nn.Module):
                 raise ValueError(f"DiffLossHead: {name}={size} must be at least 1.")
         self.token_channels = token_channels
         self.net = _HeadNetwork(token_channels, condition_channels, depth, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the module to devices and float types, but never to half precision: the weights stay as they are."""
+        before = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = before[name].to(parameter.device, torch.float32)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -95,7 +95,8 @@ class Masking:
         Args:
             random: the batch's random numbers.
             num_tokens: number of tokens N.
-            time: mask at this time instead of a drawn one, in (0, 1].
+            time: mask at this time instead of a drawn one, in (0, 1]; where the batch shares a number of masked tokens, it is the
+                one expected at this time, rounded, whatever the batch.
         """
         if self.time == "sample":
             draw_times = random.stratified if self.stratified else random.uniform
@@ -107,21 +108,24 @@ class Masking:
         mask_BN = torch.zeros_like(order_BN, dtype=torch.bool).scatter_(1, order_BN[:, :num_masked], True)
         return MaskDraw(p.to(order_BN.device), mask_BN, order_BN, num_masked)
 
-    def _shared_count(self, first: SampleRandom, num_tokens: int, time: float | None) -> tuple[Tensor, int]:
-        """Time (1,) and number of masked tokens of the batch."""
+    def _shared_count(self, stream: SampleRandom, num_tokens: int, time: float | None) -> tuple[Tensor, int]:
+        """Time (1,) and number of masked tokens of the batch; at a given time, the number that is expected there."""
         fewest, attempt = min(_FEWEST, num_tokens), 0
+        if time is not None:
+            p = _constant(time, stream)
+            return p, max(fewest, round(num_tokens * gamma(self.schedule, p).item()))
         while True:
             suffix = f" {attempt}"
-            draw_times = first.stratified if self.stratified else first.uniform
-            p = self.times(draw_times("mask time" + suffix, dtype=torch.float64)) if time is None else _constant(time, first)
+            draw_times = stream.stratified if self.stratified else stream.uniform
+            p = self.times(draw_times("mask time" + suffix, dtype=torch.float64))
             if self.law == "mar_truncnorm":
-                return p, max(fewest, math.ceil(num_tokens * _truncated_normal(first)))
+                return p, max(fewest, math.ceil(num_tokens * _truncated_normal(stream)))
             ratio = gamma(self.schedule, p)
             if self.law == "fixed_count":
                 return p, max(1, math.ceil(num_tokens * ratio.item()))
-            row = first.uniform("mask row" + suffix, (num_tokens,), torch.float64) < ratio
-            if (num_masked := int(row.sum())) >= fewest or time is not None:
-                return p, max(num_masked, fewest)
+            row = stream.uniform("mask row" + suffix, (num_tokens,), torch.float64) < ratio
+            if (num_masked := int(row.sum())) >= fewest:
+                return p, num_masked
             attempt += 1
 
 
@@ -142,8 +146,8 @@ def _constant(time: float, random: SampleRandom) -> Tensor:
     return torch.full((len(random),), time, dtype=torch.float64, device=random.index_B.device)
 
 
-def _truncated_normal(first: SampleRandom) -> float:
+def _truncated_normal(stream: SampleRandom) -> float:
     """MAR's mask ratio: a normal draw of mean 1, deviation 0.25, truncated to [0.7, 1], by its inverse distribution."""
     low = torch.special.ndtr(torch.tensor((_MAR_LOW - _MAR_MEAN) / _MAR_STD, dtype=torch.float64))
-    uniform = first.uniform("mask ratio", (), torch.float64)
+    uniform = stream.uniform("mask ratio", (), torch.float64)
     return float(_MAR_MEAN + _MAR_STD * torch.special.ndtri(low + (0.5 - low) * uniform))

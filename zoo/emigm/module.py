@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from zoo.emigm.codecs import LatentCodec
-from zoo.emigm.guidance import nfe_of, num_iter_of
+from zoo.emigm.guidance import Guidance, nfe_of, num_iter_of
 from zoo.emigm.head import HeadSampler
 from zoo.emigm.mask_schedule import elbo_weight
 from zoo.emigm.masking import MaskDraw, Masking
@@ -207,16 +207,14 @@ class EMIGM(ZooModule):
         return torch.float64 if self.network.diffloss.dtype == torch.float64 else torch.float32
 
     def setup(self, stage: str) -> None:
-        """Refuse data that do not fit the model, and keep the head in single precision (Lightning hook).
+        """Refuse data that do not fit the model, before the first step (Lightning hook).
 
         Raises:
             ValueError: the data have another number of classes, shape or scale than the model.
         """
         super().setup(stage)
-        # Data are encoded from the batch as it is, and the head diverges in half precision.
+        # Data are encoded from the batch as it is.
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
-        if self._float == torch.float32:
-            self.network.diffloss.float()
         if stage == "predict":
             self.codec.require_weights()
         data = getattr(self.trainer, "datamodule", None)
@@ -415,14 +413,25 @@ class EMIGM(ZooModule):
         """Images."""
         return Samples
 
-    def _sampler(self, head: str | None, nfe: int | None) -> MaskSampler:
-        """The module's sampler with another head or number of transformer evaluations."""
+    def _sampler(self, head: str | None, nfe: int | None, guided: bool | None = None) -> MaskSampler:
+        """The module's sampler with another head or number of transformer evaluations.
+
+        Args:
+            head: sampler of the head; None for the module's own.
+            nfe: evaluations that each image may cost; None for the module's own number of steps.
+            guided: whether samples have a class to be guided to; None: as the module draws by itself.
+        """
         options: dict[str, Any] = dict(vars(self.sampler))
         if nfe is not None:
-            options["num_iter"] = num_iter_of(nfe, self.sampler.guidance, self.sampler.eps)
+            guidance = self._guidance(self.conditional if guided is None else guided)
+            options["num_iter"] = num_iter_of(nfe, guidance, self.sampler.eps)
         if head is not None and head != self.sampler.head:
             options |= {"head": head, "head_steps": {"dpm-solver": 8, "ddpm": 100}.get(head, 1)}
         return MaskSampler(**options)
+
+    def _guidance(self, guided: bool) -> Guidance:
+        """The sampler's guidance, or none where there is no class to guide to."""
+        return self.sampler.guidance if guided else Guidance(scale=1.0)
 
     def sample(
         self,
@@ -453,10 +462,10 @@ class EMIGM(ZooModule):
         Raises:
             ValueError: unknown sampler, too few network calls, or classes out of range.
         """
-        chosen = sampler if isinstance(sampler, MaskSampler) else self._sampler(sampler, nfe)
         if isinstance(sampler, MaskSampler) and nfe is not None:
             raise ValueError("EMIGM.sample: give a whole MaskSampler or nfe, not both; num_iter says how many steps it takes.")
         label_B = self.sample_labels(index_B) if isinstance(labels, str) else labels
+        chosen = sampler if isinstance(sampler, MaskSampler) else self._sampler(sampler, nfe, guided=label_B is not None)
         return self._sample(index_B, chosen, seed, label_B, image_BCHW=image, mask_B1HW=mask, record=record)[0]
 
     def _sample(
@@ -544,7 +553,7 @@ class EMIGM(ZooModule):
     @property
     def nfe(self) -> int:
         """Transformer evaluations of a sample under the module's sampler."""
-        return nfe_of(self.sampler.num_iter, self.sampler.guidance, self.sampler.eps)
+        return nfe_of(self.sampler.num_iter, self._guidance(self.conditional), self.sampler.eps)
 
 
 def _sizes(size: SizeName | None, own: Architecture | None, image_size: int) -> Architecture:
