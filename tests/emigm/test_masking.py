@@ -83,18 +83,34 @@ def test_times_lie_between_the_least_and_1(u, t_min, truncation):
     assert 0.999 * t_min + 1e-3 - 1e-12 <= time <= 1
 
 
-def test_count_at_a_time_is_binomial():
+def at(time, **options):
+    """Masking that draws this time always."""
+    masking = Masking(**options)
+    masking.times = lambda uniform: torch.full_like(uniform, time)
+    return masking
+
+
+def test_count_at_a_drawn_time_is_binomial():
     """At least two: the law is that of Binomial(N, gamma) on 2 ... N."""
-    masking, num_tokens, time = Masking(schedule="linear", t_min=0.0), 6, 0.4
-    counts = torch.tensor([masking.draw(batch_random(i, 1), num_tokens, time).num_masked for i in range(1000)])
+    masking, num_tokens, time = at(0.4, schedule="linear", t_min=0.0), 6, 0.4
+    counts = torch.tensor([masking.draw(batch_random(i, 1), num_tokens).num_masked for i in range(1000)])
     law = torch.tensor(stats.binom(num_tokens, time).pmf(range(2, num_tokens + 1)))
     observed = counts.bincount(minlength=num_tokens + 1)[2:]
     assert stats.chisquare(observed.numpy(), (law / law.sum() * 1000).numpy()).pvalue > 1e-3
 
 
 @given(time=st.floats(1e-3, 1), num_tokens=st.integers(1, 300), schedule=st.sampled_from(["linear", "cosine", "exp"]))
+def test_count_at_a_given_time_is_the_expected_one(time, num_tokens, schedule):
+    """Whatever the batch and the law, so that validation losses do not depend on batches."""
+    share = num_tokens * gamma(schedule, torch.tensor(time, dtype=torch.float64)).item()
+    for law, size in (("bernoulli", 2), ("fixed_count", 3)):
+        draw = Masking(law=law, schedule=schedule).draw(batch_random(size, size), num_tokens, time)
+        assert draw.num_masked == max(min(2, num_tokens), round(share))
+
+
+@given(time=st.floats(1e-3, 1), num_tokens=st.integers(1, 300), schedule=st.sampled_from(["linear", "cosine", "exp"]))
 def test_maskgit_hides_the_schedule_s_share_rounded_up(time, num_tokens, schedule):
-    draw = Masking(law="fixed_count", schedule=schedule).draw(batch_random(0, 2), num_tokens, time)
+    draw = at(time, law="fixed_count", schedule=schedule).draw(batch_random(0, 2), num_tokens)
     share = num_tokens * gamma(schedule, torch.tensor(time, dtype=torch.float64)).item()
     assert share <= draw.num_masked < share + 1
 
