@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from torch.utils.data import Dataset, TensorDataset, random_split
 from torchvision.datasets.utils import download_and_extract_archive
 
 from datamodules.assets import fetch
-from datamodules.datamodule import ZooDataModule
 from datamodules.image_files import cifar_folder, find_idx, read_cifar, read_idx
+from datamodules.image_prediction import ImagePrediction
 from datamodules.loader import ResumableLoader, epoch_generator
-from datamodules.picture_folder import read_masks, read_pictures
-from datamodules.sample_indices import SampleIndices
 
 __all__ = [
     "CIFAR10",
@@ -32,7 +30,6 @@ __all__ = [
     "IdxImages",
     "ImageDataModule",
     "LabelledImages",
-    "Pictures",
     "Splits",
     "stratified_split",
 ]
@@ -40,22 +37,6 @@ __all__ = [
 _SPLIT_SEED = 2024
 """Splits are the same for every run, whatever its seed: scores of several seeds are scores on the same pictures."""
 _PUBLISHED_SPLIT_SEED = 2147483647
-
-
-class PredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given; without the axis B, one sample of it.
-
-    Attributes:
-        index: int64 (B,), number of the sample over all processes; its random seed.
-        image: float (B, C, H, W) in [0, 1], the user's picture; absent for unconditional samples.
-        mask: bool (B, 1, H, W), true where a pixel is known; absent with ``image``.
-        path: Names of the pictures' files; absent with ``image``.
-    """
-
-    index: Tensor
-    image: Tensor
-    mask: Tensor
-    path: list[str] | str
 
 
 class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
@@ -96,28 +77,6 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         return images, self.labels[indices]
 
 
-class Pictures(Dataset[PredictBatch]):
-    """The user's pictures: batches ``{"index", "image", "mask", "path"}``.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        masks: bool (N, 1, H, W), true where a pixel is known.
-        paths: The pictures' files.
-    """
-
-    def __init__(self, images: Tensor, masks: Tensor, paths: list[Path]) -> None:
-        self.images = images
-        self.masks = masks
-        self.paths = [str(path) for path in paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> PredictBatch:
-        image = self.images[index].float().div_(255)
-        return {"index": torch.tensor(index), "image": image, "mask": self.masks[index], "path": self.paths[index]}
-
-
 class Splits(NamedTuple):
     """The three parts of a data set, each images uint8 (N, C, H, W) and labels int64 (N,)."""
 
@@ -147,53 +106,26 @@ def stratified_split(labels: Tensor, num_held_out: int) -> tuple[Tensor, Tensor]
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
 
 
-class ImageDataModule(ZooDataModule, ABC):
+class ImageDataModule(ImagePrediction, ABC):
     """The base of image data held in memory; a subclass reads the splits.
 
-    ``predict`` draws ``predict_samples`` samples, or works on the user's own pictures.
+    ``predict`` draws ``predict_samples`` samples, or works on the user's own pictures: see the arguments of
+    `ImagePrediction`.
 
     Args:
-        predict_samples: How many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
-        predict_images: A folder of the user's pictures (PNG, JPEG) for ``predict``, in-painting for example. They are
-            all read before any sampling starts.
-        predict_masks: A mask file for all of ``predict_images``, or a folder with one of the same name for each. White
-            pixels are known, black ones are to be filled in. Without masks all pixels are known.
-        predict_resize: Whether pictures and masks of another size than ``image_shape`` are resized; otherwise they are
-            an error.
-        **kwargs: Arguments of `ZooDataModule`.
-
-    Raises:
-        ValueError: ``predict_samples`` < 1, or masks without pictures.
+        **kwargs: Arguments of `ImagePrediction` and `ZooDataModule`.
     """
 
-    image_shape: ClassVar[tuple[int, int, int]]
-    """Channels, height, width."""
-    num_classes: ClassVar[int] = 10
+    num_classes = 10
     feature_extractor: ClassVar[str]
     """Name of the extractor for feature distances (``zoo.metrics``)."""
     largest: ClassVar[int] = 255
     """The pixel value that stands for 1.0."""
 
-    def __init__(
-        self,
-        predict_samples: int = 100,
-        predict_images: Path | None = None,
-        predict_masks: Path | None = None,
-        predict_resize: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if predict_samples < 1:
-            raise ValueError(f"predict_samples is {predict_samples}, and must be at least 1.")
-        if predict_masks is not None and predict_images is None:
-            raise ValueError(f"predict_masks ({predict_masks}) needs predict_images: the folder of pictures they belong to.")
-        self.predict_samples = predict_samples
-        self.predict_images = None if predict_images is None else Path(predict_images)
-        self.predict_masks = None if predict_masks is None else Path(predict_masks)
-        self.predict_resize = predict_resize
         self.flip = False
         self._splits: Splits | None = None
-        self._predict_set: Dataset[Any] | None = None
 
     @property
     def num_levels(self) -> int:
@@ -227,20 +159,9 @@ class ImageDataModule(ZooDataModule, ABC):
             FileNotFoundError: Files of the data set, or the user's pictures or masks, are missing.
             ValueError: A file is damaged or does not fit.
         """
-        if stage == "predict":
-            self._predict_set = self._read_predict_set()
-        else:
+        super().setup(stage)
+        if stage != "predict":
             _ = self.splits
-
-    def _read_predict_set(self) -> Dataset[Any]:
-        if self.predict_images is None:
-            return SampleIndices(self.predict_samples)
-        images, paths = read_pictures(self.predict_images, self.image_shape, self.predict_resize)
-        if self.predict_masks is None:
-            masks = torch.ones(len(images), 1, *self.image_shape[1:], dtype=torch.bool)
-        else:
-            masks = read_masks(self.predict_masks, paths, self.image_shape, self.predict_resize)
-        return Pictures(images, masks, paths)
 
     def train_dataloader(self) -> ResumableLoader[Any]:
         """Training batches (Lightning hook)."""
@@ -255,17 +176,13 @@ class ImageDataModule(ZooDataModule, ABC):
         """Test batches (Lightning hook)."""
         return self.eval_loader(LabelledImages(*self.splits.test, self.largest))
 
-    def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers, or of the user's pictures (Lightning hook)."""
-        return self.eval_loader(self._predict_set or self._read_predict_set())
-
 
 class Digits(ImageDataModule):
     """Handwritten digits of scikit-learn: 1,797 real 8x8 pictures, fetched once (9 MB), at home on a CPU.
 
     Pixels are k/16, k = 0 ... 16. A fixed stratified split gives 1,437 for training, 180 each for validation and test.
 
-    Its arguments are those of `ImageDataModule` and `ZooDataModule`.
+    Its arguments are those of `ImagePrediction` and `ZooDataModule`.
     """
 
     image_shape = (1, 8, 8)
@@ -291,7 +208,7 @@ class IdxImages(ImageDataModule, ABC):
         download: Whether torchvision downloads the official files into ``root`` if they are missing.
         val_fraction: Share of the training pictures held out for validation, by the split of the published Bayesian
             flow networks (which hold out 0.01). ``None``: 5,000 pictures, stratified.
-        **kwargs: Arguments of `ImageDataModule` and `ZooDataModule`.
+        **kwargs: Arguments of `ImagePrediction` and `ZooDataModule`.
 
     Raises:
         ValueError: ``download`` without ``root``, or a fraction outside (0, 1).
@@ -377,7 +294,7 @@ class CIFAR10(ImageDataModule):
         flip: Whether training pictures are mirrored left to right in half of the epochs.
         val_fraction: Share of the training pictures held out for validation, by the split of the published Bayesian
             flow networks (which hold out 0.01). ``None``: 5,000 pictures, stratified.
-        **kwargs: Arguments of `ImageDataModule` and `ZooDataModule`.
+        **kwargs: Arguments of `ImagePrediction` and `ZooDataModule`.
 
     Raises:
         ValueError: A fraction outside (0, 1).

@@ -156,9 +156,9 @@ class ResumableLoader(DataLoader[T]):
         return self._pass()
 
     def _pass(self) -> Iterator[T]:
-        if isinstance(self.sampler, EpochOrder) and self.sampler.epoch_counter is not None:
-            self.sampler.set_epoch(self.sampler.epoch_counter())
-        epoch = getattr(self.sampler, "epoch", 0)
+        if isinstance(self._order, EpochOrder) and self._order.epoch_counter is not None:
+            self._order.set_epoch(self._order.epoch_counter())
+        epoch = getattr(self._order, "epoch", 0)
         resume, self._resume = self._resume, None
         skip = resume["samples"] // self._global_batch if resume is not None and resume["epoch"] == epoch else 0
         self._epoch, self._batches = epoch, skip
@@ -166,10 +166,10 @@ class ResumableLoader(DataLoader[T]):
         if set_epoch is not None:
             set_epoch(epoch)
         if self.generator is not None:
-            seed = getattr(self.sampler, "seed", 0)
+            seed = getattr(self._order, "seed", 0)
             self.generator.manual_seed(epoch_generator(seed, epoch, "workers").initial_seed())
-        if isinstance(self.sampler, EpochOrder):
-            self.sampler.start = skip * self._batch_size
+        if isinstance(self._order, EpochOrder):
+            self._order.start = skip * self._batch_size
             skip = 0
         # Only a sampler that Lightning has put in (overfit_batches) has no start: run through the batches then.
         for batch in itertools.islice(super().__iter__(), skip, None):
@@ -177,12 +177,26 @@ class ResumableLoader(DataLoader[T]):
             yield batch
 
     @property
+    def _order(self) -> Any:
+        """The sampler; Lightning wraps the batch sampler when it predicts, and torch then takes another one for ours."""
+        return getattr(self.batch_sampler, "sampler", self.sampler)
+
+    @property
     def _batch_size(self) -> int:
         return self.batch_sampler.batch_size  # type: ignore[union-attr]
 
     @property
     def _global_batch(self) -> int:
-        return self._batch_size * getattr(self.sampler, "num_replicas", 1)
+        return self._batch_size * getattr(self._order, "num_replicas", 1)
+
+    def start_at(self, place: int) -> None:
+        """Let the next pass begin with the global batch that holds this place of the epoch's order, without reading the rest.
+
+        Args:
+            place: Place of a sample in the order, 0 to the number of samples.
+        """
+        samples = place // self._global_batch * self._global_batch
+        self.load_state_dict({"epoch": getattr(self._order, "epoch", 0), "samples": samples, "length": len(self.dataset)})  # type: ignore[arg-type]
 
     def state_dict(self) -> LoaderState:
         """The position after the batch given last."""
@@ -221,5 +235,5 @@ class ResumableLoader(DataLoader[T]):
                 f"same global batch."
             )
         self._resume = state
-        if isinstance(self.sampler, EpochOrder):
-            self.sampler.set_epoch(state["epoch"])
+        if isinstance(self._order, EpochOrder):
+            self._order.set_epoch(state["epoch"])

@@ -1,5 +1,7 @@
 """What `predict` is given when there is nothing to start from: the numbers of the samples to draw."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -8,17 +10,23 @@ __all__ = ["SampleIndices"]
 
 
 class SampleIndices(Dataset[dict[str, Tensor]]):
-    """The numbers of the samples to draw: batches ``{"index"}``.
+    """The numbers of the samples to draw: batches ``{"index"}``, and ``"label"`` where classes are chosen.
 
     Args:
         length: How many samples.
+        labels: Classes of the samples, cycled over their numbers: sample ``i`` has class ``labels[i % len(labels)]``.
+            ``None``: none are chosen.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, labels: Sequence[int] | None = None) -> None:
         self.length = length
+        self.labels = labels
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"index": torch.tensor(index)}
+        sample = {"index": torch.tensor(index)}
+        if self.labels is not None:
+            sample["label"] = torch.tensor(self.labels[index % len(self.labels)])
+        return sample

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny import MLP, Tiny
 
 import zoo
@@ -355,6 +356,26 @@ def test_the_stage_may_stand_behind_its_options(folder, capsys):
 def test_a_classifier_predicts_only_pictures(folder, capsys):
     assert main(["predict", "--data", "Digits", "--ckpt_path", "fd_digits_mlp", "--trainer.accelerator", "cpu"]) == 2
     assert "FeatureClassifier draws no samples: name the pictures to work on" in capsys.readouterr().err
+
+
+def test_a_module_that_draws_no_samples_predicts_a_whole_split(folder, capsys):
+    for number in range(3):
+        path = Path("pictures/train") / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    Path("mine.py").write_text(
+        "import tiny\n\n\nclass Reds(tiny.Wider):\n    def predict_step(self, batch, batch_idx):\n"
+        "        red = (255 * batch['image'][:, 0, 0, 0]).round().int()\n"
+        "        return {'index': batch['index'], 'label': batch['label'], 'red': red}\n"
+    )
+    words = ["predict", "--model", "mine.Reds", "--model.net", "MLP", "--trainer.accelerator", "cpu", "--trainer.callbacks+",
+             "JSONLWriter", "--data", "ImageFolder", "--data.root", "pictures", "--data.image_size", "8"]  # fmt: skip
+    assert main(words) == 2
+    assert "with --data.predict_images FOLDER or --data.predict_split train." in capsys.readouterr().err
+    assert not main([*words, "--data.predict_split", "train"])
+    (path,) = Path("runs").rglob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["index"], row["label"], row["red"]) for row in rows] == [(0, 0, 0), (1, 0, 2), (2, 1, 1)]
 
 
 def test_methods_are_imported_when_they_are_used():

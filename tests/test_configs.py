@@ -17,7 +17,7 @@ CONFIGS = packaged_configs()
 WHOLE = [name for name, path in CONFIGS.items() if "model" in yaml.safe_load(path.read_text())]
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 ASSETS = {"FashionMNIST": "fashion-mnist"}  # those that `make test` does not fetch
-#: Published recipes, too large to be stepped here, with the parameters that their networks have.
+#: Recipes, published but for eMIGM's on CIFAR-10, too large to be stepped here, with the parameters that their networks have.
 PUBLISHED = {
     "bfn/cifar10_16c": 30_722_188,
     "bfn/cifar10_16d": 30_722_584,
@@ -25,6 +25,16 @@ PUBLISHED = {
     "bfn/cifar10_256d": 30_722_584,
     "bfn/mnist_binarized": 24_808_961,
     "bfn/text8": 170_175_003,
+    "emigm/cifar10": 40_051_608,
+    "emigm/imagenet256_xsmall": 69_018_848,
+    "emigm/imagenet256_small": 96_640_544,
+    "emigm/imagenet256_base": 207_924_000,
+    "emigm/imagenet256_large": 478_325_280,
+    "emigm/imagenet256_huge": 942_401_824,
+    "emigm/imagenet512_xsmall": 104_506_624,
+    "emigm/imagenet512_small": 132_145_728,
+    "emigm/imagenet512_base": 244_150_592,
+    "emigm/imagenet512_large": 478_403_136,
 }
 
 
@@ -46,7 +56,7 @@ def test_published_recipes_are_built_whole(name, num_parameters):
 def test_published_recipes_need_the_published_data(name):
     data = yaml.safe_load(CONFIGS[name].read_text())["data"]["init_args"]
     assert data["root"].startswith("data/")
-    assert data.get("val_fraction") == (None if name == "bfn/text8" else 0.01)
+    assert data.get("val_fraction") == (0.01 if name.startswith("bfn/") and name != "bfn/text8" else None)
 
 
 def test_the_default_codec_can_be_shown_and_replaced(capsys):
@@ -59,7 +69,7 @@ def test_the_default_codec_can_be_shown_and_replaced(capsys):
     assert "object at 0x" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if name not in PUBLISHED])
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in PUBLISHED and name != "emigm/cache_latents"])
 def test_it_trains_validates_and_tests(name):
     config = yaml.safe_load(CONFIGS[name].read_text())
     asset = ASSETS.get(config["data"]["class_path"])

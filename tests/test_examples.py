@@ -56,8 +56,8 @@ def test_data_of_your_own():
 
 
 def test_pictures_to_fill_in(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["half_digits.py", "digits"])
-    exec(compile((EXAMPLES / "half_digits.py").read_text(), "half_digits.py", "exec"), {"__name__": "__main__"})
+    monkeypatch.setattr(sys, "argv", ["half_pictures.py", "digits"])
+    exec(compile((EXAMPLES / "half_pictures.py").read_text(), "half_pictures.py", "exec"), {"__name__": "__main__"})
     options = ["--data.predict_images", "digits", "--data.predict_masks", "digits/mask/upper_half.png", "--model.solver.nfe", "2"]
     assert main(["predict", "-c", "bfn/mnist", "--ckpt_path", "bfn-mnist", *options, *QUIET]) == 0
     predictions = Path("runs/bfn/mnist/predictions/images")

@@ -20,8 +20,8 @@ from safetensors.torch import load_model
 import datamodules
 import strategies
 import zoo.bfn
-import zoo.emigm
 import zoo.callbacks
+import zoo.emigm
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
@@ -237,9 +237,12 @@ class ZooCLI(LightningCLI):
         Raises:
             ValueError: the model draws no samples, and the data have no pictures for it.
         """
-        if not isinstance(self.model, SupportsSampling) and getattr(self.datamodule, "predict_images", "its own") is None:
+        draws_only = all(getattr(self.datamodule, f"predict_{name}", None) is None for name in ("images", "split"))
+        if not isinstance(self.model, SupportsSampling) and hasattr(self.datamodule, "predict_images") and draws_only:
+            split = " or --data.predict_split train" if hasattr(self.datamodule, "predict_split") else ""
             raise ValueError(
-                f"{type(self.model).__name__} draws no samples: name the pictures to work on with --data.predict_images FOLDER."
+                f"{type(self.model).__name__} draws no samples: name the pictures to work on with "
+                f"--data.predict_images FOLDER{split}."
             )
         if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             _say("Nothing will be written: add --trainer.callbacks+ ImageGridWriter (or TextWriter, JSONLWriter).")

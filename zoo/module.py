@@ -25,7 +25,7 @@ from zoo.checkpoint import (
 from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
 from zoo.random import SampleRandom
 
-__all__ = ["ZooModule"]
+__all__ = ["ZooModule", "infer_official"]
 
 
 class ZooModule(Configurable, LightningModule):
@@ -264,7 +264,10 @@ class ZooModule(Configurable, LightningModule):
         load_model(module, str(folder / WEIGHTS_FILE))
         return module
 
-    # Officially released weights: a method that has some overrides the four hooks
+    # Officially released weights: a method that has some overrides the hooks
+
+    #: Entries of the dictionary in which the published code looks for the weights; none: the file is the weights themselves.
+    official_entries: ClassVar[tuple[str, ...]] = ()
 
     def load_official(self, path: str | Path) -> None:
         """Load a file of the weights that the method's authors released.
@@ -307,17 +310,48 @@ class ZooModule(Configurable, LightningModule):
         return []
 
     @classmethod
-    def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any]) -> Self:
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """Tell the module from a file of official weights alone.
+
+        Args:
+            path: the file.
+
+        Returns:
+            ``{"class_path", "init_args"}`` of a module, or None if these are not the method's, or do not say enough.
+
+        Raises:
+            ValueError: they are the method's, but no module can be told from them, or the file is unsafe or damaged.
+        """
+        return None
+
+    @classmethod
+    def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> Self:
         """Build the module that officially released weights belong to.
 
         Args:
             path: the file of the weights.
-            config: a YAML file, or what it holds: a configuration of the zoo, or one of the method's published code.
+            config: a YAML file, or what it holds: a configuration of the zoo, or one of the method's published code. None, if
+                the weights say enough by themselves.
+            overrides: constructor arguments to replace.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the configuration is neither, or the weights do not fit the module that it describes.
+            ValueError: the configuration is neither, or missing where one is needed, or the weights do not fit the module.
         """
+        model = infer_official(path, cls) if config is None else cls._official_model(config)
+        if model is None:
+            raise ValueError(
+                f"{path} holds weights from which no {cls.__name__} can be told: give config, a YAML file of the zoo or of the"
+                " published code."
+            )
+        model = {**model, "init_args": {**model.get("init_args", {}), **overrides}}
+        module = build(cls, model, trusted=True)
+        module.load_official(path)
+        return module
+
+    @classmethod
+    def _official_model(cls, config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+        """The module that a configuration describes, as ``{"class_path", "init_args"}``."""
         from zoo.hub import import_methods  # the hub knows every method, a method's base class must not
 
         import_methods()
@@ -331,9 +365,7 @@ class ZooModule(Configurable, LightningModule):
                 "This is neither a configuration of the zoo (it has no model.class_path) nor one of published code that"
                 f" {cls.__name__} can read: {', '.join(map(str, parsed)) or 'it is empty'}."
             )
-        module = build(cls, model, trusted=True)
-        module.load_official(path)
-        return module
+        return model
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Upload") -> str:
         """Upload `save_pretrained`'s folder to the Hugging Face hub.
@@ -370,6 +402,26 @@ class ZooModule(Configurable, LightningModule):
                 rank_zero_warn(f"{target.__name__}: the argument {old!r} of the checkpoint is called {new!r} now.")
                 arguments[new] = arguments.pop(old)
         return build(cls, {"class_path": class_path(target), "init_args": {**arguments, **overrides}})
+
+
+def infer_official(path: str | Path, base: type[ZooModule] = ZooModule) -> dict[str, Any] | None:
+    """The module that a file of official weights is of, told from it alone; see `ZooModule.infer_official_config`.
+
+    Args:
+        path: the file.
+        base: the class that the module must be of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unsafe or damaged, or no module can be told from its weights.
+    """
+    from zoo.hub import import_methods  # see above
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path} of official weights.")
+    import_methods()
+    read = (found for c in _family(base) if (found := c.infer_official_config(path)) is not None)
+    return next(read, None)
 
 
 def _family(cls: type[ZooModule]) -> list[type[ZooModule]]:

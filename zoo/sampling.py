@@ -84,6 +84,42 @@ class ChecksSampling(Protocol):
         """
 
 
+@runtime_checkable
+class LabelsSamples(Protocol):
+    """What a module may offer beside `SupportsSampling` if its samples are meant to show classes."""
+
+    def sample_labels(self, index_B: Tensor) -> Tensor | None:
+        """The class that each sample is meant to show, as `sample` draws it by itself.
+
+        A pure function of the sample ids, whatever the seed, the batch or the rank; cheap, without communication.
+
+        Args:
+            index_B: (B,) int64, the global sample ids.
+
+        Returns:
+            (B,) int64; None if the module, as it is configured, draws without classes.
+        """
+
+
+def labels_of_samples(module: object, index_B: Tensor) -> Tensor | None:
+    """The classes that samples are meant to show; None where a module's samples have none.
+
+    Args:
+        module: A module; its `sample_labels`, if it has one, knows.
+        index_B: (B,) int64, the global sample ids.
+
+    Raises:
+        ValueError: If the module does not give one whole number for each sample.
+    """
+    label_B = module.sample_labels(index_B) if isinstance(module, LabelsSamples) else None
+    if label_B is not None and (label_B.shape != index_B.shape or label_B.is_floating_point()):
+        raise ValueError(
+            f"{type(module).__name__}.sample_labels must give int64 of shape {tuple(index_B.shape)}, one for each sample id, "
+            f"got {label_B.dtype} of shape {tuple(label_B.shape)}."
+        )
+    return label_B
+
+
 def as_sampled(module: object, images: Tensor) -> Tensor:
     """Real images in the form that a module's samples have, so that a distance between them measures the model alone.
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from zoo.checkpoint import CONFIG_FILE, is_pretrained_folder, read_plain
 from zoo.hyperparameters import read_config
-from zoo.module import ZooModule
+from zoo.module import ZooModule, infer_official
 
 __all__ = ["assets", "convert"]
 
@@ -43,7 +43,8 @@ def convert(argv: Sequence[str]) -> None:
     """``zoo convert SOURCE TARGET``: checkpoints and official weights as a safetensors folder, and back.
 
     ``zoo convert last.ckpt FOLDER`` writes a folder to share, ``zoo convert mnist_ema.pt FOLDER --config NAME`` does so with
-    officially released weights, and ``zoo convert FOLDER weights.pt --official`` writes what the published code loads.
+    officially released weights, which need no ``--config`` where they say enough by themselves, and
+    ``zoo convert FOLDER weights.pt --official`` writes what the published code loads.
 
     Raises:
         FileNotFoundError: there is no such source or configuration.
@@ -74,7 +75,8 @@ def convert(argv: Sequence[str]) -> None:
     if options.target.suffix == ".safetensors":
         save_file(weights, options.target)
     else:
-        torch.save(weights, options.target)
+        entries = module.official_entries
+        torch.save(dict.fromkeys(entries, weights) if entries else weights, options.target)
     print(f"wrote {len(weights)} tensors of {type(module).__name__} to {options.target}")
 
 
@@ -92,6 +94,8 @@ def _check_target(target: Path, official: bool) -> None:
 def _read(source: Path, config: str | None) -> ZooModule:
     if config is not None:
         return _read_official(source, config)
+    if source.is_file() and (model := infer_official(source)) is not None:
+        return ZooModule.from_official(source, {"model": model})
     if source.is_file() or (source.suffix in WEIGHTS_SUFFIXES and not source.is_dir()):
         return ZooModule.load_from_checkpoint(source)
     if source.is_dir() and not is_pretrained_folder(source):
@@ -115,6 +119,9 @@ def _read_official(source: Path, config: str) -> ZooModule:
 
 
 def _holds_hyperparameters(source: Path) -> bool:
-    content = read_plain(source)
+    try:
+        content = read_plain(source)
+    except ValueError:  # the method's own reader may admit more, or says what is wrong
+        return False
     stored = content.get(ZooModule.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(content, dict) else None
     return isinstance(stored, dict) and "_class_path" in stored

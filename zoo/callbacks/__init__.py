@@ -1,8 +1,10 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
+from zoo.callbacks.latent_cache_writer import LatentCacheWriter
 from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
@@ -12,9 +14,11 @@ from zoo.callbacks.text_writer import TextWriter
 
 __all__ = [
     "EMA",
+    "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
+    "LatentCacheWriter",
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",

@@ -60,8 +60,10 @@ class FirstSamplesWriter(RankMergingWriter):
 
     def add(self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[str, Any]) -> None:
         """Keep the samples with the lowest ids so far."""
-        self._pixels.update(zip(prediction["index"].tolist(), self.pixels(pl_module, prediction), strict=True))
-        self._pixels = {index: self._pixels[index] for index in sorted(self._pixels)[: self.num_samples]}
+        new = dict(zip(prediction["index"].tolist(), self.pixels(pl_module, prediction), strict=True))
+        lowest = sorted({*self._pixels, *new})[: self.num_samples]
+        # Copies: what is a view of the batch would keep the whole batch.
+        self._pixels = {index: new[index].clone() if index in new else self._pixels[index] for index in lowest}
 
     def close(self, trainer: Trainer) -> None:
         """Write the samples of this rank.
@@ -117,7 +119,8 @@ class ImageGridWriter(FirstSamplesWriter):
         columns: Columns of the grid.
         scale: Factor by which each pixel is enlarged; None for about 64 pixels per image.
         single_files: Write every predicted image (not only those of the grid) as a PNG of its own, as
-            `predictions/images/<sample id>.png`.
+            `predictions/images/<sample id>.png`; there may be any number of them (`zoo.metrics.folder_distances`
+            measures them).
 
     Raises:
         ValueError: If a count is less than 1.
@@ -138,6 +141,7 @@ class ImageGridWriter(FirstSamplesWriter):
         self.scale = scale
         self.single_files = single_files
         self._written: dict[str, int] = {}
+        self._single = False
 
     def clear(self, trainer: Trainer) -> None:
         """Remove parts, and the single files of the run before."""
@@ -152,6 +156,7 @@ class ImageGridWriter(FirstSamplesWriter):
         """Begin with no samples."""
         super().open(trainer)
         self._written = {}
+        self._single = False
 
     def add(self, trainer: Trainer, pl_module: LightningModule, prediction: Mapping[str, Any]) -> None:
         """Keep images for the grid, and write the single files.
@@ -163,18 +168,23 @@ class ImageGridWriter(FirstSamplesWriter):
         paths: list[str] | None = prediction.get("path")
         if paths is None and not self.single_files:
             return
+        images = self.folder(trainer) / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        self._single = True
         for row, (index, image_CHW) in enumerate(
             zip(prediction["index"].tolist(), self.pixels(pl_module, prediction), strict=True)
         ):
-            name = f"{index:06d}.png" if paths is None else _file_name(paths[row])
-            _claim(self._written, name, index)
-            target = self.folder(trainer) / "images" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            as_picture(image_CHW).save(target)
+            if paths is None:  # ids are their own names, of which none need be kept
+                name = f"{index:06d}.png"
+            else:
+                name = _file_name(paths[row])
+                _claim(self._written, name, index)
+            as_picture(image_CHW).save(images / name)
 
     def remarks(self) -> dict[str, Any]:
-        """The names of the single files of this rank."""
+        """Whether this rank wrote single files, and the names of those that the user named."""
         return {
+            "single": np.array(self._single),
             "name": np.array(list(self._written), dtype=np.str_),
             "name_index": np.array(list(self._written.values())),
         }
@@ -186,12 +196,14 @@ class ImageGridWriter(FirstSamplesWriter):
             ValueError: If two different inputs were written to the same file.
         """
         written: dict[str, int] = {}
+        single = False
         for part in parts:
             with np.load(part) as arrays:
+                single = single or bool(arrays["single"])
                 for name, index in zip(arrays["name"].tolist(), arrays["name_index"].tolist(), strict=True):
                     _claim(written, name, index)
         paths = super().merge(trainer, parts)
-        return [*paths, self.folder(trainer) / "images"] if written else paths
+        return [*paths, self.folder(trainer) / "images"] if single else paths
 
     def draw(self, folder: Path, index: list[int], pixels: Tensor) -> list[Path]:
         """Write the grid."""

@@ -120,7 +120,7 @@ class SamplerComparison(Callback, ABC):
 
         Returns:
             On every rank: `rows`, whose figures come with `sampler`, `nfe` (what each sample really cost) and
-            `requested_nfe`; the figures of real data; and what was measured, on what, when.
+            `requested_nfe`; the figures of real data, None if they are not measured; and what was measured, on what, when.
         """
         rows: list[dict[str, Any]] = []
         reference = self.reference(trainer) if trainer.is_global_zero else None
@@ -143,7 +143,7 @@ class SamplerComparison(Callback, ABC):
             epoch, global_step = self._loaded or (trainer.current_epoch, trainer.global_step)
             result = {
                 "model": type(pl_module).__name__,
-                "data": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+                "data": self.data_name(trainer),
                 "num_samples": self.num_samples,
                 **self.conditions(trainer, reference),
                 "seed": self.seed,
@@ -154,6 +154,12 @@ class SamplerComparison(Callback, ABC):
                 self.real: self.score_real(trainer, reference),
             }
         return trainer.strategy.broadcast(result)
+
+    @staticmethod
+    def data_name(trainer: Trainer) -> str | None:
+        """Class of the DataModule; None if the run has none."""
+        data = getattr(trainer, "datamodule", None)
+        return None if data is None else type(data).__name__
 
     def require(self, trainer: Trainer, method: str, what: str, shape: str) -> None:
         """Make sure that the DataModule has a method that gives real data.
@@ -177,7 +183,8 @@ class SamplerComparison(Callback, ABC):
     def _scalars(self, stage: str, result: dict[str, Any]) -> dict[str, float]:
         """The figures by the names under which they are logged."""
         rows = {f"{row['sampler']}/nfe{row['requested_nfe']}": row for row in result["rows"]}
-        rows[self.real] = result[self.real]
+        if result[self.real] is not None:
+            rows[self.real] = result[self.real]
         return {
             f"{stage}/{name}/{place}": row[name]
             for place, row in rows.items()
@@ -202,8 +209,8 @@ class SamplerComparison(Callback, ABC):
         """The figures of samples."""
 
     @abstractmethod
-    def score_real(self, trainer: Trainer, reference: Any) -> dict[str, Any]:
-        """The figures of real data."""
+    def score_real(self, trainer: Trainer, reference: Any) -> dict[str, Any] | None:
+        """The figures of real data; None if they are not measured."""
 
     @abstractmethod
     def conditions(self, trainer: Trainer, reference: Any) -> dict[str, Any]:

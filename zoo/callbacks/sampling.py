@@ -5,13 +5,14 @@ Shape suffixes: N samples, C channels, H height, W width, L bytes of the longest
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from zoo.metrics.feature_statistics import FeatureStream
 from zoo.option_errors import nearest
 from zoo.sampling import ChecksSampling, Samples, SupportsSampling, TextSamples, to_uint8
 
@@ -127,7 +128,48 @@ def draw_texts(trainer: Trainer, pl_module: LightningModule, num_samples: int, *
     return [row.tobytes().rstrip(_NO_UTF8).decode() for row in found], spent
 
 
+def draw_features(trainer: Trainer, pl_module: LightningModule, num_samples: int, stream: FeatureStream, **options: Any) -> int:
+    """Draw the images 0 to N-1 and take their features, batch by batch, each rank its share; no image is kept.
+
+    Features are computed outside of the run's precision, so that they are the same whatever it is.
+
+    Args:
+        trainer: The trainer.
+        pl_module: A module that offers `SupportsSampling`.
+        num_samples: Number of samples N.
+        stream: What takes up the features of all ranks in the order of the sample ids, on rank 0; left as it is on others.
+        options: As for `draw_images`.
+
+    Returns:
+        The evaluations each sample really cost.
+
+    Raises:
+        TypeError: If the module draws texts.
+    """
+    done, spent = 0, 0
+    for image_BCHW, nfe in _draw_batches(trainer, pl_module, num_samples, _pixels, **options):
+        features_BD, logits_BK = stream.extract(image_BCHW)
+        # The ids of one batch of all ranks follow one another, so they can be taken up now.
+        features_BD = _gather(trainer, features_BD, num_samples - done)
+        logits_BK = None if logits_BK is None else _gather(trainer, logits_BK, num_samples - done)
+        done, spent = done + len(features_BD), nfe
+        if trainer.is_global_zero:
+            stream.add(features_BD, logits_BK)
+    return spent
+
+
 def _draw_share(
+    trainer: Trainer, pl_module: LightningModule, num_samples: int, content: Callable[[Samples | TextSamples], T], **options: Any
+) -> tuple[list[T], int]:
+    """What this rank draws, batch by batch, and the evaluations each sample really cost."""
+    share, spent = [], 0
+    for found, nfe in _draw_batches(trainer, pl_module, num_samples, content, **options):
+        share.append(found)
+        spent = nfe
+    return share, spent
+
+
+def _draw_batches(
     trainer: Trainer,
     pl_module: LightningModule,
     num_samples: int,
@@ -137,20 +179,17 @@ def _draw_share(
     seed: int,
     sampler: str | None,
     nfe: int | None,
-) -> tuple[list[T], int]:
-    """What this rank draws, batch by batch, and the evaluations each sample really cost."""
+) -> Iterator[tuple[T, int]]:
+    """Draw this rank's share, a batch at a time: its content, and the evaluations each sample really cost."""
     module = cast(SupportsSampling, pl_module)
     # Every rank draws equally many, so that ranks that compute together stay together; ids from N on are dropped.
     padded = math.ceil(num_samples / trainer.world_size) * trainer.world_size
     index_N = torch.arange(trainer.global_rank, padded, trainer.world_size, device=pl_module.device)
-    share = []
-    spent = 0
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
-        for index_B in index_N.split(batch_size):
+    for index_B in index_N.split(batch_size):
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             samples = module.sample(index_B, seed=seed, sampler=sampler, nfe=nfe)
-            share.append(content(samples))
-            spent = samples.nfe
-    return share, spent
+            found = content(samples)
+        yield found, samples.nfe
 
 
 def _gather(trainer: Trainer, share: Tensor, num_samples: int) -> Tensor:

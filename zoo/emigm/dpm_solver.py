@@ -103,7 +103,7 @@ class DPMSolver:
         self.schedule = schedule = NoiseSchedule(cosine_betas(), dtype)
         orders = solver_orders(num_steps)
         outer = self._uniform(schedule.first, schedule.last, len(orders))
-        self.steps = [self._step(*ends, order) for *ends, order in zip(outer[:-1], outer[1:], orders, strict=True)]
+        self.steps = [self._step(start, end, order) for start, end, order in zip(outer[:-1], outer[1:], orders, strict=True)]
 
     @staticmethod
     @functools.lru_cache(maxsize=64)

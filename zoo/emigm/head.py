@@ -6,7 +6,7 @@ published ones. Shape suffixes: R rows (tokens), C channels of a token, W width,
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ class _TimeEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in self.layers():
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def layers(self) -> list[nn.Linear]:
+        """Both."""
+        return [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, time_R: Tensor) -> Tensor:
         """Embedding (R, W)."""
@@ -51,7 +58,7 @@ class _TimeEmbedding(nn.Module):
         rate = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=time_R.device) / half)
         angle_RT = time_R.float()[:, None] * rate
         features_RT = torch.cat([angle_RT.cos(), angle_RT.sin()], dim=1)
-        return self.mlp(features_RT.to(self.mlp[0].weight.dtype))
+        return self.mlp(features_RT.to(self.layers()[0].weight.dtype))
 
 
 class _ResBlock(nn.Module):
@@ -95,16 +102,11 @@ class _HeadNetwork(nn.Module):
         self.input_proj = nn.Linear(token_channels, width)
         self.res_blocks = nn.ModuleList(_ResBlock(width) for _ in range(depth))
         self.final_layer = _FinalLayer(width, 2 * token_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        zero = [block.adaLN_modulation[1] for block in self.res_blocks]  # type: ignore[index]
-        for layer in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        zero = [layer for name, layer in self.named_modules() if "adaLN_modulation" in name or name == "final_layer.linear"]
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and layer not in self.time_embed.layers():
+                (nn.init.zeros_ if layer in zero else nn.init.xavier_uniform_)(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x_RC: Tensor, time_R: Tensor, condition_RW: Tensor) -> Tensor:
         """Noise estimate and variance (R, 2C).
@@ -124,7 +126,8 @@ class _HeadNetwork(nn.Module):
 class DiffLossHead(nn.Module):
     """Models p(token | z) by a diffusion process over the token.
 
-    Everything is computed in the weights' own type without autocast: half precision overflows here.
+    Everything is computed in single precision or better, without autocast: half precision overflows here. So ``half()``,
+    ``bfloat16()`` and true half precision of a Trainer leave the head in float32.
 
     Args:
         token_channels: channels C of a token.
@@ -144,6 +147,15 @@ class DiffLossHead(nn.Module):
                 raise ValueError(f"DiffLossHead: {name}={size} must be at least 1.")
         self.token_channels = token_channels
         self.net = _HeadNetwork(token_channels, condition_channels, depth, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the module to devices and float types, but never to half precision: the weights stay as they are."""
+        before = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = before[name].to(parameter.device, torch.float32)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

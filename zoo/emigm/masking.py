@@ -82,58 +82,72 @@ class Masking:
 
     def times(self, uniform: Tensor) -> Tensor:
         """Times p in [1e-3, 1] from uniform draws in [0, 1), truncated."""
-        if self.truncation == "clamp":
-            t = uniform.clamp(min=self.t_min)
-        else:
-            t = self.t_min + (1 - self.t_min) * uniform
+        raised = self.truncation == "clamp"
+        t = uniform.clamp(min=self.t_min) if raised else self.t_min + (1 - self.t_min) * uniform
         return (1 - _FLOOR) * t + _FLOOR
 
     def draw(self, random: SampleRandom, num_tokens: int, time: float | None = None) -> MaskDraw:
         """Draw the masks of a batch.
 
-        What the batch shares is drawn from the stream of its first sample, so that each process has a time of its own, as in
-        the published code, and a resumed run the same as an uninterrupted one.
+        What the batch shares is drawn from a stream of the batch, so that each process has a time of its own, as in the
+        published code, and a resumed run the same as an uninterrupted one.
 
         Args:
             random: the batch's random numbers.
             num_tokens: number of tokens N.
-            time: mask at this time instead of a drawn one, in (0, 1].
+            time: mask at this time instead of a drawn one, in (0, 1]; where the batch shares a number of masked tokens, it is the
+                one expected at this time, rounded, whatever the batch.
         """
         if self.time == "sample":
             draw_times = random.stratified if self.stratified else random.uniform
             p_B = self.times(draw_times("mask time", dtype=torch.float64)) if time is None else _constant(time, random)
             uniform_BN = random.uniform("mask", (num_tokens,), torch.float64)
             return MaskDraw(p_B, uniform_BN < gamma(self.schedule, p_B)[:, None])
-        first = SampleRandom(random.seed, random.index_B[:1].cpu(), random.epoch)
-        p, num_masked = self._shared_count(first, num_tokens, time)
+        p, num_masked = self._shared_count(_of_batch(random), num_tokens, time)
         order_BN = random.uniform("mask order", (num_tokens,), torch.float64).argsort(dim=1)
         mask_BN = torch.zeros_like(order_BN, dtype=torch.bool).scatter_(1, order_BN[:, :num_masked], True)
         return MaskDraw(p.to(order_BN.device), mask_BN, order_BN, num_masked)
 
-    def _shared_count(self, first: SampleRandom, num_tokens: int, time: float | None) -> tuple[Tensor, int]:
-        """Time (1,) and number of masked tokens of the batch."""
+    def _shared_count(self, stream: SampleRandom, num_tokens: int, time: float | None) -> tuple[Tensor, int]:
+        """Time (1,) and number of masked tokens of the batch; at a given time, the number that is expected there."""
         fewest, attempt = min(_FEWEST, num_tokens), 0
+        if time is not None:
+            p = _constant(time, stream)
+            return p, max(fewest, round(num_tokens * gamma(self.schedule, p).item()))
         while True:
             suffix = f" {attempt}"
-            draw_times = first.stratified if self.stratified else first.uniform
-            p = self.times(draw_times("mask time" + suffix, dtype=torch.float64)) if time is None else _constant(time, first)
+            draw_times = stream.stratified if self.stratified else stream.uniform
+            p = self.times(draw_times("mask time" + suffix, dtype=torch.float64))
             if self.law == "mar_truncnorm":
-                return p, max(fewest, math.ceil(num_tokens * _truncated_normal(first)))
+                return p, max(fewest, math.ceil(num_tokens * _truncated_normal(stream)))
             ratio = gamma(self.schedule, p)
             if self.law == "fixed_count":
                 return p, max(1, math.ceil(num_tokens * ratio.item()))
-            row = first.uniform("mask row" + suffix, (num_tokens,), torch.float64) < ratio
+            row = stream.uniform("mask row" + suffix, (num_tokens,), torch.float64) < ratio
             if (num_masked := int(row.sum())) >= fewest:
                 return p, num_masked
             attempt += 1
+
+
+def _of_batch(random: SampleRandom) -> SampleRandom:
+    """One stream for the batch of a process, on the CPU, where numbers of tokens are needed.
+
+    Its index counts the batches of all processes, so that stratified times of consecutive ones lie far apart. Samples of a
+    batch lie W apart where there are W processes.
+    """
+    index = random.index_B[:2].cpu()
+    apart = int(index[1] - index[0]) if len(index) > 1 else 1
+    first, span = int(index[0]), max(1, len(random) * apart)
+    number = first // span * apart + first % apart if apart > 0 else first
+    return SampleRandom(random.seed, torch.tensor([number]), random.epoch)
 
 
 def _constant(time: float, random: SampleRandom) -> Tensor:
     return torch.full((len(random),), time, dtype=torch.float64, device=random.index_B.device)
 
 
-def _truncated_normal(first: SampleRandom) -> float:
+def _truncated_normal(stream: SampleRandom) -> float:
     """MAR's mask ratio: a normal draw of mean 1, deviation 0.25, truncated to [0.7, 1], by its inverse distribution."""
     low = torch.special.ndtr(torch.tensor((_MAR_LOW - _MAR_MEAN) / _MAR_STD, dtype=torch.float64))
-    uniform = first.uniform("mask ratio", (), torch.float64)
+    uniform = stream.uniform("mask ratio", (), torch.float64)
     return float(_MAR_MEAN + _MAR_STD * torch.special.ndtri(low + (0.5 - low) * uniform))

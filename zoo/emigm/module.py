@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from zoo.emigm.codecs import LatentCodec
-from zoo.emigm.guidance import nfe_of, num_iter_of
+from zoo.emigm.guidance import Guidance, nfe_of, num_iter_of
 from zoo.emigm.head import HeadSampler
 from zoo.emigm.mask_schedule import elbo_weight
 from zoo.emigm.masking import MaskDraw, Masking
@@ -18,6 +18,7 @@ from zoo.emigm.network import MaskedTransformer
 from zoo.emigm.patches import known_positions, patchify, token_mask, unpatchify
 from zoo.emigm.sampler import Drawn, MaskSampler, equal_groups, sample_tokens
 from zoo.emigm.sizes import Architecture, SizeName, architecture
+from zoo.emigm.state_dict_adapter import TiedTokenSource, Which, infer_official_config, load_official, to_official
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
@@ -65,7 +66,9 @@ class EMIGM(ZooModule):
         conditional: whether samples have a class at all; false draws without one.
         val_times: mask times at which validation and test measure the loss.
         record_trajectory: let `predict` return the image after each step too.
-        pretrained: a released checkpoint (``.pth``, ``.safetensors``) whose weights are read before anything starts.
+        pretrained: a released checkpoint (``.pth``, ``.safetensors``) whose weights are read when the module is built; it is not
+            among the hyperparameters that are stored, so that the module can be built again without it.
+        tied_token_source: which of the two names is believed in ``pretrained``; see `read_official_weights`.
         optimizer: makes the optimizer. Published rates: 4e-4 (xsmall, small), 8e-4 (others) at batches of 1024 and 2048.
         lr_scheduler: makes the learning-rate schedule; see `WarmUp`.
         lr_scheduler_interval: whether it advances per step or epoch.
@@ -99,6 +102,7 @@ class EMIGM(ZooModule):
         val_times: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         record_trajectory: bool = False,
         pretrained: Path | None = None,
+        tied_token_source: TiedTokenSource = "mask_token",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=4e-4, betas=(0.9, 0.95), weight_decay=0.02),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
@@ -166,7 +170,9 @@ class EMIGM(ZooModule):
         self.test_losses = nn.ModuleDict({name: MeanAndError() for name in ("loss", "mse", "vb")})
         self._scale_checked = False
         if pretrained is not None:
-            self.load_official(pretrained)
+            load_official(self.network, pretrained, tied_token_source=tied_token_source)
+            for stored in (self._hparams, self._hparams_initial):
+                stored["pretrained"] = None
 
     # Data
 
@@ -201,21 +207,21 @@ class EMIGM(ZooModule):
         return torch.float64 if self.network.diffloss.dtype == torch.float64 else torch.float32
 
     def setup(self, stage: str) -> None:
-        """Refuse data that do not fit the model, and keep the head in single precision (Lightning hook).
+        """Refuse data that do not fit the model, before the first step (Lightning hook).
 
         Raises:
             ValueError: the data have another number of classes, shape or scale than the model.
         """
         super().setup(stage)
-        # Data are encoded from the batch as it is, and the head diverges in half precision.
+        # Data are encoded from the batch as it is.
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
-        if self._float == torch.float32:
-            self.network.diffloss.float()
+        if stage == "predict":
+            self.codec.require_weights()
         data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(
-                f"EMIGM: the data has {classes} classes and the model num_classes={self.num_classes}: set num_classes to {classes}."
+                f"EMIGM: the data has {classes} classes and the model num_classes={self.num_classes}: set it to {classes}."
             )
         scale, own = getattr(data, "latent_scale", None), getattr(self.codec, "scale", None)
         if scale is not None and own is not None and not math.isclose(scale, own, rel_tol=1e-4):
@@ -232,7 +238,7 @@ class EMIGM(ZooModule):
     # Losses
 
     def token_losses(self, x_BCHW: Tensor, label_B: Tensor | None, draw: MaskDraw, random: SampleRandom) -> dict[str, Tensor]:
-        """Losses of a batch, reduced over its masked tokens: scalars ``loss``, ``mse``, ``vb``; and ``mask_ratio``.
+        """What each sample contributes to the losses ``loss``, ``mse`` and ``vb``, (B,) each: their mean is the batch's.
 
         Only masked tokens go through the head, which changes nothing but the time it takes.
 
@@ -264,9 +270,17 @@ class EMIGM(ZooModule):
             noise = random.normal("diffusion noise", (*shape, channels), self._float)[draw.mask]
             weight_R = self._weight(draw)[:, None].expand(-1, num_tokens)[draw.mask]
         losses = self.network.diffloss.loss(target, z, step, noise)
-        count = len(target) if self.reduction == "masked_mean" else batch * num_tokens
-        reduced = {name: (rows.mean(1) * weight_R).sum() / max(count, 1) for name, rows in losses.items()}
-        return {**reduced, "mask_ratio": draw.mask.double().mean()}
+        sample_R = draw.mask.nonzero()[:, 0] if draw.order is None else None
+        count = len(target) / batch if self.reduction == "masked_mean" else num_tokens
+        reduced = {}
+        for name, rows_RD in losses.items():
+            row_R = rows_RD.mean(1) * weight_R
+            if sample_R is None:
+                sum_B = row_R.view(batch, -1).sum(1)
+            else:
+                sum_B = torch.zeros(batch, dtype=row_R.dtype, device=row_R.device).index_add(0, sample_R, row_R)
+            reduced[name] = sum_B / max(count, 1 / batch)
+        return reduced
 
     def _weight(self, draw: MaskDraw) -> Tensor:
         """w(t) of each sample (B,), or of all (1,)."""
@@ -278,7 +292,8 @@ class EMIGM(ZooModule):
 
     def parameter_groups(self) -> Iterable[Any]:
         """Weight decay for all but vectors, biases and the head, as published."""
-        decayed, free = [], []
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 exempt = parameter.dim() == 1 or name.endswith(".bias") or "diffloss" in name
@@ -291,9 +306,9 @@ class EMIGM(ZooModule):
         x_BCHW, label_B = self.latents(batch, random)
         self._check_scale(x_BCHW)
         draw = self.masking.draw(random, self.network.num_tokens)
-        losses = self.token_losses(x_BCHW, label_B, draw, random)
+        losses = {name: loss_B.mean() for name, loss_B in self.token_losses(x_BCHW, label_B, draw, random).items()}
         self.log("train_loss", losses["loss"], prog_bar=True)
-        self.log_dict({f"train_{name}": losses[name] for name in ("mse", "vb", "mask_ratio")})
+        self.log_dict({"train_mse": losses["mse"], "train_vb": losses["vb"], "train_mask_ratio": draw.mask.float().mean()})
         return losses["loss"]
 
     def _check_scale(self, x_BCHW: Tensor) -> None:
@@ -309,7 +324,7 @@ class EMIGM(ZooModule):
         self._scale_checked = True
 
     def _evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Unweighted losses with the same draws at each evaluation, at each time of the grid."""
+        """Losses (B,) with the same draws at each evaluation, over the times of the grid and at each."""
         random = self.eval_random(_batch_size(batch))
         x_BCHW, label_B = self.latents(batch, random)
         found: dict[str, list[Tensor]] = {}
@@ -319,20 +334,20 @@ class EMIGM(ZooModule):
             for name in ("loss", "mse", "vb"):
                 found.setdefault(name, []).append(losses[name])
             found[_time_name(time)] = [losses["loss"]]
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss, whole and by mask time (Lightning hook)."""
         for name, value in self._evaluate(batch).items():
             mean = cast(Mean, self.val_losses[name])
-            mean.update(value.expand(_batch_size(batch)))
+            mean.update(value)
             self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss with its standard error (Lightning hook)."""
         losses = self._evaluate(batch)
         for name, metric in self.test_losses.items():
-            cast(MeanAndError, metric).update(losses[name].expand(_batch_size(batch)))
+            cast(MeanAndError, metric).update(losses[name])
 
     def on_test_epoch_end(self) -> None:
         """Log the test's means (Lightning hook)."""
@@ -398,14 +413,25 @@ class EMIGM(ZooModule):
         """Images."""
         return Samples
 
-    def _sampler(self, head: str | None, nfe: int | None) -> MaskSampler:
-        """The module's sampler with another head or number of transformer evaluations."""
+    def _sampler(self, head: str | None, nfe: int | None, guided: bool | None = None) -> MaskSampler:
+        """The module's sampler with another head or number of transformer evaluations.
+
+        Args:
+            head: sampler of the head; None for the module's own.
+            nfe: evaluations that each image may cost; None for the module's own number of steps.
+            guided: whether samples have a class to be guided to; None: as the module draws by itself.
+        """
         options: dict[str, Any] = dict(vars(self.sampler))
         if nfe is not None:
-            options["num_iter"] = num_iter_of(nfe, self.sampler.guidance, self.sampler.eps)
+            guidance = self._guidance(self.conditional if guided is None else guided)
+            options["num_iter"] = num_iter_of(nfe, guidance, self.sampler.eps)
         if head is not None and head != self.sampler.head:
             options |= {"head": head, "head_steps": {"dpm-solver": 8, "ddpm": 100}.get(head, 1)}
         return MaskSampler(**options)
+
+    def _guidance(self, guided: bool) -> Guidance:
+        """The sampler's guidance, or none where there is no class to guide to."""
+        return self.sampler.guidance if guided else Guidance(scale=1.0)
 
     def sample(
         self,
@@ -436,10 +462,10 @@ class EMIGM(ZooModule):
         Raises:
             ValueError: unknown sampler, too few network calls, or classes out of range.
         """
-        chosen = sampler if isinstance(sampler, MaskSampler) else self._sampler(sampler, nfe)
         if isinstance(sampler, MaskSampler) and nfe is not None:
             raise ValueError("EMIGM.sample: give a whole MaskSampler or nfe, not both; num_iter says how many steps it takes.")
         label_B = self.sample_labels(index_B) if isinstance(labels, str) else labels
+        chosen = sampler if isinstance(sampler, MaskSampler) else self._sampler(sampler, nfe, guided=label_B is not None)
         return self._sample(index_B, chosen, seed, label_B, image_BCHW=image, mask_B1HW=mask, record=record)[0]
 
     def _sample(
@@ -454,6 +480,7 @@ class EMIGM(ZooModule):
         record: bool,
     ) -> tuple[Samples, Tensor]:
         """Samples, and the transformer evaluations of each (B,)."""
+        self.codec.require_weights()
         index_B = index_B.to(self.device)
         label_B = None if label_B is None else label_B.to(self.device)
         known_BNC, known_BN = self._known(image_BCHW, mask_B1HW, SampleRandom(seed, index_B))
@@ -508,22 +535,25 @@ class EMIGM(ZooModule):
 
     # Official weights
 
-    def load_official(self, path: str | Path) -> None:
-        """Read a released checkpoint of eMIGM or MAR into the network; see `ZooModule.from_official`."""
-        from zoo.emigm.state_dict_adapter import load_official
+    official_entries = ("model", "model_ema")
 
-        load_official(self.network, path)
+    def load_official(self, path: str | Path, which: Which = "ema", tied_token_source: TiedTokenSource = "mask_token") -> None:
+        """Read a released checkpoint of eMIGM or MAR into the network; see `read_official_weights` for the arguments."""
+        load_official(self.network, path, which, tied_token_source)
 
     def to_official(self) -> dict[str, Tensor]:
         """The network's weights under the released files' names."""
-        from zoo.emigm.state_dict_adapter import to_official
-
         return to_official(self.network)
+
+    @classmethod
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """Our hyperparameters from a released checkpoint alone: ``EMIGM.from_official(path)`` needs no configuration."""
+        return infer_official_config(cls, path)
 
     @property
     def nfe(self) -> int:
         """Transformer evaluations of a sample under the module's sampler."""
-        return nfe_of(self.sampler.num_iter, self.sampler.guidance, self.sampler.eps)
+        return nfe_of(self.sampler.num_iter, self._guidance(self.conditional), self.sampler.eps)
 
 
 def _sizes(size: SizeName | None, own: Architecture | None, image_size: int) -> Architecture:

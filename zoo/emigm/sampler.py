@@ -61,9 +61,7 @@ class MaskSampler:
 
     def __post_init__(self) -> None:
         if self.num_iter < 1 or self.count_block < 1:
-            raise ValueError(
-                f"MaskSampler: num_iter={self.num_iter} and count_block={self.count_block} must be at least 1."
-            )
+            raise ValueError(f"MaskSampler: num_iter={self.num_iter} and count_block={self.count_block} must be at least 1.")
         check_schedule(self.schedule)
         check_head_steps(self.head, self.head_steps)
         if self.count_law not in get_args(CountLaw):

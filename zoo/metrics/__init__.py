@@ -1,6 +1,6 @@
 """Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling."""
 
-from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement
+from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement, logits_agreement
 from zoo.metrics.classifier import FeatureClassifier
 from zoo.metrics.extractors import INCEPTION, OWN_CLASSIFIER, SHIPPED_EXTRACTORS, check_extractor, load_classifier
 from zoo.metrics.feature_distance import (
@@ -12,7 +12,17 @@ from zoo.metrics.feature_distance import (
     real_data_floor,
 )
 from zoo.metrics.feature_network import FeatureCNN, FeatureMLP, FeatureNetwork
+from zoo.metrics.feature_statistics import (
+    FeatureStatistics,
+    FeatureStream,
+    folder_batches,
+    frechet_distance,
+    read_statistics,
+    stream_features,
+    write_statistics,
+)
 from zoo.metrics.spelling import SpellingAccuracy, TextScores, english_dictionary, spelling_accuracy, text_scores, vocabulary
+from zoo.metrics.streamed_distance import folder_distances, statistics_distances, streamed_distances
 
 __all__ = [
     "INCEPTION",
@@ -27,15 +37,26 @@ __all__ = [
     "FeatureDistances",
     "FeatureMLP",
     "FeatureNetwork",
+    "FeatureStatistics",
+    "FeatureStream",
     "SpellingAccuracy",
     "TextScores",
     "check_extractor",
     "classifier_agreement",
     "english_dictionary",
     "feature_distances",
+    "folder_batches",
+    "folder_distances",
+    "frechet_distance",
     "load_classifier",
+    "logits_agreement",
+    "read_statistics",
     "real_data_floor",
     "spelling_accuracy",
+    "statistics_distances",
+    "stream_features",
+    "streamed_distances",
     "text_scores",
     "vocabulary",
+    "write_statistics",
 ]

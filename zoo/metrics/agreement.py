@@ -40,7 +40,8 @@ def classifier_agreement(
 
     Raises:
         TypeError: If the images are not uint8.
-        ValueError: If there are no images, they do not fit the labels, or the classifier is unknown.
+        ValueError: If there are no images, they do not fit the labels, the classifier is unknown, or it does not know a
+            label's class.
 
     Example:
         >>> agreement = classifier_agreement(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), "fd_digits_mlp")
@@ -57,6 +58,48 @@ def classifier_agreement(
     network = load_classifier(classifier).double().to(images.device)
     with torch.no_grad():
         logits_BK = torch.cat([network(batch.double() / 255).logits for batch in images.split(batch_size)])
+    return logits_agreement(logits_BK, labels)
+
+
+def logits_agreement(logits_BK: Tensor, labels: Tensor | None = None) -> ClassifierAgreement:
+    """The same of class scores that are at hand already.
+
+    Args:
+        logits_BK: (B, K) floating point, a classifier's scores of B images.
+        labels: (B,) int64, the class that each image was meant to show.
+
+    Raises:
+        ValueError: If there are no images, they do not fit the labels, or a label is no class of the classifier.
+
+    Example:
+        >>> logits_agreement(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 1])).accuracy
+        0.5
+    """
+    if not len(logits_BK) or (labels is not None and labels.shape != logits_BK.shape[:1]):
+        raise ValueError(
+            f"The classifier's agreement wants at least one image and one label per image, got {len(logits_BK)} images"
+            + ("." if labels is None else f" and labels of shape {tuple(labels.shape)}.")
+        )
+    if labels is not None:
+        check_labels(labels, logits_BK.shape[1])
     probability_B, class_B = logits_BK.softmax(dim=1).max(dim=1)
     accuracy = None if labels is None else (class_B == labels.to(class_B)).double().mean().item()
     return ClassifierAgreement(probability_B.mean().item(), tuple(class_B.unique().tolist()), accuracy)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Make sure that a classifier knows the classes that images are meant to show.
+
+    Args:
+        labels: (N,), the classes.
+        num_classes: Number of classes of the classifier.
+
+    Raises:
+        ValueError: If a label is not one of 0 to `num_classes` - 1.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"The classifier knows the classes 0 to {num_classes - 1}, and the images are meant to show {low} to {high}: "
+            "use a classifier of the same classes."
+        )

@@ -183,12 +183,15 @@ def registered_name(extractor: str) -> str:
     return name
 
 
-def check_extractor(extractor: str, weights_path: str | Path | None = None) -> None:
+def check_extractor(extractor: str, weights_path: str | Path | None = None) -> int | None:
     """Make sure, before anything expensive starts, that an extractor exists and that its weights load.
 
     Args:
         extractor: Name of the extractor.
         weights_path: The weights that go with it, if it wants any.
+
+    Returns:
+        The number of features of its Fréchet distance; None for an extractor that is not the zoo's.
 
     Raises:
         ValueError: If the name is unknown or the weights are missing or wrong.
@@ -197,4 +200,6 @@ def check_extractor(extractor: str, weights_path: str | Path | None = None) -> N
     extractor_class = FEATURE_EXTRACTORS_REGISTRY[registered_name(extractor)]
     if issubclass(extractor_class, ClassifierExtractor | InceptionExtractor):
         layer = extractor_class.get_default_feature_layer_for_metric("fid")
-        extractor_class(extractor, [layer], str(weights_path) if weights_path else None, verbose=False)
+        made = extractor_class(extractor, [layer], str(weights_path) if weights_path else None, verbose=False)
+        return made.network.num_features if isinstance(made, ClassifierExtractor) else int(layer)  # "2048"
+    return None

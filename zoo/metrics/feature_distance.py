@@ -39,22 +39,24 @@ class FeatureDistances:
     Attributes:
         extractor: Name of the feature extractor.
         num_samples: Number of generated images.
-        num_reference: Number of real images.
+        num_reference: Number of real images; None if only their statistics were at hand, and these did not say.
         frechet_distance: Squared 2-Wasserstein distance of Gaussian fits to the features; FID with Inception.
         kernel_distance: Unbiased squared MMD with kernel (x.y / D + 1)^3, mean over random subsets; KID with Inception.
-        kernel_distance_std: Standard deviation of the kernel distance over the subsets.
+            None if only statistics of the real images were at hand.
+        kernel_distance_std: Standard deviation of the kernel distance over the subsets; None as above.
         inception_score: exp of the mean KL from a generated image's class probabilities to their mean, over 10 splits.
-        inception_score_std: Standard deviation of the inception score over the splits.
+            None if the extractor has no logits.
+        inception_score_std: Standard deviation of the inception score over the splits; None as above.
     """
 
     extractor: str
     num_samples: int
-    num_reference: int
+    num_reference: int | None
     frechet_distance: float
-    kernel_distance: float
-    kernel_distance_std: float
-    inception_score: float
-    inception_score_std: float
+    kernel_distance: float | None
+    kernel_distance_std: float | None
+    inception_score: float | None
+    inception_score_std: float | None
 
 
 def feature_distances(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zoo.checkpoint import check_weights, read_plain
 from zoo.emigm.codecs.codec import LatentCodec, check_scale
 
-__all__ = ["KLAutoencoder", "KLVAE"]
+__all__ = ["KLVAE", "KLAutoencoder"]
 
 #: Names of a file that are no part of the autoencoder: its training loss (discriminator, LPIPS) is saved with it.
 IGNORED_PREFIXES = ("loss.",)
@@ -49,9 +49,7 @@ class KLVAE(LatentCodec):
     stride: Literal[16] = 16
     cache_kind: ClassVar[Literal["moments", "latent"]] = "moments"
 
-    def __init__(
-        self, path: Path | None = None, image_size: int = 256, scale: float = 0.2325, channels: int = 128
-    ) -> None:
+    def __init__(self, path: Path | None = None, image_size: int = 256, scale: float = 0.2325, channels: int = 128) -> None:
         super().__init__()
         if image_size < self.stride or image_size % self.stride:
             raise ValueError(f"KLVAE: image_size={image_size} must be a multiple of {self.stride}.")
@@ -174,9 +172,7 @@ class _Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            _Level(
-                width_in, width, num_blocks=2, attention=level == last, resample="downsample" if level < last else None
-            )
+            _Level(width_in, width, num_blocks=2, attention=level == last, resample="downsample" if level < last else None)
             for level, (width_in, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.mid = _Middle(widths[-1])

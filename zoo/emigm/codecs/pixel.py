@@ -3,7 +3,6 @@
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,7 +16,7 @@ class PixelCodec(LatentCodec):
 
     Args:
         image_shape: (channels, height, width) of the images.
-        mean: mean of the training pixels, one for all channels or one for each. The padding is not to be counted among them.
+        mean: mean of the training pixels, one for all channels or one for each; of padded images, the padding counts.
         std: their standard deviation, likewise.
         pad_to: side of the square to which images are padded with black (0) on all sides alike before they are normalised,
             such as 32 for 28 x 28 images that shall be divided into patches; None for none. `decode` cuts it off again.
@@ -30,9 +29,6 @@ class PixelCodec(LatentCodec):
 
     stride: Literal[1] = 1
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         image_shape: tuple[int, int, int] = (1, 8, 8),
@@ -44,7 +40,8 @@ class PixelCodec(LatentCodec):
         super().__init__()
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"PixelCodec: image_shape={tuple(image_shape)} must be (channels, height, width), each at least 1.")
-        channels, height, width = self.image_shape = tuple(image_shape)
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
         if pad_to is not None and pad_to < max(height, width):
             raise ValueError(f"PixelCodec: pad_to={pad_to} must be at least the image's side, {max(height, width)}, or null.")
         if num_levels is not None and num_levels < 2:
@@ -55,8 +52,9 @@ class PixelCodec(LatentCodec):
                 raise ValueError(f"PixelCodec: {name}={value} must be one finite number, or one for each of {channels} channels.")
             if name == "std" and min(values) <= 0:
                 raise ValueError(f"PixelCodec: std={value} must be positive.")
-            # Hyperparameters, not weights: they are not part of a checkpoint's state_dict.
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        # No buffers: a module in half precision would round them.
+        self.mean = [float(mean)] if isinstance(mean, int | float) else list(mean)
+        self.std = [float(std)] if isinstance(std, int | float) else list(std)
         self.num_levels = num_levels
         self.pad_to = pad_to
         above, left = ((0 if pad_to is None else (pad_to - side) // 2) for side in (height, width))
@@ -68,7 +66,9 @@ class PixelCodec(LatentCodec):
         self._check_images(image_BCHW)
         (above, left), (_, height, width) = self._corner, self.latent_shape
         below, right = height - self.image_shape[1] - above, width - self.image_shape[2] - left
-        return (pad(image_BCHW, (left, right, above, below)) - self.mean) / self.std
+        return (pad(image_BCHW, (left, right, above, below)) - _of_channels(self.mean, image_BCHW)) / _of_channels(
+            self.std, image_BCHW
+        )
 
     def from_moments(self, moments_BCHW: Tensor, noise: Tensor | None = None) -> Tensor:
         """Themselves, whatever the noise: the posterior has no variance; see `LatentCodec`."""
@@ -81,5 +81,11 @@ class PixelCodec(LatentCodec):
         self._check_latents(latents_BCHW)
         (above, left), (_, height, width) = self._corner, self.image_shape
         latents_BCHW = latents_BCHW[..., above : above + height, left : left + width]
-        image_BCHW = (latents_BCHW * self.std + self.mean).clamp(0, 1)
+        image_BCHW = latents_BCHW * _of_channels(self.std, latents_BCHW) + _of_channels(self.mean, latents_BCHW)
+        image_BCHW = image_BCHW.clamp(0, 1)
         return image_BCHW if self.num_levels is None else (image_BCHW * (self.num_levels - 1)).round() / (self.num_levels - 1)
+
+
+def _of_channels(values: list[float], x_BCHW: Tensor) -> Tensor:
+    """One value for each channel, or for all, as x has them."""
+    return x_BCHW.new_tensor(values).view(-1, 1, 1)
