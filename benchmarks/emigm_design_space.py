@@ -154,7 +154,7 @@ class Study:
         name: Name of the result.
         config: Packaged configuration.
         variants: Names of the variants.
-        rates: Learning rates of the sweeps.
+        factors: Learning rates of the sweeps, over that of the configuration.
         further: How many rates a sweep may add beyond its ends, while the best lies there.
         count: Samples of each row.
         options: Further options of ``zoo fit``.
@@ -162,9 +162,9 @@ class Study:
 
     name: str
     config: str
-    rates: tuple[float, ...]
     variants: tuple[str, ...] = tuple(VARIANTS)
     count: int = NUM_SAMPLES
+    factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     further: int = 4
     options: tuple[str, ...] = ("--trainer.limit_val_batches=0",)
 
@@ -174,10 +174,15 @@ class Study:
         model = yaml.safe_load(find_config(self.config).read_text())["model"]
         return float(model["init_args"]["optimizer"]["init_args"]["lr"])
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of the sweeps."""
+        return tuple(factor * self.rate for factor in self.factors)
+
 
 STUDIES = {
-    "digits": Study("emigm_design_space", "emigm/digits", (5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3, 8.0e-3)),
-    "fashion_mnist": Study("emigm_design_space_fashion_mnist", "emigm/fashion_mnist", (1.5e-4, 3.0e-4, 6.0e-4, 1.2e-3, 2.4e-3)),
+    "digits": Study("emigm_design_space", "emigm/digits"),
+    "fashion_mnist": Study("emigm_design_space_fashion_mnist", "emigm/fashion_mnist"),
 }
 
 
@@ -672,7 +677,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             count=100,
             variants=(RECIPE, MDM),
             further=0,
-            rates=tuple(rate for rate in study.rates if rate >= study.rate)[:2],
+            factors=(1.0, 2.0),
         )
         seeds, steps = seeds[:1], steps or 20
         words.append("--smoke")

@@ -174,6 +174,11 @@ def test_learning_rate_of_the_baseline_is_the_best_of_its_sweep(tmp_path: Path, 
     assert {run.rate for run in asked if run.variant not in (MDM, RECIPE)} == {study.rate}
 
 
+@pytest.mark.parametrize("data", list(STUDIES))
+def test_sweep_holds_the_rate_of_the_configuration(data: str) -> None:
+    assert STUDIES[data].rates[2] == STUDIES[data].rate > 0
+
+
 def test_sweep_goes_on_while_the_best_rate_lies_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(run: Run, *_: object) -> dict[str, object]:
         distance = abs(run.rate - (1.5e-2 if run.variant == MDM else 1.0))
