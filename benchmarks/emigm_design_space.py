@@ -6,7 +6,8 @@ number of steps and once per seed, and draws the same sample numbers from each:
 * eMIGM, and one switch at a time away from it;
 * MaskGIT- and MAR-like models, all with the diffusion head;
 * a *fair* masked diffusion model (MDM: linear schedule, weight 1/t, a time for each sample, the sum over all tokens, a single
-  encoder): its learning rate is the best of a sweep on the first seed, and its samples are drawn by the better of eMIGM's
+  encoder): its learning rate is the best of a sweep on the first seed, which goes
+  on while the best lies at its end, and its samples are drawn by the better of eMIGM's
   schedule and its own. eMIGM keeps the rate of its configuration, whatever its own sweep, which is printed too, says.
 
 Each row has the feature distance beside the real-data floor, the share of samples in which the shipped classifier sees the class
@@ -154,6 +155,7 @@ class Study:
         config: Packaged configuration.
         variants: Names of the variants.
         rates: Learning rates of the sweeps.
+        further: How many rates a sweep may add beyond its ends, while the best lies there.
         count: Samples of each row.
         options: Further options of ``zoo fit``.
     """
@@ -163,6 +165,7 @@ class Study:
     rates: tuple[float, ...]
     variants: tuple[str, ...] = tuple(VARIANTS)
     count: int = NUM_SAMPLES
+    further: int = 4
     options: tuple[str, ...] = ("--trainer.limit_val_batches=0",)
 
     @property
@@ -261,10 +264,19 @@ def draw(model: EMIGM, sampler: MaskSampler, count: int, seed: int) -> Drawing:
         tokens.append(drawn.tokens)
         calls += drawn.nfe * len(index_B)
     x_NTC = torch.cat(tokens)
-    near_N = (x_NTC.abs() <= FAR).flatten(1).all(1)  # false where not a number
     images = model.codec.decode(unpatchify(x_NTC.nan_to_num(), model.codec.latent_shape, model.patch_size)).float()
     seconds = now() - begin
-    return Drawing(images, model.sample_labels(index_N), calls / count, 1 - near_N.double().mean().item(), seconds)
+    return Drawing(images, model.sample_labels(index_N), calls / count, diverged_share(x_NTC), seconds)
+
+
+def diverged_share(x_NTC: Tensor) -> float:
+    """Share of samples, of normalised tokens (N, T, C), in which one is not finite or lies beyond `FAR`.
+
+    >>> diverged_share(torch.tensor([[[0.0, -2.0]], [[7.0, 0.0]], [[float("nan"), 0.0]], [[-6.0, 6.0]]]))
+    0.5
+    """
+    near_N = (x_NTC.abs() <= FAR).flatten(1).all(1)  # false where not a number
+    return 1 - near_N.double().mean().item()
 
 
 def arms_of(variant: Variant, sweep: bool) -> Iterator[tuple[str, str, MaskSampler]]:
@@ -402,26 +414,28 @@ class Bench:
     def __init__(self, study: Study, folder: Path, words: Sequence[str], jobs: int) -> None:
         self.study, self.folder, self.words, self.jobs = study, folder, list(words), jobs
         self.found: dict[Run, dict[str, Any]] = {}
+        self.rates = {variant: list(study.rates) for variant in (MDM, RECIPE)}
+        self.total = 0
 
-    def run(self, runs: Sequence[Run], total: int) -> None:
+    def run(self, runs: Sequence[Run]) -> None:
         """Train and sample all of these, and say how it goes."""
         missing = [run for run in dict.fromkeys(runs) if run not in self.found]
         if self.jobs == 1:
             for run in missing:
-                self._keep(run, self._one(run), total)
+                self._keep(run, self._one(run))
             return
         with ThreadPoolExecutor(self.jobs) as pool:
             waiting = {pool.submit(self._one, run): run for run in missing}
             try:
                 for done in as_completed(waiting):
-                    self._keep(waiting[done], done.result(), total)
+                    self._keep(waiting[done], done.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _keep(self, run: Run, found: dict[str, Any], total: int) -> None:
+    def _keep(self, run: Run, found: dict[str, Any]) -> None:
         self.found[run] = found
-        print(f"[{len(self.found)}/{total}] {run}: distance {distance_of(found):.2f},"
+        print(f"[{len(self.found)}/{self.total}] {run}: distance {distance_of(found):.2f},"
               f" trained in {found['training_seconds']:.0f} s", flush=True)  # fmt: skip
 
     def _one(self, run: Run) -> dict[str, Any]:
@@ -441,12 +455,30 @@ class Bench:
         """Everything; returns the learning rate of the masked diffusion model."""
         study, first = self.study, seeds[0]
         own = [Run(variant, study.rate, seed) for variant in study.variants if variant != MDM for seed in seeds]
-        sweeps = [Run(variant, rate, first) for variant in (MDM, RECIPE) for rate in study.rates]
-        total = len({*own, *sweeps}) + len(seeds) - 1
-        self.run([*own[: len(seeds)], *sweeps, *own], total)
-        best = min(study.rates, key=lambda rate: distance_of(self.found[Run(MDM, rate, first)]))
-        self.run([Run(MDM, best, seed) for seed in seeds], total)
+        sweeps = [Run(variant, rate, first) for variant in self.rates for rate in study.rates]
+        self.total = len({*own, *sweeps}) + len(seeds) - 1
+        self.run([*own[: len(seeds)], *sweeps, *own])
+        while further := self.beyond(first):
+            self.total += len(further)
+            self.run(further)
+        best = self.best(MDM, first)
+        self.run([Run(MDM, best, seed) for seed in seeds])
         return best
+
+    def best(self, variant: str, seed: int) -> float:
+        """The learning rate with the least distance."""
+        return min(self.rates[variant], key=lambda rate: distance_of(self.found[Run(variant, rate, seed)]))
+
+    def beyond(self, seed: int) -> list[Run]:
+        """A step further for each sweep whose best learning rate is its least or its greatest."""
+        runs = []
+        for variant, rates in self.rates.items():
+            best = self.best(variant, seed)
+            factor = 2.0 if best == max(rates) else 0.5 if best == min(rates) else None
+            if factor is not None and len(rates) < len(self.study.rates) + self.study.further:
+                rates.append(float(f"{factor * best:g}"))
+                runs.append(Run(variant, rates[-1], seed))
+        return runs
 
 
 def tell(record: Record, bench: Bench, seeds: Sequence[int], best: float) -> None:
@@ -471,8 +503,8 @@ def tell(record: Record, bench: Bench, seeds: Sequence[int], best: float) -> Non
                                planned_nfe=row["planned_nfe"], **cells)  # fmt: skip
                 else:
                     record.row(seed=seed, **{row["table"]: row["arm"]}, iterations=f"K = {row['iterations']}", **cells)
-    for variant in (RECIPE, MDM):
-        for rate in study.rates:
+    for variant, swept in bench.rates.items():
+        for rate in sorted(swept):
             result = found[Run(variant, rate, seeds[0])]
             record.row(seed=seeds[0], swept=variant, rate=f"{rate:g}", distance=distance_of(result))
     floor = found[Run(RECIPE, study.rate, seeds[0])]["floor"]
@@ -508,13 +540,16 @@ def judge_design(record: Record, seeds: Sequence[int]) -> None:
         late = {name: figure(name, seed, guidance=LATE, iterations=at) for name in ("distance", "nfe")}
         full = {name: figure(name, seed, guidance=FULL, iterations=at) for name in ("distance", "nfe")}
         mdm = min(figure("distance", seed, trained_as=MDM, setting=setting) for setting in (at, OWN))
+        dpm = figure("distance", seed, head=DPM_8)
+        dpm_over = {head: dpm / figure("distance", seed, head=head) for head in ddpm}
         values = {
             "fair_mdm_over_emigm": mdm / figure("distance", seed, trained_as=RECIPE, setting=at),
             "late_guidance_over_full_distance": late["distance"] / full["distance"],
             "late_guidance_over_full_nfe": late["nfe"] / full["nfe"],
-            "dpm_8_over_ddpm_100": figure("distance", seed, head=DPM_8)
-            / min(figure("distance", seed, head=head) for head in ddpm),
+            "dpm_8_over_ddpm_100": max(dpm_over.values()),
         }
+        for head, ratio in dpm_over.items():
+            record.row(seed=seed, against=head, dpm_8_over_it=ratio)
         for name, value in values.items():
             ratios.setdefault(name, []).append(value)
     for bar in record.bars:
@@ -536,6 +571,7 @@ def tables_of(study: Study) -> tuple[list[Table], list[Plot]]:
         Table("eMIGM: class accuracy by guidance", "guidance", ["class_accuracy"], columns="iterations", digits=3),
         Table("eMIGM: transformer evaluations by guidance", "guidance", ["nfe"], columns="iterations", digits=1),
         Table(f"eMIGM: samplers of the head, K = {AT} without guidance", "head", [*costs, "diverged_percent"]),
+        Table("eMIGM: feature distance of the DPM-Solver head with 8 steps over that of", "against", ["dpm_8_over_it"]),
     ]  # fmt: skip
     return tables, [
         Plot("Feature distance by mask-prediction steps, without guidance", "mask_steps", "distance", "trained_as", log="xy",
@@ -634,7 +670,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         study = dataclasses.replace(
             study,
             count=100,
-            variants=(RECIPE, "no MAE", MDM),
+            variants=(RECIPE, MDM),
+            further=0,
             rates=tuple(rate for rate in study.rates if rate >= study.rate)[:2],
         )
         seeds, steps = seeds[:1], steps or 20
