@@ -139,9 +139,11 @@ def record_of(distances: dict[int, dict[str, float]]) -> Record:
 
 def test_bars_are_medians_of_ratios_within_a_seed_against_the_best_baseline() -> None:
     one = {"emigm": 2.0, "mdm": 14.0, "mdm own": 8.0, LATE: 2.0, FULL: 10.0, DPM_8: 2.2, "DDPM, 100 steps, clipped": 2.0}
+    one["DDPM, 100 steps, temperature 0.95"] = 0.5  # shown, but the bar is at temperature 1
     seeds = {0: one, 1: {**one, "mdm": 6.0}, 2: {**one, "emigm": 1.0, LATE: 20.0, DPM_8: 4.0}}
     record = record_of(seeds)
     judge_design(record, [0, 1, 2])
+    assert {row["against"] for row in record.rows if "against" in row} == {head for head in HEADS if head.startswith("DDPM")}
     values = {bar["name"]: bar["value"] for bar in record.certificate()["bars"]}
     assert values == {
         "fair_mdm_over_emigm": 4.0,  # of 4, 3 and 8
@@ -159,17 +161,22 @@ def test_learning_rate_of_the_baseline_is_the_best_of_its_sweep(tmp_path: Path, 
 
     def measured(run: Run, *_: object) -> dict[str, object]:
         asked.append(run)
-        distance = 10 + abs(run.rate - 5e-4) if run.variant == MDM else 1.0
+        distance = 10 + abs(run.rate - 1e-3) if run.variant == MDM else 1.0
         distance += 0.1 * abs(run.rate - 1e-3) * (run.variant == RECIPE)
         row = {"table": "setting", "arm": f"K = {AT}", "iterations": AT, "distance": distance}
         return {"training_seconds": 1.0, "rows": [row, {**row, "arm": OWN, "distance": distance + 1}]}
 
     monkeypatch.setattr(design, "measure_run", measured)
     bench = Bench(study, tmp_path, [], jobs=1)
-    assert bench.all([0, 1, 2]) == 5e-4
+    assert bench.all([0, 1, 2]) == 1e-3
     assert len(asked) == len(set(asked)) == 3 * len(VARIANTS) + 2 * (len(study.rates) - 1)
-    assert {run.rate for run in asked if run.variant == MDM and run.seed > 0} == {5e-4}
+    assert {run.rate for run in asked if run.variant == MDM and run.seed > 0} == {1e-3}
     assert {run.rate for run in asked if run.variant not in (MDM, RECIPE)} == {study.rate}
+
+
+@pytest.mark.parametrize("data", list(STUDIES))
+def test_sweep_holds_the_rate_of_the_configuration(data: str) -> None:
+    assert STUDIES[data].rates[2] == STUDIES[data].rate > 0
 
 
 def test_sweep_goes_on_while_the_best_rate_lies_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +188,8 @@ def test_sweep_goes_on_while_the_best_rate_lies_at_its_end(tmp_path: Path, monke
     monkeypatch.setattr(design, "measure_run", measured)
     bench = Bench(STUDIES["digits"], tmp_path, [], jobs=1)
     assert bench.all([0]) == 1.6e-2
-    assert bench.rates[MDM][5:] == [8e-3, 1.6e-2, 3.2e-2]
-    assert bench.rates[RECIPE][5:] == [8e-3, 1.6e-2, 3.2e-2, 6.4e-2]  # and no further
+    assert bench.rates[MDM][5:] == [1.6e-2, 3.2e-2]
+    assert bench.rates[RECIPE][5:] == [1.6e-2, 3.2e-2, 6.4e-2, 0.128]  # and no further
     assert len(bench.found) == bench.total
 
 
