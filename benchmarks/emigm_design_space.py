@@ -4,7 +4,6 @@
 number of steps and once per seed, and draws the same sample numbers from each:
 
 * eMIGM, and one switch at a time away from it;
-* MaskGIT- and MAR-like models, all with the diffusion head;
 * a *fair* masked diffusion model (MDM: linear schedule, weight 1/t, a time for each sample, the sum over all tokens, a single
   encoder): its learning rate is the best of a sweep on the first seed, which goes
   on while the best lies at its end, and its samples are drawn by the better of eMIGM's
@@ -111,17 +110,6 @@ VARIANTS = {
     "t_min 0": Variant({"masking.t_min": 0.0}),
     "fake token": Variant({"cfg_with_mask": False}),
     "ELBO weight": Variant({"weighting": "elbo"}),
-    "MaskGIT-like": Variant(
-        {
-            "masking.schedule": "cosine",
-            "masking.law": "fixed_count",
-            "masking.t_min": 0.0,
-            "use_mae": False,
-            "cfg_with_mask": False,
-        },
-        {"schedule": "cosine"},
-    ),
-    "MAR-like": Variant({"masking.law": "mar_truncnorm", "cfg_with_mask": False}, {"count_law": "mar"}),
     MDM: Variant(
         {
             "masking.schedule": "linear",
