@@ -210,6 +210,8 @@ def test_smoke_runs_measure_everything_and_keep_no_result(tmp_path: Path, monkey
     monkeypatch.setattr(
         design, "HEADS", {name: {**o, "head_steps": min(10, o.get("head_steps", 8))} for name, o in HEADS.items()}
     )
+    monkeypatch.setattr(design, "ITERATIONS", (4, AT))
+    monkeypatch.setattr(design, "SCHEDULES", ("linear", "exp"))
     path = design.main(["--smoke", "--steps", "4", "--folder", "kept"])
     assert path == Path("runs/benchmarks/emigm_design_space.json")
     result = json.loads(path.read_text())
