@@ -297,6 +297,10 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
         (["--ckpt_path", "--model.noise", "0.5"], "--ckpt_path needs a value"),
         (["--ckpt_path", "last", "--ckpt_path=a.ckpt"], "--ckpt_path is given 2 times (last, a.ckpt): leave one of them."),
         (["--ckpt_path", "."], "--ckpt_path . is a folder, but neither a pretrained one"),
+        (
+            ["-c", "emigm/digits", "--model.size", "tiny"],
+            "option model.size: expected one of xsmall, small, base, large, huge, null, got tiny",
+        ),
         (["-c", "strategies/dpp"], "there is no configuration strategies/dpp; did you mean strategies/ddp"),
     ],
 )

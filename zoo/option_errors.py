@@ -74,6 +74,9 @@ def explain(message: str, options: list[str]) -> str:
     expected = r"Expected a (<class '[\w.]+'>|typing\.Literal\[.*?\])\. Got value: (.*?)(?:\. Got |\n|$)"
     if keys and (match := re.search(expected, inner)):
         return f"option {key}: expected {_kinds(match[1])}, got {match[2].strip()}"
+    choices = r"Subtypes: \[(typing\.Literal\[.*)\]\s+Errors[\s\S]*?Given value: (.*?)(?:\n|$)"
+    if keys and (match := re.search(choices, inner)):
+        return f"option {key}: expected {_kinds(match[1])}, got {match[2]}"
     if len(keys) == 1 and (match := re.search(r"Subtypes: \[(.*)\]\s", message)):
         value = re.search(r"Given value: (.*)", message)
         return f"option {key}: expected {_kinds(match[1])}, got {value[1] if value else 'something else'}"

@@ -123,7 +123,7 @@ def test_masked_rows_through_the_head_are_all_rows_and_a_mask(reduction, weighti
 
 @pytest.mark.parametrize("reduction", ["masked_mean", "sum_over_N"])
 def test_own_masks_are_reduced_over_the_batch(reduction):
-    model = make(**(TABLE_1["MDM"] | {"reduction": reduction})).double().eval()
+    model = make(**(TABLE_1["MDM"] | {"reduction": reduction, "label_drop_prob": 0.0})).double().train()
     random, x, label = SampleRandom(0, torch.arange(6)), torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
     draw = masked_draw(model, random)
     ours = model.token_losses(x, label, draw, random)["loss"].mean()
@@ -135,6 +135,20 @@ def test_own_masks_are_reduced_over_the_batch(reduction):
     weighted = row * draw.mask / draw.time[:, None]  # linear: w = 1/t
     expected = weighted.sum() / (draw.mask.sum() if reduction == "masked_mean" else 6 * 16)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+
+
+def test_evaluated_losses_are_unweighted_and_of_each_sample_alone():
+    """So that validation neither depends on the batches nor on the weighting of training."""
+    model = make(**(TABLE_1["MDM"] | {"reduction": "masked_mean"})).double().eval()
+    x, label = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+
+    def losses(rows, **options):
+        random = SampleRandom(0, rows)
+        return model.token_losses(x[rows], label[rows], model.masking.draw(random, 16, 0.6), random, **options)["loss"]
+
+    rows = torch.arange(6)
+    torch.testing.assert_close(losses(rows)[4:], losses(rows[4:]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(losses(rows), losses(rows, weighted=False) / 0.6, rtol=1e-9, atol=0)  # linear: w = 1/t
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exp", "log"])

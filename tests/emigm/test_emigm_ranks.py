@@ -90,7 +90,8 @@ def run(folder: Path, method: str) -> Outcome:
         precision="64-true",
         max_epochs=2,
         limit_train_batches=4,
-        limit_val_batches=0,
+        check_val_every_n_epoch=3,
+        num_sanity_val_steps=0,
         accumulate_grad_batches=2,
         gradient_clip_val=3.0,
         callbacks=[EMA(decay=0.9)],
@@ -102,7 +103,6 @@ def run(folder: Path, method: str) -> Outcome:
     )
     data = Digits(batch_size=GLOBAL_BATCH // world_size, predict_samples=13)
     trainer.fit(model, data)
-    trainer.limit_val_batches = 1.0
     (validation,) = trainer.validate(model, data, verbose=False)
     (test,) = trainer.test(model, data, verbose=False)
     batches = trainer.predict(model, data)

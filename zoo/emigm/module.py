@@ -237,7 +237,9 @@ class EMIGM(ZooModule):
 
     # Losses
 
-    def token_losses(self, x_BCHW: Tensor, label_B: Tensor | None, draw: MaskDraw, random: SampleRandom) -> dict[str, Tensor]:
+    def token_losses(
+        self, x_BCHW: Tensor, label_B: Tensor | None, draw: MaskDraw, random: SampleRandom, weighted: bool = True
+    ) -> dict[str, Tensor]:
         """What each sample contributes to the losses ``loss``, ``mse`` and ``vb``, (B,) each: their mean is the batch's.
 
         Only masked tokens go through the head, which changes nothing but the time it takes.
@@ -247,6 +249,7 @@ class EMIGM(ZooModule):
             label_B: classes; None: trained or measured without.
             draw: which tokens are masked.
             random: the batch's random numbers: dropped labels, diffusion times, noise.
+            weighted: whether the weight over mask times applies.
         """
         x_BNC = patchify(x_BCHW, self.patch_size)
         batch, num_tokens, channels = x_BNC.shape
@@ -261,17 +264,19 @@ class EMIGM(ZooModule):
             target, shape = target.flatten(0, 1), (masked_BM.shape[1], draws)
             step = random.integers("diffusion step", 1000, shape).flatten(0, 1)
             noise = random.normal("diffusion noise", (*shape, channels), self._float).flatten(0, 1)
-            weight_R = self._weight(draw).expand(batch)[:, None].expand(-1, masked_BM.shape[1]).flatten()
+            weight_R = self._weight(draw, weighted).expand(batch)[:, None].expand(-1, masked_BM.shape[1]).flatten()
         else:
             z_BND = self.network(x_BNC, class_BD, mask_BN=draw.mask)
             z, target = z_BND[draw.mask], x_BNC[draw.mask]
             shape = (num_tokens, draws)
             step = random.integers("diffusion step", 1000, shape)[draw.mask]
             noise = random.normal("diffusion noise", (*shape, channels), self._float)[draw.mask]
-            weight_R = self._weight(draw)[:, None].expand(-1, num_tokens)[draw.mask]
+            weight_R = self._weight(draw, weighted)[:, None].expand(-1, num_tokens)[draw.mask]
         losses = self.network.diffloss.loss(target, z, step, noise)
         sample_R = draw.mask.nonzero()[:, 0] if draw.order is None else None
-        count = len(target) / batch if self.reduction == "masked_mean" else num_tokens
+        count_B = torch.full((batch,), float(num_tokens), device=z.device)
+        if self.reduction == "masked_mean":  # of the batch in training; an evaluation must not depend on batches
+            count_B = draw.mask.sum(1) if not self.training else torch.full_like(count_B, len(target) / batch)
         reduced = {}
         for name, rows_RD in losses.items():
             row_R = rows_RD.mean(1) * weight_R
@@ -279,12 +284,12 @@ class EMIGM(ZooModule):
                 sum_B = row_R.view(batch, -1).sum(1)
             else:
                 sum_B = torch.zeros(batch, dtype=row_R.dtype, device=row_R.device).index_add(0, sample_R, row_R)
-            reduced[name] = sum_B / max(count, 1 / batch)
+            reduced[name] = sum_B / count_B.to(sum_B).clamp(min=1 / batch)
         return reduced
 
-    def _weight(self, draw: MaskDraw) -> Tensor:
+    def _weight(self, draw: MaskDraw, weighted: bool) -> Tensor:
         """w(t) of each sample (B,), or of all (1,)."""
-        if self.weighting == "one":
+        if self.weighting == "one" or not weighted:
             return torch.ones_like(draw.time, dtype=self._float)
         return elbo_weight(self.masking.schedule, draw.time).to(self._float)
 
@@ -324,13 +329,13 @@ class EMIGM(ZooModule):
         self._scale_checked = True
 
     def _evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Losses (B,) with the same draws at each evaluation, over the times of the grid and at each."""
+        """Unweighted losses (B,) with the same draws at each evaluation, over the times of the grid and at each."""
         random = self.eval_random(_batch_size(batch))
         x_BCHW, label_B = self.latents(batch, random)
         found: dict[str, list[Tensor]] = {}
         for time in self.val_times:
             draw = self.masking.draw(random, self.network.num_tokens, time)
-            losses = self.token_losses(x_BCHW, label_B, draw, random)
+            losses = self.token_losses(x_BCHW, label_B, draw, random, weighted=False)
             for name in ("loss", "mse", "vb"):
                 found.setdefault(name, []).append(losses[name])
             found[_time_name(time)] = [losses["loss"]]

@@ -230,7 +230,9 @@ class MaskedTransformer(nn.Module):
     def _encode_visible(self, x_BNC: Tensor, class_BD: Tensor, visible_BV: Tensor) -> Tensor:
         """Class slots and visible tokens (B, S + V, D); masked tokens are never computed with."""
         tokens_BVC = _gather(x_BNC, visible_BV).to(self.z_proj.weight.dtype)
-        x_BVD = self.z_proj(tokens_BVC) + self.encoder_pos_embed_learned[0][visible_BV + self.buffer_size]
+        # Not by indexing the table: its gradient is a sum in the order of threads, and a resumed run would not be exact.
+        position_BND = self.encoder_pos_embed_learned[:, self.buffer_size :].expand(len(x_BNC), -1, -1)
+        x_BVD = self.z_proj(tokens_BVC) + _gather(position_BND, visible_BV)
         h_BLD = self.z_proj_ln(torch.cat([self._slots(class_BD).to(x_BVD.dtype), x_BVD], dim=1))
         for block in self.encoder_blocks:
             h_BLD = self._run(block, h_BLD)
