@@ -5,9 +5,9 @@ number of steps and once per seed, and draws the same sample numbers from each:
 
 * eMIGM, and one switch at a time away from it;
 * a *fair* masked diffusion model (MDM: linear schedule, weight 1/t, a time for each sample, the sum over all tokens, a single
-  encoder): its learning rate is the best of a sweep on the first seed, which goes
-  on while the best lies at its end, and its samples are drawn by the better of eMIGM's
-  schedule and its own. eMIGM keeps the rate of its configuration, whatever its own sweep, which is printed too, says.
+  encoder): its learning rate is the best of a sweep on the first seed, which goes on while the best lies at its end, and its
+  samples are drawn by the better of eMIGM's schedule and its own. eMIGM keeps the rate of its configuration, whatever its own
+  sweep, which is printed too, says.
 
 Each row has the feature distance beside the real-data floor, the share of samples in which the shipped classifier sees the class
 asked for, the transformer evaluations that an image really cost, and seconds. The trained eMIGM is then sampled with other
@@ -17,7 +17,8 @@ estimates, which are ours. The bar holds the DPM-Solver against the published on
 compares with each of the others is a table of its own.
 
 ``--jobs N`` trains N models at once, each in a process of one thread. With ``--folder`` a killed benchmark goes on where it
-was, and the weights of the eMIGM models stay there. ``--digits-only`` times ``zoo fit -c configs/emigm/digits.yaml`` instead and
+was, and the weights of the eMIGM models stay there; each row names the commit that trained its model, since the certificate names
+only the one that put the rows together. ``--digits-only`` times ``zoo fit -c configs/emigm/digits.yaml`` instead and
 judges its samples. ``--data fashion_mnist`` is meant for a GPU.
 
 Claim: You et al., ICML 2025 (arXiv 2503.07197), figures 2, 3, 7 and 8 and table 2.
@@ -50,7 +51,7 @@ from torch import Tensor
 import zoo
 from benchmarks.bfn_solvers import data_of, now, train
 from benchmarks.plots import Plot
-from benchmarks.record import ROOT, Record
+from benchmarks.record import ROOT, Record, commit
 from benchmarks.tables import Table
 from zoo.checkpoint import is_pretrained_folder
 from zoo.cli import find_config
@@ -356,6 +357,7 @@ def measure_run(run: Run, study: Study, folder: Path, sweep: bool) -> dict[str, 
         model.save_pretrained(folder / run.file_name)
     found = {
         "settings": settings_of(run, study, sweep),
+        "commit": commit_name(),
         "steps": steps,
         "training_seconds": seconds,
         "floor": judge.floor(),
@@ -365,6 +367,12 @@ def measure_run(run: Run, study: Study, folder: Path, sweep: bool) -> dict[str, 
     unfinished.write_text(json.dumps(found, indent=1))
     unfinished.replace(path)
     return found
+
+
+def commit_name() -> str:
+    """The commit that runs, and whether it is changed."""
+    found = commit()
+    return f"{str(found['id'] or 'none')[:10]}{' with local changes' if found['dirty'] else ''}"
 
 
 def judge_of(model: Any, data: Any, count: int) -> Judge:
@@ -484,7 +492,7 @@ def tell(record: Record, bench: Bench, seeds: Sequence[int], best: float) -> Non
             own = variant == MDM and row_of(result, "setting", OWN)["distance"] == distance_of(result)
             row = row_of(result, "setting", OWN if own else f"K = {AT}")
             record.row(seed=seed, variant=variant, learning_rate=f"{rate:g}", **figures(row), steps=result["steps"],
-                       training_seconds=result["training_seconds"])  # fmt: skip
+                       training_seconds=result["training_seconds"], trained_by=result.get("commit", "not recorded"))  # fmt: skip
             for row in result["rows"]:
                 cells = figures(row)
                 if row["table"] == "setting":
@@ -555,7 +563,7 @@ def tables_of(study: Study) -> tuple[list[Table], list[Plot]]:
     costs = ["distance", "class_accuracy", "nfe", "sampling_seconds"]
     tables = [
         Table(f"Ways to train, K = {AT} without guidance, {samples}", "variant",
-              [*costs, "training_seconds", "steps", "learning_rate"]),
+              [*costs, "training_seconds", "steps", "learning_rate", "trained_by"]),
         Table("Feature distance by setting of the sampler", "trained_as", ["distance"], columns="setting"),
         Table("Class accuracy by setting of the sampler", "trained_as", ["class_accuracy"], columns="setting", digits=3),
         Table(f"Feature distance by learning rate, K = {AT} without guidance, one seed", "swept", ["distance"], columns="rate"),
