@@ -219,7 +219,7 @@ def random_network(sizes: Architecture, num_tokens: int, token_channels: int, de
     network = MaskedTransformer(num_tokens, token_channels, **vars(sizes))
     for parameter in network.diffloss.parameters():
         if not parameter.any() and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.xavier_uniform_(parameter)
     return network.to(device).eval()
 
 
