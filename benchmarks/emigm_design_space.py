@@ -4,6 +4,7 @@
 number of steps and once per seed, and draws the same sample numbers from each:
 
 * eMIGM, and one switch at a time away from it;
+* MaskGIT- and MAR-like models, all with the diffusion head;
 * a *fair* masked diffusion model (MDM: linear schedule, weight 1/t, a time for each sample, the sum over all tokens, a single
   encoder): its learning rate is the best of a sweep on the first seed, which goes on while the best lies at its end, and its
   samples are drawn by the better of eMIGM's schedule and its own. eMIGM keeps the rate of its configuration, whatever its own
@@ -107,10 +108,24 @@ VARIANTS = {
     RECIPE: Variant(),
     "cosine schedule": Variant({"masking.schedule": "cosine"}, {"schedule": "cosine"}),
     "linear schedule": Variant({"masking.schedule": "linear"}, {"schedule": "linear"}),
+    "poly-0.5 schedule": Variant({"masking.schedule": "poly-0.5"}, {"schedule": "poly-0.5"}),
+    "log schedule": Variant({"masking.schedule": "log"}, {"schedule": "log"}),
     "no MAE": Variant({"use_mae": False}),
     "t_min 0": Variant({"masking.t_min": 0.0}),
+    "t_min resampled": Variant({"masking.truncation": "resample"}),
     "fake token": Variant({"cfg_with_mask": False}),
     "ELBO weight": Variant({"weighting": "elbo"}),
+    "MaskGIT-like": Variant(
+        {
+            "masking.schedule": "cosine",
+            "masking.law": "fixed_count",
+            "masking.t_min": 0.0,
+            "use_mae": False,
+            "cfg_with_mask": False,
+        },
+        {"schedule": "cosine"},
+    ),
+    "MAR-like": Variant({"masking.law": "mar_truncnorm", "cfg_with_mask": False}, {"count_law": "mar"}),
     MDM: Variant(
         {
             "masking.schedule": "linear",
