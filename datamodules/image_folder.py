@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from datamodules.image_prediction import ImagePrediction
 from datamodules.images import stratified_split
-from datamodules.loader import ResumableLoader, epoch_generator
+from datamodules.loader import ResumableLoader
+from datamodules.mirrored_images import MirroredImages
 from datamodules.picture_files import PictureFiles
 
 __all__ = ["FolderImages", "FolderPictures", "ImageFolder", "ImageNet"]
@@ -31,7 +32,7 @@ OnError = Literal["raise", "skip"]
 Split = Literal["train", "val", "test"]
 
 
-class FolderImages(Dataset[tuple[Tensor, Tensor]]):
+class FolderImages(MirroredImages):
     """Pictures on disk, with labels.
 
     Args:
@@ -46,28 +47,15 @@ class FolderImages(Dataset[tuple[Tensor, Tensor]]):
         self.files = files
         self.image_size = image_size
         self.on_error = on_error
-        self.flip_seed = flip_seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw which images are mirrored in this epoch."""
-        if self.flip_seed is not None:
-            self.flipped = torch.rand(len(self), generator=epoch_generator(self.flip_seed, epoch, "flip")) < 0.5
+        super().__init__(flip_seed)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.batch([index])
-        return images[0], labels[0]
-
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch: images float (B, 3, H, W) in [0, 1] and labels (B,)."""
         kept, pixels = self.files.read(indices, self.image_size, self.on_error)
-        images = pixels.float().div_(255)
-        if self.flip_seed is not None:
-            images = torch.where(self.flipped[kept, None, None, None], images.flip(-1), images)
-        return images, self.files.labels[kept]
+        return self.mirrored(pixels.float().div_(255), kept), self.files.labels[kept]
 
 
 class FolderPictures(Dataset[dict[str, Any]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -108,9 +108,9 @@ class ImagePrediction(ZooDataModule, ABC):
         self._predict_set: Dataset[Any] | None = None
 
     @property
+    @abstractmethod
     def num_classes(self) -> int:
         """Number of classes; labels are 0 ... ``num_classes - 1``."""
-        raise NotImplementedError(f"{type(self).__name__} must say its num_classes.")
 
     def check_predict_labels(self) -> None:
         """Make sure that the chosen classes exist; needs no data where ``predict_labels`` is ``None``.

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, random_split
+from torch.utils.data import TensorDataset, random_split
 from torchvision.datasets.utils import download_and_extract_archive
 
 from datamodules.assets import fetch
 from datamodules.image_files import cifar_folder, find_idx, read_cifar, read_idx
 from datamodules.image_prediction import ImagePrediction
-from datamodules.loader import ResumableLoader, epoch_generator
+from datamodules.loader import ResumableLoader
+from datamodules.mirrored_images import MirroredImages
 
 __all__ = [
     "CIFAR10",
@@ -39,7 +40,7 @@ _SPLIT_SEED = 2024
 _PUBLISHED_SPLIT_SEED = 2147483647
 
 
-class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
+class LabelledImages(MirroredImages):
     """Images in memory, with labels.
 
     Args:
@@ -54,27 +55,15 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         self.images = images
         self.labels = labels
         self.largest = largest
-        self.flip_seed = flip_seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw which images are mirrored in this epoch."""
-        if self.flip_seed is not None:
-            self.flipped = torch.rand(len(self), generator=epoch_generator(self.flip_seed, epoch, "flip")) < 0.5
+        super().__init__(flip_seed)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.batch([index])
-        return images[0], labels[0]
-
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch: images float (B, C, H, W) in [0, 1] and labels (B,)."""
         images = self.images[indices].float().div_(self.largest)
-        if self.flip_seed is not None:
-            images = torch.where(self.flipped[indices, None, None, None], images.flip(-1), images)
-        return images, self.labels[indices]
+        return self.mirrored(images, indices), self.labels[indices]
 
 
 class Splits(NamedTuple):

@@ -43,6 +43,9 @@ class ZooModule(Configurable, LightningModule):
 
     #: Arguments of earlier versions that have another name now: ``{"old": "new"}``. They are still read, with a warning.
     renamed_arguments: ClassVar[dict[str, str]] = {}
+    #: Whether batches come as the data gives them, also in true half precision: for modules that quantise or encode them, since
+    #: 8-bit values would be rounded to others.
+    exact_batches: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -96,10 +99,16 @@ class ZooModule(Configurable, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compile the networks once, in place, so that the names of the weights stay (Lightning hook)."""
+        if self.exact_batches:
+            self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if self.compile_networks:
             for network in self.networks():
                 if network._compiled_call_impl is None:
                     network.compile()
+
+    def teardown(self, stage: str) -> None:
+        """Give the precision plugin its conversion of batches back (Lightning hook)."""
+        vars(self.trainer.precision_plugin).pop("convert_input", None)
 
     # Random draws
 

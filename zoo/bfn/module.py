@@ -20,6 +20,7 @@ from zoo.bfn.statistics import DataStatistics
 from zoo.callbacks import DataStatisticsWriter
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
+from zoo.nn import evaluation_mode
 from zoo.random import SampleRandom
 from zoo.sampling import Samples, TextSamples, to_uint8
 
@@ -56,6 +57,8 @@ class BFN(ZooModule):
     Raises:
         ValueError: flow and head do not belong together, or a number is out of range.
     """
+
+    exact_batches = True
 
     def __init__(
         self,
@@ -184,8 +187,6 @@ class BFN(ZooModule):
             FileNotFoundError: the solver starts from statistics that are not there, and no callback will write them.
         """
         super().setup(stage)
-        # Data are quantised from the batch as it is: rounded to half precision, 8-bit values would fall into other bins.
-        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         self._check_statistics()
         levels = getattr(self.trainer.datamodule, "num_levels", None)  # type: ignore[attr-defined]
         if levels is not None and levels < self.num_levels:
@@ -193,11 +194,6 @@ class BFN(ZooModule):
                 f"{type(self.head).__name__} and {type(self.flow).__name__} are made for {self.num_levels} levels, but the"
                 f" data has only {levels}: the others would never occur. Use {levels} or fewer (bins or classes)."
             )
-
-    def teardown(self, stage: str) -> None:
-        """Give the precision plugin its conversion of batches back (Lightning hook)."""
-        vars(self.trainer.precision_plugin).pop("convert_input", None)
-        super().teardown(stage)
 
     def _check_statistics(self) -> None:
         path = self.solver.statistics
@@ -408,15 +404,10 @@ class BFN(ZooModule):
         solver = self.solver if sampler is None and nfe is None else self.solver.rebuilt(sampler, nfe)
         denoiser = Denoiser(self.network, self.flow, self.head, guide)
         random = SampleRandom(seed, index_B.to(self.device))
-        modes = {part: part.training for part in self.network.modules()}
-        self.network.eval()
-        try:
+        with evaluation_mode(self.network):
             drawn = solver.sample(
                 denoiser, self.data_shape, random, noise=noise, observer=observer, record=record, dtype=self.data_dtype
             )
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
         trajectory = None if drawn.trajectory is None else self.flow.to_levels(drawn.trajectory, self.num_levels)
         return self.codec.samples(self.flow.to_levels(drawn.x, self.num_levels), drawn.nfe, trajectory, self.num_levels)
 

@@ -21,6 +21,7 @@ from zoo.emigm.sizes import Architecture, SizeName, architecture
 from zoo.emigm.state_dict_adapter import TiedTokenSource, Which, infer_official_config, load_official, to_official
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
+from zoo.nn import evaluation_mode
 from zoo.random import SampleRandom
 from zoo.sampling import Samples
 
@@ -77,6 +78,8 @@ class EMIGM(ZooModule):
     Raises:
         ValueError: arguments that are out of range or do not fit each other.
     """
+
+    exact_batches = True
 
     def __init__(
         self,
@@ -213,8 +216,6 @@ class EMIGM(ZooModule):
             ValueError: the data have another number of classes, shape or scale than the model.
         """
         super().setup(stage)
-        # Data are encoded from the batch as it is.
-        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if stage == "predict":
             self.codec.require_weights()
         data = getattr(self.trainer, "datamodule", None)
@@ -229,11 +230,6 @@ class EMIGM(ZooModule):
                 f"EMIGM: the cached latents are scaled by {scale}, but {type(self.codec).__name__} has scale={own}:"
                 " use the codec that the cache was made with."
             )
-
-    def teardown(self, stage: str) -> None:
-        """Give the precision plugin its conversion of batches back (Lightning hook)."""
-        vars(self.trainer.precision_plugin).pop("convert_input", None)
-        super().teardown(stage)
 
     # Losses
 
@@ -490,9 +486,7 @@ class EMIGM(ZooModule):
         label_B = None if label_B is None else label_B.to(self.device)
         known_BNC, known_BN = self._known(image_BCHW, mask_B1HW, SampleRandom(seed, index_B))
         parts: list[tuple[Tensor, Drawn]] = []
-        modes = {part: part.training for part in self.network.modules()}
-        self.network.eval()
-        try:
+        with evaluation_mode(self.network):
             for row, block in equal_groups(known_BN, index_B // sampler.count_block):
                 drawn = sample_tokens(
                     self.network,
@@ -505,9 +499,6 @@ class EMIGM(ZooModule):
                     record=record,
                 )
                 parts.append((row, drawn))
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
         order = torch.cat([row for row, _ in parts]).argsort()
         images = self._decode(torch.cat([drawn.tokens for _, drawn in parts])[order], image_BCHW, mask_B1HW)
         trajectory = None
