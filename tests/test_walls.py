@@ -18,7 +18,7 @@ PACKAGES = ("zoo", "datamodules", "strategies")
 GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.__main__")  # the command line and the hub see everything
 WIRING = ("__init__", "module", "latent_encoder", "state_dict_adapter", "strategy")  # files that plug the science into Lightning
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
-FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn", "zoo.sampling", "zoo.checkpoint")
+FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn", "zoo.sampling", "zoo.checkpoint", "zoo.anomaly")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
 

@@ -64,6 +64,10 @@ class ZooModule(Configurable, LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.compile_networks = compile
+        #: Optimizer steps that were really applied: not those that a gradient scaler or the spike guard skipped. Saved in
+        #: checkpoints; learning-rate schedules that advance per step follow it.
+        self.applied_steps = 0
+        self._scheduled_steps = 0
 
     def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: every argument is stored already. Kept so that a subclass may call it out of habit."""
@@ -90,6 +94,26 @@ class ZooModule(Configurable, LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_train_start(self) -> None:
+        """Count the steps that optimizers really apply (Lightning hook)."""
+        for optimizer in self.trainer.optimizers[:1]:
+            if hasattr(optimizer, "register_step_post_hook"):
+                optimizer.register_step_post_hook(lambda *_: self.on_applied_step())
+        self._scheduled_steps = self.applied_steps
+
+    def on_applied_step(self) -> None:
+        """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
+        self.applied_steps += 1
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance a schedule, but for a step that was skipped (Lightning hook)."""
+        if self.lr_scheduler_interval == "step" and metric is None and len(self.trainer.optimizers) == 1:
+            counted = hasattr(self.trainer.optimizers[0], "register_step_post_hook")
+            if counted and self.applied_steps == self._scheduled_steps:
+                return
+            self._scheduled_steps = self.applied_steps
+        super().lr_scheduler_step(scheduler, metric)
 
     # Compilation
 
@@ -171,9 +195,11 @@ class ZooModule(Configurable, LightningModule):
         """Add the package version and the seed (Lightning hook)."""
         checkpoint["zoo_version"] = zoo.__version__
         checkpoint["zoo_seed"] = self.random_seed
+        checkpoint["zoo_applied_steps"] = self.applied_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say so if a run is continued with another seed (Lightning hook)."""
+        self.applied_steps = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
         seed = checkpoint.get("zoo_seed", self.random_seed)
         if self._trainer is not None and self.trainer.training and seed != self.random_seed:
             rank_zero_warn(
