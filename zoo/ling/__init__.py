@@ -1,0 +1,29 @@
+"""Ling: fine-grained mixture-of-experts language models."""
+
+from zoo.ling.cache import KVCache
+from zoo.ling.config import LingConfig, RopeScaling, preset
+from zoo.ling.experts import Experts
+from zoo.ling.head import Head, cross_entropy, normalized_weight
+from zoo.ling.network import LingForCausalLM, LingOutput
+from zoo.ling.norm import RMSNorm
+from zoo.ling.rope import RotaryEmbedding
+from zoo.ling.router import Router, Routing, balance_loss, z_loss
+
+__all__ = [
+    "Experts",
+    "Head",
+    "KVCache",
+    "LingConfig",
+    "LingForCausalLM",
+    "LingOutput",
+    "RMSNorm",
+    "RopeScaling",
+    "RotaryEmbedding",
+    "Router",
+    "Routing",
+    "balance_loss",
+    "cross_entropy",
+    "normalized_weight",
+    "preset",
+    "z_loss",
+]
