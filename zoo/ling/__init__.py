@@ -1,9 +1,10 @@
 """Ling: fine-grained mixture-of-experts language models."""
 
 from zoo.ling.cache import KVCache
-from zoo.ling.config import LingConfig, RopeScaling, preset
+from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
 from zoo.ling.experts import Experts
 from zoo.ling.head import Head, cross_entropy, normalized_weight
+from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding
@@ -11,8 +12,10 @@ from zoo.ling.router import Router, Routing, balance_loss, z_loss
 
 __all__ = [
     "Experts",
+    "Generation",
     "Head",
     "KVCache",
+    "Ling",
     "LingConfig",
     "LingForCausalLM",
     "LingOutput",
