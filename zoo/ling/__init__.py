@@ -8,6 +8,7 @@ from zoo.ling.head import Head, cross_entropy, normalized_weight
 from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.norm import RMSNorm
+from zoo.ling.preference import LingDPO
 from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
 from zoo.ling.scaling_law import compute_of, optimal
@@ -23,6 +24,7 @@ __all__ = [
     "KVCache",
     "Ling",
     "LingConfig",
+    "LingDPO",
     "LingForCausalLM",
     "LingOutput",
     "RMSNorm",
