@@ -254,7 +254,7 @@ class Ling(ZooModule):
             "z": z.detach(),
         }
         if self.applied_steps < self.router_warmup_steps and self.router_stats is not None:
-            self._moments.append(torch.stack([self.router_stats.mean_L, self.router_stats.square_L]))
+            self._moments.append(torch.stack([self.router_stats.logit_mean, self.router_stats.logit_square]))
         self.log_dict({f"train/{name}": self.last_losses[name] for name in ("ce", "aux", "z")})
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
@@ -270,7 +270,7 @@ class Ling(ZooModule):
             zero = torch.zeros((), device=self.device)
             return zero, zero
         assert self.router_stats is not None
-        counts_LE = self.router_stats.counts_LE
+        counts_LE = self.router_stats.counts
         if self.aux_scope == "global" and dist.is_available() and dist.is_initialized():
             counts_LE = counts_LE.clone()
             dist.all_reduce(counts_LE)
