@@ -1,5 +1,6 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
@@ -14,6 +15,7 @@ from zoo.callbacks.text_writer import TextWriter
 
 __all__ = [
     "EMA",
+    "ChoiceEval",
     "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",
