@@ -1,12 +1,14 @@
 """Ling: fine-grained mixture-of-experts language models."""
 
 from zoo.ling.cache import KVCache
-from zoo.ling.config import LingConfig, RopeScaling, preset
+from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.experts import Experts
 from zoo.ling.head import Head, cross_entropy, normalized_weight
+from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.norm import RMSNorm
+from zoo.ling.preference import LingDPO
 from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
 from zoo.ling.scaling_law import compute_of, optimal
@@ -17,9 +19,12 @@ __all__ = [
     "Annealing",
     "DPOLoss",
     "Experts",
+    "Generation",
     "Head",
     "KVCache",
+    "Ling",
     "LingConfig",
+    "LingDPO",
     "LingForCausalLM",
     "LingOutput",
     "RMSNorm",
