@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with expe
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
+from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, to_hf_state_dict
@@ -354,6 +355,23 @@ class Ling(ZooModule):
         """Log the means over all batches and processes (Lightning hook)."""
         self._log_evaluation("test", self.test_metrics)
 
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
+
+        Args:
+            pairs: context and continuation.
+        """
+        tokenizer = self._tokenizer()
+        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
+        # One pass of the network for the call, so that ranks whose passes communicate stay in step.
+        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids))).logp_N.tolist()
+
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
+        return tokenizer
+
     # Generation
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -362,9 +380,7 @@ class Ling(ZooModule):
         Raises:
             ValueError: the DataModule has no tokenizer.
         """
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("predict needs a DataModule with a tokenizer, such as Text with predict_prompts.")
+        tokenizer = self._tokenizer()
         ids_BT = self.network.generate(
             batch["input_ids"],
             batch.get("attention_mask"),
