@@ -301,7 +301,7 @@ class ResumableLoader(DataLoader[T]):
     def state_dict(self) -> LoaderState:
         """The position after the batch given last."""
         if self._resume is not None:
-            state = LoaderState(**self._resume)  # type: ignore[typeddict-item]
+            state = LoaderState(**self._resume)
         else:
             state = LoaderState(
                 epoch=self._epoch,

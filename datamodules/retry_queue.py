@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class RetryQueue:
     def __bool__(self) -> bool:
         return bool(self._places or self._carried)
 
-    def at(self, place: int, order: Sequence[Any]) -> int:
+    def at(self, place: int, order: np.ndarray | Sequence[int]) -> int:
         """The sample at a place of the stream.
 
         Args:
@@ -93,7 +93,7 @@ class RetryQueue:
         queue = sorted([*zip(self._places, self._ids, strict=True), *zip(drawn, map(int, ids), strict=True)])
         self._places, self._ids = [place for place, _ in queue], [sample for _, sample in queue]
 
-    def turn(self, order: Sequence[Any], given: int) -> None:
+    def turn(self, order: np.ndarray | Sequence[int], given: int) -> None:
         """Go on to the next epoch.
 
         Args:
