@@ -124,9 +124,9 @@ def read_corpora(
             corpora.append(_open(name, folder))
         facts = corpora[-1].facts
         rank_zero_info(
-            f"Text of {name}: {facts.text_bytes:,} bytes in {facts.num_documents:,} documents ({facts.num_duplicates:,} duplicates "
-            f"and {facts.num_malformed:,} malformed ones left out), SHA-256 {facts.sha256}; {facts.train_tokens:,} ids for "
-            f"training, {facts.val_tokens:,} for validation."
+            f"{name}: {facts.text_bytes:,} bytes of text in {facts.num_documents:,} documents; left out are "
+            f"{facts.num_duplicates:,} duplicates and {facts.num_malformed:,} malformed ones; SHA-256 {facts.sha256}; "
+            f"{facts.train_tokens:,} ids for training, {facts.val_tokens:,} for validation."
         )
         if facts.num_bytes != facts.text_bytes:
             rank_zero_warn(
