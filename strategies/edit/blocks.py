@@ -28,11 +28,13 @@ class Block:
         name: path of the module, or ``rest``.
         module: whose call needs them; None for the rest, which must be there before the forward pass begins.
         parameters: names, of the whole network, and parameters that are trained.
+        compiled: whether its call is part of compiled code, which takes no hooks.
     """
 
     name: str
     module: nn.Module | None
     parameters: tuple[tuple[str, nn.Parameter], ...]
+    compiled: bool = False
 
 
 def sync_blocks(root: nn.Module) -> list[nn.Module]:
@@ -90,4 +92,5 @@ def split_blocks(root: nn.Module, modules: Iterable[nn.Module] | None = None) ->
     for parameter, of in users.items():
         held.setdefault(next(iter(of)) if len(of) == 1 else None, []).append((names[parameter], parameter))
     rest = [Block(REST, None, tuple(held[None]))] if None in held else []
-    return rest + [Block(paths[block], block, tuple(held[block])) for block in blocks if block in held]
+    compiled = {part for module in root.modules() if module._compiled_call_impl is not None for part in module.modules()}
+    return rest + [Block(paths[block], block, tuple(held[block]), block in compiled) for block in blocks if block in held]
