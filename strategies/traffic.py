@@ -48,7 +48,7 @@ _OPERATIONS = {
     "barrier": ("barrier", None),
 }
 _GATHERS_FROM_PIECE = {"all_gather_into_tensor", "all_gather_into_tensor_coalesced"}
-_SILENT = {"wait_tensor", "monitored_barrier_"}
+_SILENT = {"wait_tensor", "_wrap_tensor_autograd", "monitored_barrier_"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """EDiT as Lightning strategies: replicas that train on their own and meet now and then."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -135,7 +135,6 @@ class EDiTStrategy(DDPStrategy):
         self._restored: dict[str, Any] | None = None
         self._synced_step = 0
         self._seen_step = 0
-        self._due = False
         self._together = True
         self._asked = 0
         self._agreed = 0
@@ -210,7 +209,7 @@ class EDiTStrategy(DDPStrategy):
                 self.synchronizer.close()
             self.synchronizer = self._rounds = None
             self._fit = trainer
-            self._due, self._together, self._asked, self._agreed = False, True, 0, 0
+            self._together, self._asked, self._agreed = True, 0, 0
         self._set_up_network(trainer)
         if fitting and self.asynchronous and trainer.max_steps != -1:
             self._max_steps = trainer.max_steps
@@ -251,12 +250,12 @@ class EDiTStrategy(DDPStrategy):
         """The network in DDP, if the run begins with a warm-up; else as it is, with the weights of rank 0."""
         if self.warmup_steps > 0:
             return super()._setup_model(model)
-        self._spread_from_first(model)
+        self._spread_from_first([*model.parameters(), *model.buffers()])
         return model
 
     @torch.no_grad()
-    def _spread_from_first(self, module: nn.Module) -> None:
-        for tensor in [*module.parameters(), *module.buffers()]:
+    def _spread_from_first(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
     def _register_ddp_hooks(self) -> None:
@@ -271,7 +270,7 @@ class EDiTStrategy(DDPStrategy):
         # Lightning asks rank 0 for a SIGTERM before each batch, and all ranks would wait for it there.
         loop._broadcast_sigterm_tensor = self._agreed_sigterm(loop._broadcast_sigterm_tensor)  # type: ignore[method-assign]
         if self.asynchronous:
-            loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore[method-assign]
+            loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore
         if self._fit.global_step >= self.warmup_steps:
             self._end_warmup()
 
@@ -279,11 +278,18 @@ class EDiTStrategy(DDPStrategy):
         return lambda: original() if self.in_warmup else None
 
     def _agreed_validation(self, original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        answered = (-1, False)  # batch and answer: a batch may be asked about more than once
+
         def should_validate(fetcher: Any) -> bool:
+            nonlocal answered
+            assert self._fit is not None
             wanted = original(fetcher)
-            if self.in_warmup or (self._fit is not None and self._fit.should_stop):
+            if self.in_warmup or self._fit.should_stop:
                 return wanted
-            return self.agree("validate", wanted and self.is_global_zero)
+            batch = self._fit.fit_loop.total_batch_idx
+            if answered[0] != batch:
+                answered = batch, self.agree("validate", wanted and self.is_global_zero)
+            return answered[1]
 
         return should_validate
 
@@ -297,23 +303,28 @@ class EDiTStrategy(DDPStrategy):
 
     def _before_step(self) -> None:
         assert self._fit is not None
-        self._agreed = 0
         step = self._fit.global_step
         if self.synchronizer is None:
             if step >= self.warmup_steps:
                 self._end_warmup()
             return
-        if self._rounds is None:
-            self._due = self.local_steps >= self.sync_interval
-        elif step > self._seen_step:
-            self._due = self._decide_together(self._rounds, step - self._seen_step)
-        self._seen_step = step
-        self._together = self._due
-        if self._due:
+        if step == self._seen_step:  # a later micro-batch, or the first step of all
+            return
+        due = self.local_steps >= self.sync_interval if self._rounds is None else self._is_round_over(step - self._seen_step)
+        self._seen_step, self._together = step, due
+        if due:
             self._synchronize(finish=not self.overlap)
 
-    def _decide_together(self, rounds: RoundClock, steps: int) -> bool:
-        return rounds.step(steps)
+    def _is_round_over(self, steps: int) -> bool:
+        """Ask the clock of A-EDiT; the ranks of one replica go by the answer that its first one got."""
+        assert self._rounds is not None and self.mesh is not None
+        shard = self.mesh[SHARD]
+        over = shard.get_local_rank() == 0 and self._rounds.step(steps)
+        if shard.size() > 1:
+            answer = torch.tensor(over, device=self.root_device).int()
+            dist.broadcast(answer, group=shard.get_group(), group_src=0)
+            over = bool(answer)
+        return over
 
     def _end_warmup(self) -> None:
         assert self._fit is not None and self.mesh is not None and self.lightning_module is not None
@@ -361,7 +372,8 @@ class EDiTStrategy(DDPStrategy):
         report = self.synchronizer.begin(self.local_steps, self._asked)
         if finish:
             self.synchronizer.finish()
-        self._synced_step, self._due, self._asked, self._together = self._fit.global_step, False, 0, True
+        self._synced_step = self._seen_step = self._fit.global_step
+        self._asked, self._together = 0, True
         for asked in report.requests:
             self._agreed |= asked
         if any(weights is None for weights in report.weights):
@@ -378,7 +390,10 @@ class EDiTStrategy(DDPStrategy):
 
     def _meet(self) -> None:
         """Synchronise now, unless all replicas hold the anchor already; all ranks come here at the same time."""
-        if self.synchronizer is None or self._fit is None or self.lightning_module is None:
+        if self._fit is None or self.lightning_module is None or self._fit.state.finished:
+            return
+        if self.synchronizer is None:  # the warm-up: buffers are those of rank 0, as DDP's
+            self._spread_from_first(self.lightning_module.buffers())
             return
         self.synchronizer.finish()
         if self.asynchronous or self.local_steps:
@@ -538,13 +553,13 @@ class EDiTShardedStrategy(EDiTStrategy):
         return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: self.shard_size or self.num_processes})
 
     def _set_up_network(self, trainer: Trainer) -> None:
-        assert self.accelerator is not None and self.model is not None
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if not _is_sharded(self.lightning_module):
             self.precision_plugin.convert_module(self.model)
             self.model_to_device()
-            self._spread_from_first(self.lightning_module)
+            self._spread_from_first([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
             self.model = self._shard()
         else:
             self.model = self._root
@@ -558,11 +573,11 @@ class EDiTShardedStrategy(EDiTStrategy):
     def _shard(self) -> nn.Module:
         assert self.mesh is not None and self.lightning_module is not None
         self._root = _ShardRoot(self.lightning_module)
-        # fully_shard would move what it gets to the device of the mesh; only what is trained or frozen there is sharded.
         for block in split_blocks(self.lightning_module):
             if block.module is not None:
                 fully_shard(block.module, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
-        return fully_shard(self._root, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
+        fully_shard(self._root, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
+        return self._root
 
     def _settle(self) -> None:
         """Let the new weights of a block be there before FSDP gathers them, on a stream of its own."""
@@ -597,18 +612,6 @@ class EDiTShardedStrategy(EDiTStrategy):
                 dist.all_reduce(local, group=group)
                 local /= count
 
-    def _meet(self) -> None:
-        if self.synchronizer is None and self._is_fitting and self.lightning_module is not None:
-            self._spread_buffers()
-        super()._meet()
-
-    @torch.no_grad()
-    def _spread_buffers(self) -> None:
-        """In the warm-up buffers are those of rank 0, as under DDP."""
-        assert self.lightning_module is not None
-        for buffer in self.lightning_module.buffers():
-            dist.broadcast(buffer, src=0)
-
     # Checkpoints
 
     @torch.no_grad()
@@ -627,7 +630,9 @@ class EDiTShardedStrategy(EDiTStrategy):
         assert module is not None
         if _is_sharded(module):
             own = dict(module.named_parameters())
-            weights = {name: _part(tensor, own[name]) if name in own else tensor for name, tensor in checkpoint["state_dict"].items()}
+            weights = {
+                name: _part(tensor, own[name]) if name in own else tensor for name, tensor in checkpoint["state_dict"].items()
+            }
             checkpoint = {**checkpoint, "state_dict": weights}
         super().load_model_state_dict(checkpoint, strict)
 

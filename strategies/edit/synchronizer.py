@@ -122,7 +122,9 @@ class Synchronizer:
         self.replicas, self.shards, self.overlap, self.settle = replicas, shards, overlap, settle
         self.num_replicas, self.index = dist.get_world_size(replicas), dist.get_rank(replicas)
         units = {"block": lambda b, p: b, "parameter": lambda b, p: p, "global": lambda b, p: 0}[penalty.granularity]
-        device, self._slots, number = torch.device("cpu") if cpu_offload else None, [], 0
+        device = torch.device("cpu") if cpu_offload else None
+        self._slots: list[list[_Slot]] = []
+        number = 0
         with torch.no_grad():
             for position, block in enumerate(self.blocks):
                 self._slots.append([])
@@ -166,9 +168,9 @@ class Synchronizer:
         norms = self._norms()
         head = torch.tensor([steps, requests], dtype=torch.float64, device=norms.device)
         sent = torch.cat([head, norms])
-        seen = sent.new_empty(self.num_replicas * len(sent))
-        dist.all_gather_into_tensor(seen, sent, group=self.replicas)
-        rows = seen.view(self.num_replicas, -1).tolist()
+        seen = [torch.empty_like(sent) for _ in range(self.num_replicas)]
+        dist.all_gather(seen, sent, group=self.replicas)
+        rows = torch.stack(seen).tolist()
         taken, asked = [int(row[0]) for row in rows], [int(row[1]) for row in rows]
         if not sum(taken):
             return SyncReport(taken, asked)
@@ -352,4 +354,3 @@ class Synchronizer:
             return False
         self.detectors.load_state_dict(stored)
         return True
-
