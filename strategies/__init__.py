@@ -1,1 +1,5 @@
 """Lightning strategies: where things run, never what they compute."""
+
+from strategies.expert import ExpertParallelStrategy
+
+__all__ = ["ExpertParallelStrategy"]
