@@ -22,6 +22,7 @@ import strategies
 import zoo.bfn
 import zoo.callbacks
 import zoo.emigm
+import zoo.ling
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
@@ -420,7 +421,7 @@ def list_everything() -> None:
     def row(*cells: str) -> None:
         table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
 
-    for package in (zoo.bfn, zoo.emigm, zoo.metrics):
+    for package in (zoo.bfn, zoo.emigm, zoo.ling, zoo.metrics):
         for name in names(package, ZooModule):
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):
