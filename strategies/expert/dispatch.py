@@ -15,6 +15,7 @@ __all__ = ["Dispatcher", "ExpertLayer"]
 
 _IDLE, _DONE = -1, -2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST, _GRADIENTS = 4, 8
 
 
 class ExpertLayer(Protocol):
@@ -102,8 +103,9 @@ class Dispatcher:
             dtype = torch.get_autocast_dtype(device)
         (N, k), D = ids_Nk.shape, x_ND.shape[-1]
         order_M, inverse_M, count_E = _sort_by_expert(ids_Nk, self.size * self.layers[number].num_experts)
-        plan = self._announce(count_E, number, _mode(dtype, autocast))
-        self._check(plan, number, _mode(dtype, autocast))
+        mode = _mode(dtype, autocast)
+        plan = self._announce(count_E, number, mode)
+        self._check(plan, number, mode)
         x_MD = _Permute.apply(x_ND.to(dtype)[:, None].expand(N, k, D).reshape(N * k, D), order_M, inverse_M)
         y_MD = self._there_and_back(number, x_MD, plan)
         y_NkD = _Permute.apply(y_MD, inverse_M, order_M).view(N, k, D)
@@ -129,7 +131,7 @@ class Dispatcher:
                 continue
             mode = plan.modes[plan.states.index(number)]
             self._check(plan, number, mode)
-            dtype, autocast = _DTYPES[mode // 2], bool(mode % 2)
+            dtype, autocast = _dtype(mode), bool(mode & _AUTOCAST)
             weight = self.layers[number].gate_up_proj
             with torch.autocast(weight.device.type, dtype=dtype if autocast else None, enabled=autocast):
                 self._there_and_back(number, weight.new_empty(0, weight.shape[-1], dtype=dtype), plan)
@@ -152,16 +154,16 @@ class Dispatcher:
 
     def _check(self, plan: _Plan, number: int, mode: int) -> None:
         for rank, (state, other_mode) in enumerate(zip(plan.states, plan.modes, strict=True)):
-            if state < 0 and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"Rank {rank} of the expert-parallel group runs no forward pass, but others do with gradients: all ranks"
-                    " need equally many training batches."
-                )
             if state >= 0 and (state, other_mode) != (number, mode):
                 raise RuntimeError(
-                    f"Rank {rank} of the expert-parallel group computes layer {state} in {_DTYPES[other_mode // 2]}, another"
-                    f" rank layer {number} in {_DTYPES[mode // 2]}: all must run the same layers in the same order."
+                    f"Rank {rank} of the expert-parallel group computes layer {state} in {_described(other_mode)}, another rank"
+                    f" layer {number} in {_described(mode)}: all must run the same layers in the same order."
                 )
+        if min(plan.states) < 0 and mode & _GRADIENTS:
+            raise RuntimeError(
+                f"Rank {plan.states.index(min(plan.states))} of the expert-parallel group runs no forward pass, but others do"
+                " with gradients: all ranks need equally many training batches."
+            )
 
     def _there_and_back(self, number: int, x_MD: Tensor, plan: _Plan) -> Tensor:
         """Rows that are sorted by expert, each put through its expert, (M, D); and others' rows through this rank's."""
@@ -200,10 +202,18 @@ class _Forward:
 
 
 def _mode(dtype: torch.dtype, autocast: bool) -> int:
-    """The type that rows are computed in, and whether by autocast, as a number."""
+    """How rows are computed, as a number: their type, and whether by autocast and with gradients."""
     if dtype not in _DTYPES:
         raise ValueError(f"Expert parallelism knows tokens of {', '.join(map(str, _DTYPES))}, not of {dtype}.")
-    return 2 * _DTYPES.index(dtype) + autocast
+    return _DTYPES.index(dtype) + _AUTOCAST * autocast + _GRADIENTS * torch.is_grad_enabled()
+
+
+def _dtype(mode: int) -> torch.dtype:
+    return _DTYPES[mode % _AUTOCAST]
+
+
+def _described(mode: int) -> str:
+    return f"{_dtype(mode)}{' by autocast' if mode & _AUTOCAST else ''} with{'' if mode & _GRADIENTS else 'out'} gradients"
 
 
 def _sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
