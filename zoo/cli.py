@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -220,6 +221,8 @@ class ZooCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; load shipped or shared weights (LightningCLI hook)."""
+        # A module that checks batches before they move is no mistake, whatever data it is given.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         super().instantiate_classes()
         if self._pretrained is not None:
             weights = read_pretrained(self._pretrained)[1]
