@@ -250,7 +250,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 240,
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,
-        "initializer_range": 0.02,
+        "initializer_range": 0.08,
         "pad_token_id": 258,
         "eos_token_id": 257,
         "bos_token_id": 256,
