@@ -272,9 +272,8 @@ class Ling(ZooModule):
             return zero, zero
         assert self.router_stats is not None
         counts_LE = self.router_stats.counts
-        if self.aux_scope == "global" and dist.is_available() and dist.is_initialized():
-            counts_LE = counts_LE.clone()
-            dist.all_reduce(counts_LE)
+        if self.aux_scope == "global":
+            counts_LE, _ = self._summed(counts_LE)
         aux = torch.stack([
             balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
             for routing, load_E in zip(output.routings, counts_LE.unbind(), strict=True)
@@ -297,14 +296,22 @@ class Ling(ZooModule):
         share = torch.tensor(self.applied_steps / self.router_warmup_steps, dtype=dtype, device=self.device)
         return lambda layer: noise_LNE[layer - first], share
 
+    def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The sum over the processes that take this step together, and how many they are."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return tensor, 1
+        # A strategy whose replicas go their own ways says who they are; None: all.
+        group_of = getattr(self.trainer.strategy, "spike_group", None)
+        group = group_of() if callable(group_of) else None
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor, dist.get_world_size(group)
+
     def on_applied_step(self) -> None:
         """Take the scores' mean and deviation of an applied step into the running ones; a skipped step leaves no trace."""
         if self._moments:
-            moments_2L = torch.stack(self._moments).mean(0)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(moments_2L)
-                moments_2L /= dist.get_world_size()
-            mean_L, square_L = moments_2L
+            total_2L, num_processes = self._summed(torch.stack(self._moments).mean(0))
+            mean_L, square_L = total_2L / num_processes
             std_L = (square_L - mean_L.square()).clamp(min=0).sqrt()
             for moe, mean, std in zip(self.network.moe_layers, mean_L, std_L, strict=True):
                 moe.gate.update(mean, std, self.router_momentum, first=self.applied_steps == 0)
