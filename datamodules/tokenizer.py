@@ -56,7 +56,7 @@ class Tokenizer(ABC):
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
 
     @abstractmethod
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         """Ids as text; marks, and ids beyond the vocabulary, are left out."""
 
     @property
@@ -94,9 +94,10 @@ class ByteTokenizer(Tokenizer):
         """Texts as their bytes, uint8."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         """Bytes as text; what is no UTF-8 becomes the replacement character."""
-        return bytes(number for number in map(int, ids) if number < 256).decode(errors="replace")
+        numbers = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids, dtype=np.int64)
+        return numbers[numbers < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
     @property
     def token_bytes(self) -> Tensor:
@@ -138,9 +139,9 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._backend(special=False).encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         """Ids as text; marks, and ids beyond the vocabulary, are left out."""
-        known = [number for number in map(int, ids) if number < self.vocab_size]
+        known = [int(number) for number in ids if number < self.vocab_size]
         return str(self.transformers.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @cached_property
