@@ -183,6 +183,20 @@ class Ling(ZooModule):
             {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
         ]
 
+    def setup(self, stage: str) -> None:
+        """Compare the vocabularies of model and data before anything runs (Lightning hook).
+
+        Raises:
+            ValueError: the tokenizer has ids that the model has not.
+        """
+        super().setup(stage)
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {self.config.vocab_size}: take the"
+                f" model's own tokenizer (data.tokenizer), or vocab_size: {tokenizer.vocab_size} or more."
+            )
+
     # Batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
