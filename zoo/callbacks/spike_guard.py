@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
-from zoo.anomaly import EWMADetector
+from zoo.anomaly import EWMADetector, Init
 
 __all__ = ["ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
 
@@ -96,6 +96,8 @@ class SpikeGuard(Callback):
             clipping (which clipping and Adam nearly undo).
         persist_factor: by how much, in [0, 1).
         retry_window: batches among which the samples of a skipped one are spread.
+        init: where the detectors' averages start: at the ``first`` value, or, as in the published detector, at ``zero``, which
+            leaves them blind until the jump from 0 is forgotten (at alpha 0.02 some 300 steps).
         record_path: a text file, relative to the run's folder, to which each bad step adds a line: seconds since 1970, step,
             mean loss, losses of all samples and their ids, separated by tabs, the last two lists by commas (empty where module
             or batch do not tell).
@@ -126,6 +128,7 @@ class SpikeGuard(Callback):
         persist_action: PersistAction = "lr",
         persist_factor: float = 0.1,
         retry_window: int = 200,
+        init: Init = "first",
         record_path: Path | None = None,
     ) -> None:
         if min_delta < 0:
@@ -149,8 +152,9 @@ class SpikeGuard(Callback):
         self.retry_window = retry_window
         self.record_path = None if record_path is None else Path(record_path)
         self.watches_norm = grad_threshold is not None
-        self.loss_detector = EWMADetector(alpha, warmup, threshold)
-        self.norm_detector = EWMADetector(alpha if grad_alpha is None else grad_alpha, warmup, grad_threshold or threshold)
+        self.loss_detector = EWMADetector(alpha, warmup, threshold, init)
+        norm_alpha = alpha if grad_alpha is None else grad_alpha
+        self.norm_detector = EWMADetector(norm_alpha, warmup, threshold if grad_threshold is None else grad_threshold, init)
         self.skipped = 0
         self.reduced = 0
         self.consecutive = 0
@@ -212,6 +216,12 @@ class SpikeGuard(Callback):
                 "SpikeGuard: DeepSpeed clips and steps inside its own engine, so that a step cannot be judged before and left"
                 " out: remove SpikeGuard, or choose another strategy."
             )
+        sharded = isinstance(strategy, FSDPStrategy) or getattr(strategy, "shards_parameters", False)
+        if sharded and not hasattr(strategy, "gradient_norm"):
+            raise ValueError(
+                f"SpikeGuard: {type(strategy).__name__} shards the gradients and has no gradient_norm() that tells the norm of"
+                " the whole: remove SpikeGuard, or use ddp, ModelParallelStrategy or a strategy of the zoo."
+            )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 f"SpikeGuard: precision={trainer.precision} scales the gradients and skips steps by itself: use bf16-mixed,"
@@ -221,12 +231,6 @@ class SpikeGuard(Callback):
             raise ValueError(
                 f"SpikeGuard: {type(pl_module).__name__} optimizes manually, so its steps cannot be left out from outside:"
                 " remove SpikeGuard."
-            )
-        sharded = isinstance(strategy, FSDPStrategy) or getattr(strategy, "shards_parameters", False)
-        if sharded and not hasattr(strategy, "gradient_norm"):
-            raise ValueError(
-                f"SpikeGuard: {type(strategy).__name__} shards the gradients and has no gradient_norm() that tells the norm of"
-                " the whole: remove SpikeGuard, or use ddp, ModelParallelStrategy or a strategy of the zoo."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,7 +361,7 @@ class SpikeGuard(Callback):
         """Record a bad step, bring its samples back or cross them off, and stop if it is one too many."""
         ranks = _gather(trainer, (_flat(self._sample_ids), _flat(self._sample_losses)), group)
         ids = [int(number) for of_rank, _ in ranks for number in of_rank]
-        fresh = [number for number in dict.fromkeys(ids) if number not in self._waiting]
+        fresh = sorted({number for number in ids if number not in self._waiting})  # whatever the number of ranks
         for number in ids:
             self._waiting.pop(number, None)
         self._waiting_ids = None
