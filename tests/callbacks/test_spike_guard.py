@@ -256,6 +256,27 @@ def test_a_retried_sample_that_is_bad_again_is_applied_with_a_lower_rate():
     assert guard.reduced > 0 and guard.state_dict()["waiting"] == []
 
 
+def test_a_returned_sample_in_a_batch_that_others_made_bad_is_not_blamed():
+    """Where losses of samples are known, its batch is skipped like a fresh one and the sample comes back once more."""
+    loader, guard = Loader(at_batch={12: (9.0, 1.0), 13: (9.0, 1.0)}), SpikeGuard(**QUICK, retry_window=1, grad_threshold=None)
+    _, watch, _ = fit(loader, guard, steps=16)
+    assert watch.ids[12] == watch.ids[13] and guard.reduced == 1 and guard.skipped == 1  # all of it came back: it is the samples
+    mixed = Loader(at_batch={12: (9.0, 1.0), 13: (9.0, 1.0)})
+    guard = SpikeGuard(**QUICK, retry_window=4, grad_threshold=None)
+    _, watch, _ = fit(mixed, guard, steps=22)
+    returned = set(watch.ids[12]) & set(watch.ids[13])
+    assert 0 < len(returned) < 8
+    assert guard.reduced == 0 and guard.skipped == 2 and guard.state_dict()["waiting"] == []
+    assert all(sum(ids.count(sample) for ids in watch.ids[14:]) == 1 for sample in watch.ids[13])
+
+
+def test_a_returned_sample_is_blamed_where_losses_of_samples_are_not_known():
+    loader = Loader(at_batch={12: (9.0, 1.0), 13: (9.0, 1.0)})
+    guard = SpikeGuard(**QUICK, retry_window=4, grad_threshold=None)
+    fit(loader, guard, module=Plain, steps=16)
+    assert (guard.skipped, guard.reduced) == (1, 1)
+
+
 @pytest.mark.parametrize("action", ["lr", "grad"])
 def test_reduction_is_that_of_learning_rate_or_gradient(action):
     """With SGD, both move the weights a tenth of the way; the rate itself is as before."""
@@ -418,10 +439,12 @@ def test_the_rule():
     for step in range(20):
         assert guard.judge(3.0 + 0.01 * math.sin(step), 1.0 + 0.01 * math.cos(step)) == "apply"
     assert guard.judge(3.2, 1.0) == "apply"  # an outlier by deviations, but less than min_delta above
-    assert guard.judge(9.0, 1.0, retried=True) == "reduce" and guard.consecutive == 0
+    assert guard.judge(9.0, 1.0, rest=3.0) == "reduce" and guard.consecutive == 0
+    assert guard.judge(9.0, 1.0, rest=8.0) == "skip" and guard.judge(3.0, 1.0, rest=3.0) == "apply"
+    assert guard.judge(9.0, 1.0, rest=-math.inf) == "reduce"
     assert guard.judge(3.0, 80.0) == "skip" and guard.consecutive == 1
     assert guard.judge(3.0, 1.0) == "apply" and guard.consecutive == 0
-    assert guard.judge(math.nan, 1.0, retried=True) == "skip"
+    assert guard.judge(math.nan, 1.0, rest=3.0) == "skip"
     assert guard.judge(3.0, math.inf) == "skip"
     assert guard.judge(90.0, 1.0) == "reduce" and guard.consecutive == 2
 
