@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Table("Damage in bits per byte, and the share of it that is undone", "damaged_seed",
               ["damage", "undone", "undone_with_patience_3"], digits=3),
     ]  # fmt: skip
-    plots = [Plot("Validation bits per byte", "step", "val_bits", "course", log="y", reference=CLEAN)]
+    plots = [Plot("Validation bits per byte", "step", "val_bits", "course", reference=CLEAN)]
     record = Record("spike_guard", seeds=seeds, smoke=options.smoke, tables=tables, plots=plots)
     record.row(corpus="Python standard library", train_bytes=len(text[0]), val_bytes=len(text[1]), sha256=_digest(text))
     measure(record, sizes, seeds, text, options.smoke)

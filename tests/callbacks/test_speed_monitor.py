@@ -4,8 +4,8 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from zoo.callbacks import ThroughputMonitor, throughput_monitor
-from zoo.callbacks.throughput_monitor import peak_flops_of
+from zoo.callbacks import SpeedMonitor, speed_monitor
+from zoo.callbacks.speed_monitor import peak_flops_of
 
 
 class Clock:
@@ -20,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(throughput_monitor, "time", made)
+    monkeypatch.setattr(speed_monitor, "time", made)
     return made
 
 
@@ -74,7 +74,7 @@ def run(module, monitor, *callbacks, batch=None, batches=9, **options) -> Traine
 
 
 def test_speed_is_tokens_over_time_without_the_first_step(clock):
-    monitor = ThroughputMonitor()
+    monitor = SpeedMonitor()
     trainer = run(Slow(clock, [50.0, 1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 1.0, 4.0]), monitor)
     assert monitor.latest["throughput/tokens_per_second"] == pytest.approx(4 * 20 / (4 + 1 + 2 + 1))
     assert monitor.latest["throughput/step_seconds"] == pytest.approx(1.5)
@@ -84,7 +84,7 @@ def test_speed_is_tokens_over_time_without_the_first_step(clock):
 
 
 def test_accumulated_steps_count_all_their_micro_batches(clock):
-    monitor = ThroughputMonitor(every_n_steps=2)
+    monitor = SpeedMonitor(every_n_steps=2)
     run(Slow(clock, [9.0, 9.0, 9.0, 1.0, 2.0, 3.0]), monitor, batches=6, accumulate_grad_batches=3)
     assert monitor.latest["throughput/tokens_per_second"] == pytest.approx(60 / 6)
     assert monitor.latest["throughput/step_seconds"] == pytest.approx(6.0)
@@ -92,7 +92,7 @@ def test_accumulated_steps_count_all_their_micro_batches(clock):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_validation_and_saving_do_not_count(clock, tmp_path, accumulate):
-    monitor = ThroughputMonitor(every_n_steps=4)
+    monitor = SpeedMonitor(every_n_steps=4)
     module = Slow(clock, [1.0] * 8)
     trainer = run(module, monitor, SlowSave(clock, tmp_path), batches=8, val_check_interval=1 + 2 * (accumulate == 1),
                   accumulate_grad_batches=accumulate)  # fmt: skip
@@ -102,13 +102,13 @@ def test_validation_and_saving_do_not_count(clock, tmp_path, accumulate):
 
 
 def test_utilisation_is_counted_arithmetic_over_the_peak(clock):
-    monitor = ThroughputMonitor(peak_flops=1000.0)
+    monitor = SpeedMonitor(peak_flops=1000.0)
     run(Counting(clock, [2.0] * 9), monitor)
     assert monitor.latest["throughput/mfu"] == pytest.approx(10 * 5 * (20 / 2) / 1000)
 
 
 def test_batches_without_tokens_are_counted_in_samples(clock):
-    monitor = ThroughputMonitor(peak_flops=1000.0)
+    monitor = SpeedMonitor(peak_flops=1000.0)
     run(Counting(clock, [2.0] * 9), monitor, batch=(torch.zeros(6, 1, 2, 2), torch.zeros(6)))
     assert monitor.latest["throughput/samples_per_second"] == pytest.approx(3.0)
     assert "throughput/mfu" not in monitor.latest
@@ -117,7 +117,7 @@ def test_batches_without_tokens_are_counted_in_samples(clock):
 def test_a_step_far_slower_than_usual_is_named(clock):
     seconds = [1.0 + 0.01 * (step % 3) for step in range(30)]
     seconds[17], seconds[25] = 1.5, 9.0  # the first is an outlier, but not twice as slow
-    monitor = ThroughputMonitor(slow_warmup=10)
+    monitor = SpeedMonitor(slow_warmup=10)
     with pytest.warns(UserWarning, match=r"step 25 took 9 s; usual are 1\.0\d s"):
         run(Slow(clock, seconds), monitor, batches=30)
     assert monitor.slow_steps == 1
@@ -125,8 +125,8 @@ def test_a_step_far_slower_than_usual_is_named(clock):
 
 def test_a_device_that_is_not_in_the_table_is_named(clock, capsys, caplog):
     with caplog.at_level("INFO"):
-        run(Counting(clock, [1.0] * 9), ThroughputMonitor(), batches=2)
-        run(Slow(clock, [1.0] * 9), ThroughputMonitor(), batches=2)
+        run(Counting(clock, [1.0] * 9), SpeedMonitor(), batches=2)
+        run(Slow(clock, [1.0] * 9), SpeedMonitor(), batches=2)
     assert "peak FLOP/s of this cpu not known, so MFU is not logged: give peak_flops" in caplog.text
     assert "Slow has no flops_per_token()" in caplog.text
 
@@ -143,4 +143,4 @@ def test_peaks(name, peak):
 @pytest.mark.parametrize("options", [{"peak_flops": 0.0}, {"every_n_steps": 0}, {"slow_factor": 0.5}, {"slow_warmup": 0}])
 def test_arguments_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options)).removeprefix("slow_")):
-        ThroughputMonitor(**options)
+        SpeedMonitor(**options)
