@@ -12,10 +12,10 @@ from zoo.callbacks.router_monitor import RouterMonitor
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
 from zoo.callbacks.sample_quality import SampleQuality
+from zoo.callbacks.speed_monitor import SpeedMonitor
 from zoo.callbacks.spike_guard import SpikeGuard
 from zoo.callbacks.text_quality import TextQuality
 from zoo.callbacks.text_writer import TextWriter
-from zoo.callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "EMA",
@@ -30,9 +30,9 @@ __all__ = [
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",
+    "SpeedMonitor",
     "SpikeGuard",
     "TextQuality",
     "TextWriter",
-    "ThroughputMonitor",
     "TrajectoryWriter",
 ]
