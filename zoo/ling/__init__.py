@@ -1,19 +1,30 @@
 """Ling: fine-grained mixture-of-experts language models."""
 
 from zoo.ling.cache import KVCache
-from zoo.ling.config import LingConfig, RopeScaling, preset
+from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
+from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.experts import Experts
 from zoo.ling.head import Head, cross_entropy, normalized_weight
+from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.norm import RMSNorm
+from zoo.ling.preference import LingDPO
 from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
+from zoo.ling.scaling_law import compute_of, optimal
+from zoo.ling.schedule import WSD, Annealing
 
 __all__ = [
+    "WSD",
+    "Annealing",
+    "DPOLoss",
     "Experts",
+    "Generation",
     "Head",
     "KVCache",
+    "Ling",
     "LingConfig",
+    "LingDPO",
     "LingForCausalLM",
     "LingOutput",
     "RMSNorm",
@@ -22,8 +33,13 @@ __all__ = [
     "Router",
     "Routing",
     "balance_loss",
+    "compute_of",
     "cross_entropy",
+    "dpo_loss",
     "normalized_weight",
+    "optimal",
     "preset",
+    "sequence_logps",
+    "token_losses",
     "z_loss",
 ]

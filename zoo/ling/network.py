@@ -315,7 +315,9 @@ class LingForCausalLM(nn.Module):
         self.model = Model(config, experts, accurate_router)
         self.lm_head = Head(config.vocab_size, config.hidden_size, config.norm_head)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.word_embeddings.weight
+            tied = self.model.word_embeddings.weight
+            assert isinstance(tied, nn.Parameter)
+            self.lm_head.weight = tied
         self.initialize()
 
     @property
