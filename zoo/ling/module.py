@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
+from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, to_hf_state_dict
 from zoo.module import ZooModule
 
 __all__ = ["Ling", "Tokenizer"]
@@ -121,8 +123,6 @@ class Ling(ZooModule):
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
         accurate = router_dtype == "float32"
         if checkpoint is not None:
-            from zoo.ling.state_dict_adapter import load_hf  # reads files; most modules are built without
-
             self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate)
             # Plain data that need no folder: the weights are in every checkpoint of the run.
             architecture = dataclasses.asdict(self.network.config)
@@ -374,6 +374,30 @@ class Ling(ZooModule):
         )
         new_BT = ids_BT[:, batch["input_ids"].shape[1] :]
         return {"index": batch["index"], "prompt": batch["prompt"], "text": [_text(ids, tokenizer) for ids in new_BT.tolist()]}
+
+    # Released weights
+
+    def load_official(self, path: str | Path) -> None:
+        """Fill the network from a released folder (Hugging Face layout, whole or in shards) or one file of weights.
+
+        Raises:
+            ValueError: files that are unsafe, damaged, or do not fit; all names and shapes that differ are listed.
+        """
+        load_official(self.network, path)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The weights by their released names; `save_hf` writes a whole folder."""
+        return to_hf_state_dict(self.network)
+
+    @classmethod
+    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Our hyperparameters from the entries of a released ``config.json``."""
+        return infer_hf(cls, config)
+
+    @classmethod
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """Our hyperparameters from a released folder, or a file of weights beside its ``config.json``."""
+        return infer_hf(cls, path)
 
 
 class _Evaluation(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM
+from zoo.ling.state_dict_adapter import load_hf
 
 __all__ = ["LingDPO"]
 
@@ -82,8 +83,6 @@ class LingDPO(Ling):
             if self.reference == "copy":
                 self._reference = [copy.deepcopy(self.network)]
             else:
-                from zoo.ling.state_dict_adapter import load_hf  # reads files
-
                 self._reference = [load_hf(self.reference)]
         self._reference[0].requires_grad_(False).eval().to(self.network.lm_head.weight)
 

@@ -157,9 +157,7 @@ def load_weights(
     stored: dict[str, _Stored] = {}
     for file in files:
         with _opened(file) as tensors:
-            stored |= {
-                name: _Stored(tuple(t.shape), t.dtype, file) for name, t in tensors if not _is_skipped(name)
-            }
+            stored |= {name: _Stored(tuple(t.shape), t.dtype, file) for name, t in tensors if not _is_skipped(name)}
     _compare(network, stored, path)
     _allocate(network, stored, dtype, torch.device(device))
     views = dict(released_tensors(network))
