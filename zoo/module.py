@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -403,7 +403,8 @@ class ZooModule(Configurable, LightningModule):
                 " published code."
             )
         model = {**model, "init_args": {**model.get("init_args", {}), **overrides}}
-        return find_class(model["class_path"], cls).build_official(model, path)  # type: ignore[no-any-return]
+        named = (c for c in _family(cls) if model["class_path"] in (c.__name__, class_path(c)))
+        return cast(Self, next(named, cls).build_official(model, path))
 
     @classmethod
     def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:

@@ -57,7 +57,9 @@ def convert(argv: Sequence[str]) -> None:
     )
     parser.add_argument("target", type=Path, help="the folder to write, or with --official the file (Ling: or the folder)")
     parser.add_argument("--config", help="for official weights: a configuration of ours, or the published code's YAML file")
-    parser.add_argument("--official", action="store_true", help="write for the published code: .pt or .safetensors, for Ling a folder")
+    parser.add_argument(
+        "--official", action="store_true", help="write for the published code: .pt or .safetensors, for Ling a folder"
+    )
     parser.add_argument("--description", default="", help="one line on what the weights were trained on and what they reach")
     parser.add_argument("--half", action="store_true", help="store the weights in half precision, half as large")
     options = parser.parse_args(argv)

@@ -75,7 +75,7 @@ class BailingMoeConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         aliases = ("n_routed_experts", "n_shared_experts")
-        defaults = to_hf_config(LingConfig())
+        defaults = to_hf_config(LingConfig()) | {"head_dim": None}  # follows from the other sizes
         for alias, name in zip(aliases, ("num_experts", "num_shared_experts"), strict=True):
             if kwargs.get(alias) is not None:
                 defaults.pop(name)
@@ -116,10 +116,10 @@ class BailingMoePreTrainedModel(PreTrainedModel):
     config: BailingMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (the library's own types, here and below)
     _supports_sdpa = True
     _input_embed_layer = "word_embeddings"
-    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$", r"(^|\.)v_head\.")
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"(^|\.)v_head\."]  # noqa: RUF012
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """How experts are computed (hook of the library): its names or ours, `zoo.ling.Experts`; None is ``auto``.
@@ -153,12 +153,14 @@ class BailingMoeModel(BailingMoePreTrainedModel):
     """
 
     word_embeddings: nn.Embedding
+    layers: nn.ModuleList
     num_dense: int
 
     def __init__(self, config: BailingMoeConfig) -> None:
         super().__init__(config)
         chosen = getattr(config, "_experts_implementation", None)
-        network = Model(config.ling, chosen if chosen in get_args(Backend) else "auto", accurate_router=True)
+        backend = cast(Backend, chosen if chosen in get_args(Backend) else "auto")
+        network = Model(config.ling, backend, accurate_router=True)
         for name, child in network.named_children():
             self.add_module(name, child)
         self.num_dense = network.num_dense
@@ -246,12 +248,12 @@ class BailingMoeModel(BailingMoePreTrainedModel):
         if norm_D is not None:
             hidden_BTD = (hidden_BTD / norm_D.to(hidden_BTD.device)).to(hidden_BTD.dtype)
         want_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        output = MoeModelOutputWithPast(
-            last_hidden_state=hidden_BTD,
-            hidden_states=(*states, hidden_BTD) if want_states else None,
-            router_logits=tuple(routing.logits_NE for routing in routings) if want_router else None,
-            **{_CACHE: cache},
-        )
+        extras: dict[str, Any] = {_CACHE: cache}
+        if want_states:
+            extras["hidden_states"] = (*states, hidden_BTD)
+        if want_router:
+            extras["router_logits"] = tuple(routing.logits_NE for routing in routings)
+        output = MoeModelOutputWithPast(last_hidden_state=hidden_BTD, **extras)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict is not False else output.to_tuple()
 
@@ -267,7 +269,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         config: its configuration.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}  # noqa: RUF012 (the library's own type)
+    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: BailingMoeConfig) -> None:
         super().__init__(config)
@@ -347,7 +349,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
             output_attentions=kwargs.pop("output_attentions", None),
             return_dict=True,
         )
-        logits = self.lm_head(slice_logits(inner.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_logits(cast(Tensor, inner.last_hidden_state), logits_to_keep))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = aux_loss = None
         if labels is not None:
@@ -423,7 +425,7 @@ def register() -> None:
     AutoModel.register(BailingMoeConfig, BailingMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(BailingMoeConfig, BailingMoeForCausalLM, exist_ok=True)
     AutoTokenizer.register(BailingMoeConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
-    converters = [
+    converters: list[Any] = [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",
