@@ -186,7 +186,7 @@ def test_running_moments_are_those_of_the_scores(tmp_path: Path) -> None:
     model = Ling(SMALL, router_warmup_steps=5, optimizer=partial(torch.optim.SGD, lr=0.0))
     trainer(tmp_path, max_steps=1).fit(model, Periods(batch_size=8))
     stats = model.router_stats
-    for moe, mean, std in zip(model.network.moe_layers, stats.mean_L, stats.std_L, strict=True):
+    for moe, mean, std in zip(model.network.moe_layers, stats.logit_mean, stats.logit_std, strict=True):
         assert moe.gate.running_mean.item() == pytest.approx(mean.item())
         assert moe.gate.running_std.item() == pytest.approx(std.item())
 

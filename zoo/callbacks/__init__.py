@@ -1,6 +1,7 @@
 """Lightning callbacks of the zoo."""
 
 from zoo.callbacks.batch_size_warmup import BatchSizeWarmup
+from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
@@ -19,6 +20,7 @@ from zoo.callbacks.throughput_monitor import ThroughputMonitor
 __all__ = [
     "EMA",
     "BatchSizeWarmup",
+    "ChoiceEval",
     "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with expe
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from zoo.hyperparameters import build
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
+from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
@@ -255,7 +256,7 @@ class Ling(ZooModule):
             "z": z.detach(),
         }
         if self.applied_steps < self.router_warmup_steps and self.router_stats is not None:
-            self._moments.append(torch.stack([self.router_stats.mean_L, self.router_stats.square_L]))
+            self._moments.append(torch.stack([self.router_stats.logit_mean, self.router_stats.logit_square]))
         self.log_dict({f"train/{name}": self.last_losses[name] for name in ("ce", "aux", "z")})
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
@@ -271,10 +272,9 @@ class Ling(ZooModule):
             zero = torch.zeros((), device=self.device)
             return zero, zero
         assert self.router_stats is not None
-        counts_LE = self.router_stats.counts_LE
-        if self.aux_scope == "global" and dist.is_available() and dist.is_initialized():
-            counts_LE = counts_LE.clone()
-            dist.all_reduce(counts_LE)
+        counts_LE = self.router_stats.counts
+        if self.aux_scope == "global":
+            counts_LE, _ = self._summed(counts_LE)
         aux = torch.stack([
             balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
             for routing, load_E in zip(output.routings, counts_LE.unbind(), strict=True)
@@ -297,14 +297,22 @@ class Ling(ZooModule):
         share = torch.tensor(self.applied_steps / self.router_warmup_steps, dtype=dtype, device=self.device)
         return lambda layer: noise_LNE[layer - first], share
 
+    def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The sum over the processes that take this step together, and how many they are."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return tensor, 1
+        # A strategy whose replicas go their own ways says who they are; None: all.
+        group_of = getattr(self.trainer.strategy, "spike_group", None)
+        group = group_of() if callable(group_of) else None
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor, dist.get_world_size(group)
+
     def on_applied_step(self) -> None:
         """Take the scores' mean and deviation of an applied step into the running ones; a skipped step leaves no trace."""
         if self._moments:
-            moments_2L = torch.stack(self._moments).mean(0)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(moments_2L)
-                moments_2L /= dist.get_world_size()
-            mean_L, square_L = moments_2L
+            total_2L, num_processes = self._summed(torch.stack(self._moments).mean(0))
+            mean_L, square_L = total_2L / num_processes
             std_L = (square_L - mean_L.square()).clamp(min=0).sqrt()
             for moe, mean, std in zip(self.network.moe_layers, mean_L, std_L, strict=True):
                 moe.gate.update(mean, std, self.router_momentum, first=self.applied_steps == 0)
@@ -355,6 +363,23 @@ class Ling(ZooModule):
         """Log the means over all batches and processes (Lightning hook)."""
         self._log_evaluation("test", self.test_metrics)
 
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
+
+        Args:
+            pairs: context and continuation.
+        """
+        tokenizer = self._tokenizer()
+        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
+        # One pass of the network for the call, so that ranks whose passes communicate stay in step.
+        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids))).logp_N.tolist()
+
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
+        return tokenizer
+
     # Generation
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -363,9 +388,7 @@ class Ling(ZooModule):
         Raises:
             ValueError: the DataModule has no tokenizer.
         """
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("predict needs a DataModule with a tokenizer, such as Text with predict_prompts.")
+        tokenizer = self._tokenizer()
         ids_BT = self.network.generate(
             batch["input_ids"],
             batch.get("attention_mask"),

@@ -91,21 +91,21 @@ class RouterStatistics(NamedTuple):
     """What the routers of L layers did with a micro-batch, without gradient.
 
     Attributes:
-        counts_LE: valid assignments to each expert, int64.
-        probs_LE: mean probability of each expert.
-        mean_L: mean of the scores.
-        square_L: mean of their squares.
+        counts: (L, E) int64, valid assignments to each expert.
+        mean_probability: (L, E), mean of the probabilities over the valid tokens.
+        logit_mean: (L,), mean of the scores over tokens and experts.
+        logit_square: (L,), mean of their squares.
     """
 
-    counts_LE: Tensor
-    probs_LE: Tensor
-    mean_L: Tensor
-    square_L: Tensor
+    counts: Tensor
+    mean_probability: Tensor
+    logit_mean: Tensor
+    logit_square: Tensor
 
     @property
-    def std_L(self) -> Tensor:
-        """Standard deviation of the scores."""
-        return (self.square_L - self.mean_L.square()).clamp(min=0).sqrt()
+    def logit_std(self) -> Tensor:
+        """(L,), standard deviation of the scores."""
+        return (self.logit_square - self.logit_mean.square()).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
