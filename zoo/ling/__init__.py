@@ -13,6 +13,7 @@ from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
 from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
+from zoo.ling.state_dict_adapter import load_hf, read_hf_config, save_hf
 
 __all__ = [
     "WSD",
@@ -36,10 +37,23 @@ __all__ = [
     "compute_of",
     "cross_entropy",
     "dpo_loss",
+    "load_hf",
     "normalized_weight",
     "optimal",
     "preset",
+    "read_hf_config",
+    "register",
+    "save_hf",
     "sequence_logps",
     "token_losses",
     "z_loss",
 ]
+
+
+def register() -> None:
+    """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` of transformers know released folders, without remote
+    code. Not done on import, because importing the library's models takes seconds; see `zoo.ling.transformers_model`.
+    """
+    from zoo.ling import transformers_model
+
+    transformers_model.register()

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from zoo.hyperparameters import build
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
-from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, to_hf_state_dict
+from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
 from zoo.module import ZooModule
 
 __all__ = ["Ling", "Tokenizer"]
@@ -124,7 +125,7 @@ class Ling(ZooModule):
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
         accurate = router_dtype == "float32"
         if checkpoint is not None:
-            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate)
+            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate).train()
             # Plain data that need no folder: the weights are in every checkpoint of the run.
             architecture = dataclasses.asdict(self.network.config)
             for hyperparameters in (self._hparams, self._hparams_initial):
@@ -424,7 +425,47 @@ class Ling(ZooModule):
 
     def to_official(self) -> dict[str, Tensor]:
         """The weights by their released names; `save_hf` writes a whole folder."""
-        return to_hf_state_dict(self.network)
+        return {name: tensor.cpu().clone() for name, tensor in to_hf_state_dict(self.network).items()}
+
+    def write_official(self, path: Path) -> int:
+        """Write a released folder, in shards; or one file of weights where ``path`` ends like one."""
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin") and not path.is_dir():
+            return super().write_official(path)
+        save_hf(self.network, path)
+        return len(to_hf_state_dict(self.network))
+
+    @classmethod
+    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
+        """Build the module with weights in the type they are stored in; memory holds them once.
+
+        Args:
+            model: ``{"class_path", "init_args"}``.
+            path: a released folder, or one file of weights.
+        """
+        arguments = dict(model.get("init_args", {}))
+        found = infer_hf(cls, path)
+        if found is None or found["init_args"]["config"] != arguments.get("config"):  # another architecture on purpose
+            return super().build_official(model, path)
+        return build(cls, {**model, "init_args": {**arguments, "checkpoint": str(path)}})
+
+    @classmethod
+    def from_hf(cls, path: str | Path, **arguments: Any) -> Self:
+        """The module of a released folder, see `load_hf`.
+
+        Args:
+            path: the folder.
+            arguments: of the constructor.
+        """
+        return cls(checkpoint=str(path), **arguments)
+
+    def to_hf(self, folder: str | Path, **options: Any) -> Path:
+        """Write a released folder, see `save_hf`.
+
+        Args:
+            folder: where.
+            options: of `save_hf`: ``max_shard_size``, ``normalized_head``, ``dtype``.
+        """
+        return save_hf(self.network, folder, **options)
 
     @classmethod
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
