@@ -1,6 +1,6 @@
 """EDiT against data parallelism when one random process is slow at each step.
 
-``python -m benchmarks.edit`` trains a small byte language model on Python's own library sources, with 2 and with 4 processes
+``python -m benchmarks.edit`` trains a small `Ling` on the bytes of Python's own library sources, with 2 and with 4 processes
 (gloo, one thread each) that all take the same number of steps. At each step one process, drawn anew, sleeps for ``--delay``
 seconds. Compared are
 
@@ -22,6 +22,7 @@ steps in all; they fall to the processes as they come.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -44,7 +45,7 @@ import torch.multiprocessing as multiprocessing
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,8 +53,8 @@ from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from strategies import EDiTStrategy
+from zoo.ling import Ling, preset
 
-VOCABULARY = 256
 DDP, LOCAL, LOCAL_FREE, EDIT, A_EDIT = "DDP", "post-local-SGD", "post-local-SGD, not asked", "EDiT", "A-EDiT"
 ARMS = (DDP, LOCAL, LOCAL_FREE, EDIT, A_EDIT)
 
@@ -83,64 +84,12 @@ class Setting:
     seed: int
 
 
-class ByteLayer(nn.Module):
-    """Causal self-attention and a perceptron, each on the normalised residual stream."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """The stream after the layer, (B, T, D)."""
-        q, k, v = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.attention_norm(x_BTD)).chunk(3, -1)
-        )
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self.out(attended.transpose(1, 2).flatten(2))
-        return x_BTD + self.down(nn.functional.gelu(self.up(self.norm(x_BTD))))
-
-
-class ByteTransformer(LightningModule):
-    """A byte language model; batches are those of text, ``{"input_ids", "labels"}``, which the model shifts."""
-
-    def __init__(self, width: int = 64, num_layers: int = 3, num_heads: int = 4, lr: float = 2e-3) -> None:
-        super().__init__()
-        self.lr = lr
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Embedding(512, width)
-        self.layers = nn.ModuleList([ByteLayer(width, num_heads) for _ in range(num_layers)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of the next byte (B, T, 256)."""
-        x_BTD = self.embedding(input_ids) + self.position.weight[: input_ids.shape[1]]
-        for layer in self.layers:
-            x_BTD = layer(x_BTD)
-        return self.head(self.norm(x_BTD))
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        logits = self(batch["input_ids"])[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy in nats a byte (Lightning hook)."""
-        return self._loss(batch)
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the loss as ``val_loss`` (Lightning hook)."""
-        self.log("val_loss", self._loss(batch), sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with a constant learning rate (Lightning hook)."""
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def make_model() -> LightningModule:
-    """The model that is trained; any that takes ``{"input_ids", "labels", "attention_mask"}`` and logs ``val_loss``."""
-    return ByteTransformer()
+def make_model() -> Ling:
+    """A small mixture of experts on bytes."""
+    config = preset("ling_tiny").replace(
+        hidden_size=64, num_hidden_layers=3, num_experts=8, num_experts_per_tok=2, initializer_range=0.1
+    )
+    return Ling(config, router_warmup_steps=20, optimizer=functools.partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95)))
 
 
 def library_text(num_bytes: int) -> bytes:
@@ -250,12 +199,13 @@ def train(arm: str, setting: Setting, delay: float, seconds: float, steps: int) 
     model = make_model()
     trainer = Trainer(
         accelerator="cpu", devices=setting.ranks, strategy=strategy_of(arm, setting, seconds), max_steps=steps,
-        callbacks=[straggle], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[straggle], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(model, DataLoader(train_data, setting.batch))
     trainer.limit_val_batches = 1.0
     (result,) = trainer.validate(model, DataLoader(held_out, 32), verbose=False)
-    return {"seconds": straggle.seconds, "steps": float(straggle.timed), "loss": result["val_loss"]}
+    return {"seconds": straggle.seconds, "steps": float(straggle.timed), "loss": result["val/loss"]}
 
 
 def together(outcomes: list[dict[str, float]]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """How much of the damage of corrupted batches the spike guard undoes, and what it costs.
 
-``python -m benchmarks.spike_guard`` trains a small byte language model (width 64, 2 layers, 16 sequences of 128 bytes, 240 steps)
+``python -m benchmarks.spike_guard`` trains a small `Ling` on bytes (width 64, 2 layers, 2 of 8 experts, 16 sequences of 128 bytes, 240 steps)
 on the sources of Python's standard library, a twentieth of the files held out, from several seeds. In the planted arms, the
 batches of 12 steps in a row are corrupted: in turns random bytes, and the bytes of each sequence in random order. All arms of a
 seed have the same initial weights and, up to the first skipped step, the same batches. The result holds validation bits per byte
@@ -18,6 +18,7 @@ Claim: arXiv 2503.05139, sections 3.4.4 and 6.1, where no figure is given.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import math
 import statistics
@@ -38,6 +39,7 @@ from benchmarks.record import Record
 from benchmarks.tables import Table
 from zoo import ZooModule
 from zoo.callbacks import SpikeGuard
+from zoo.ling import Ling, preset
 
 # B sequences of a batch, T bytes of a sequence, V ids, D width
 
@@ -95,9 +97,10 @@ def language_model(sizes: Sizes, smoke: bool) -> Subject:
     if smoke:
         tiny = Bigrams(sizes.width)
         return Subject(tiny, tiny)
-    from zoo.ling import Ling, LingConfig
-
-    ling = Ling(LingConfig.ling_tiny(vocab_size=VOCAB, hidden_size=sizes.width, num_hidden_layers=sizes.layers))
+    config = preset("ling_tiny").replace(
+        hidden_size=sizes.width, num_hidden_layers=sizes.layers, num_experts=8, num_experts_per_tok=2, initializer_range=0.1
+    )
+    ling = Ling(config, router_warmup_steps=20, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95)))
     return Subject(ling, lambda ids_BT: ling.network(ids_BT).logits)
 
 
