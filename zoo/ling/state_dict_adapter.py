@@ -316,6 +316,7 @@ def save_hf(
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         copies = {n: weights[n].to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
         save_file(copies, folder / file, metadata={"format": "pt"})
+        del copies  # before those of the next file are made
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
