@@ -3,7 +3,9 @@
 from zoo.ling.cache import KVCache
 from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
+from zoo.ling.engine import Completion, Engine
 from zoo.ling.experts import Experts
+from zoo.ling.generation import generate, stream
 from zoo.ling.head import Head, cross_entropy, normalized_weight
 from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
@@ -13,11 +15,14 @@ from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
 from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
+from zoo.ling.token_choice import TokenChoice
 
 __all__ = [
     "WSD",
     "Annealing",
+    "Completion",
     "DPOLoss",
+    "Engine",
     "Experts",
     "Generation",
     "Head",
@@ -32,14 +37,17 @@ __all__ = [
     "RotaryEmbedding",
     "Router",
     "Routing",
+    "TokenChoice",
     "balance_loss",
     "compute_of",
     "cross_entropy",
     "dpo_loss",
+    "generate",
     "normalized_weight",
     "optimal",
     "preset",
     "sequence_logps",
+    "stream",
     "token_losses",
     "z_loss",
 ]
