@@ -1,10 +1,10 @@
 """How much of the damage of corrupted batches the spike guard undoes, and what it costs.
 
-``python -m benchmarks.spike_guard`` trains a small `Ling` on bytes (width 64, 2 layers, 2 of 8 experts, 16
-sequences of 128 bytes, 240 steps) on the sources of Python's standard library, a twentieth of the files held out, from several seeds. In the planted arms, the
-batches of 12 steps in a row are corrupted: in turns random bytes, and the bytes of each sequence in random order. All arms of a
-seed have the same initial weights and, up to the first skipped step, the same batches. The result holds validation bits per byte
-along the training of
+``python -m benchmarks.spike_guard`` trains a small `Ling` on bytes (width 64, 2 layers, 2 of 8 experts, 16 sequences of 128
+bytes, 240 steps) on the sources of Python's standard library, a twentieth of the files held out, from several seeds. In the
+planted arms, the batches of 12 steps in a row are corrupted: in turns random bytes, and the bytes of each sequence in random
+order. All arms of a seed have the same initial weights and, up to the first skipped step, the same batches. The result
+holds validation bits per byte along the training of
 
 * the clean run, without and with the guard: skipped and reduced steps there are false alarms, and the time inside the guard is
   measured by its own clock;
