@@ -102,6 +102,14 @@ class ZooModule(Configurable, LightningModule):
                 optimizer.register_step_post_hook(lambda *_: self.on_applied_step())
         self._scheduled_steps = self.applied_steps
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place (Lightning hook)."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not hasattr(self.trainer.optimizers[0], "register_step_post_hook"):
+            engine: Any = self.trainer.model
+            if not hasattr(engine, "was_step_applied") or engine.was_step_applied():
+                self.on_applied_step()
+
     def on_applied_step(self) -> None:
         """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
         self.applied_steps += 1
@@ -109,8 +117,7 @@ class ZooModule(Configurable, LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Advance a schedule, but for a step that was skipped (Lightning hook)."""
         if self.lr_scheduler_interval == "step" and metric is None and len(self.trainer.optimizers) == 1:
-            counted = hasattr(self.trainer.optimizers[0], "register_step_post_hook")
-            if counted and self.applied_steps == self._scheduled_steps:
+            if self.applied_steps == self._scheduled_steps:
                 return
             self._scheduled_steps = self.applied_steps
         super().lr_scheduler_step(scheduler, metric)
