@@ -198,10 +198,17 @@ def train(arm: str, setting: Setting, delay: float, seconds: float, steps: int) 
     straggle = Straggle(setting, delay, ask=arm != LOCAL_FREE)
     model = make_model()
     trainer = Trainer(
-        accelerator="cpu", devices=setting.ranks, strategy=strategy_of(arm, setting, seconds), max_steps=steps,
-        callbacks=[straggle], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=setting.ranks,
+        strategy=strategy_of(arm, setting, seconds),
+        max_steps=steps,
+        callbacks=[straggle],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     trainer.fit(model, DataLoader(train_data, setting.batch))
     trainer.limit_val_batches = 1.0
     (result,) = trainer.validate(model, DataLoader(held_out, 32), verbose=False)

@@ -39,7 +39,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.level.lerp_(x.detach().mean().view(1), 0.1)
+            self.level.lerp_(x.detach().mean().view(1).to(self.level), 0.1)
             self.count += 1
         return x + self.linear(x).tanh()
 
@@ -578,6 +578,44 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], said: str) -> None:
         EDiTStrategy(**wrong)
     with pytest.raises(ValueError, match="shard_size=0"):
         EDiTShardedStrategy(shard_size=0)
+
+
+def half(kind: Callable[..., Any], precision: str) -> tuple[bool, bool, set[torch.dtype]]:
+    torch.set_default_dtype(torch.float32)
+    seed_everything(5, verbose=False)
+    strategy, model = kind(), Residual()
+    Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, precision=precision, max_steps=9, logger=False, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(model, loader_of_halves())  # type: ignore[arg-type]  # fmt: skip
+    assert strategy.synchronizer is not None
+    state = strategy.synchronizer.state_dict()
+    weights = weights_of(model)
+    total = torch.cat([value.double().flatten() for value in weights.values()])
+    both = [torch.empty_like(total) for _ in range(2)]
+    dist.all_gather(both, total)
+    near = all(torch.equal(weights[name].cpu(), value.to(weights[name].dtype)) for name, value in state["anchor"].items())
+    return bool(torch.equal(*both)) and bool(total.isfinite().all()), near, {value.dtype for value in state["momentum"].values()}
+
+
+def loader_of_halves() -> DataLoader:
+    data = loader(2)
+    torch.set_default_dtype(torch.float32)
+    return data
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("kind", [partial(EDiTStrategy, sync_interval=2, warmup_steps=2), partial(
+    EDiTShardedStrategy, shard_size=1, sync_interval=2, warmup_steps=2)], ids=["replicated", "sharded"])  # fmt: skip
+def test_anchors_of_half_precision_weights_are_kept_in_float32(pool: RankPool, kind: Callable[..., Any], precision: str) -> None:
+    for same, near, kinds in pool.run(half, kind, precision):
+        assert same and near and kinds == {torch.float32}
+
+
+def test_names_of_lightning_that_it_replaces() -> None:
+    loop = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit_loop.epoch_loop
+    assert callable(loop._broadcast_sigterm_tensor) and callable(loop._should_check_val_fx)
+    assert callable(dist.distributed_c10d._get_default_store)
 
 
 def told_to_stop(folder: Path) -> tuple[int, bool, list[int]]:
