@@ -230,8 +230,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "ling_plus": {
         "hidden_size": 5376,
         "num_hidden_layers": 88,
-        "num_attention_heads": 56,
-        "num_key_value_heads": 8,
+        "num_attention_heads": 42,
+        "num_key_value_heads": 6,
         "num_experts_per_tok": 4,
         "num_shared_experts": 1,
         "moe_intermediate_size": 3072,
