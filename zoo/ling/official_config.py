@@ -178,6 +178,8 @@ def read_hf_config(path: str | Path) -> tuple[LingConfig, dict[str, Any]]:
         ValueError: it is no JSON, or see `from_hf_config`.
     """
     path = Path(path)
+    if not path.exists() and path.name != CONFIG_FILE:
+        raise FileNotFoundError(f"There is no {path}: give the folder of released weights, with {CONFIG_FILE} in it.")
     file = path / CONFIG_FILE if path.is_dir() else path.with_name(CONFIG_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"There is no {file}: a released folder holds {CONFIG_FILE} beside its weights.")
