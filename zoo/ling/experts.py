@@ -138,15 +138,14 @@ def _loop(
     x_ND: Tensor, weights_Nk: Tensor, order_M: Tensor, inverse_M: Tensor, offset_E: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     N, k = weights_Nk.shape
-    x_MD = _Permute.apply(x_ND[:, None].expand(N, k, -1).reshape(N * k, -1), order_M, inverse_M)
+    x_MD = _Permute.apply(x_ND[:, None].expand(N, k, -1).flatten(0, 1), order_M, inverse_M)
     parts = []
     # `unbind` and no `weight[e]`, each of which would make a gradient of the size of all experts.
     for x_mD, w13, w2 in zip(x_MD.split(_counts(offset_E)), gate_up.unbind(0), down.unbind(0), strict=True):
-        if len(x_mD):
+        if len(x_mD) or not len(x_MD):  # without any token all take part, and have gradients of zero
             gate, up = F.linear(x_mD, w13).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, w2))
-    y_MD = torch.cat(parts) if parts else x_MD * 1
-    y_NkD = _Permute.apply(y_MD, inverse_M, order_M).view(N, k, -1)
+    y_NkD = _Permute.apply(torch.cat(parts), inverse_M, order_M).view(N, k, x_ND.shape[1])
     accurate = torch.promote_types(x_ND.dtype, torch.float32)
     return (y_NkD.to(accurate) * weights_Nk[..., None]).sum(1).to(x_ND.dtype)
 
@@ -154,9 +153,9 @@ def _loop(
 def _batched(x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     N, k = ids_Nk.shape
     flat_M = ids_Nk.reshape(-1)
-    x_MD1 = x_ND[:, None, :].expand(N, k, -1).reshape(N * k, -1, 1)
+    x_MD1 = x_ND[:, None].expand(N, k, -1).flatten(0, 1).unsqueeze(-1)
     gate, up = torch.bmm(gate_up[flat_M], x_MD1).chunk(2, dim=1)
-    y_NkD = torch.bmm(down[flat_M], F.silu(gate) * up).view(N, k, -1)
+    y_NkD = torch.bmm(down[flat_M], F.silu(gate) * up).view(N, k, x_ND.shape[1])
     accurate = torch.promote_types(x_ND.dtype, torch.float32)
     return (y_NkD.to(accurate) * weights_Nk[..., None]).sum(1).to(x_ND.dtype)
 
