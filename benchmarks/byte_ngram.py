@@ -84,7 +84,8 @@ class ByteNgram:
             raise ValueError(f"order is {order}, and must lie between 1 and {_MOST_BYTES}.")
         if text.dtype != np.uint8 or text.ndim != 1 or len(text) < order:
             raise ValueError(
-                f"The training text must be a vector of at least order={order} bytes (uint8), not {text.dtype} of shape {text.shape}."
+                f"The training text must be a vector of at least order={order} bytes (uint8), not {text.dtype} of shape"
+                f" {text.shape}."
             )
         self.order = order
         gram, count = np.unique(_codes(text, order), return_counts=True)

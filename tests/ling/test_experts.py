@@ -1,6 +1,7 @@
 """Routed experts: every backend is the dense weighted sum, with its gradients, whatever the routing, and the same each time."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,10 +13,10 @@ from zoo.ling import experts as module
 from zoo.ling.experts import Backend, Experts, choose_backend, sort_by_expert
 
 BACKENDS: list[Backend] = ["grouped", "loop", "batched", "auto"]
-D, I, E, K = 16, 8, 6, 3
+D, WIDTH, E, K = 16, 8, 6, 3
 
 
-def build(backend: Backend = "auto", dtype: torch.dtype = torch.float32, width: int = I, hidden: int = D) -> Experts:
+def build(backend: Backend = "auto", dtype: torch.dtype = torch.float32, width: int = WIDTH, hidden: int = D) -> Experts:
     torch.manual_seed(0)
     experts = Experts(E, hidden, width, backend).to(dtype)
     for parameter in experts.parameters():
@@ -62,7 +63,7 @@ def test_all_backends_are_the_dense_sum_with_its_gradients(
         monkeypatch.setattr(module, "_BLOCK_BYTES", 2048)
     for num_tokens in (1, 40):
         experts, routing = build(backend), routed(num_tokens)
-        expected = with_gradients(lambda *given: dense(experts, *given), experts, *routing)
+        expected = with_gradients(partial(dense, experts), experts, *routing)
         close(with_gradients(experts, experts, *routing), expected, 1e-5)
 
 
@@ -75,7 +76,7 @@ def test_experts_without_tokens_and_all_tokens_at_one(backend: Backend, blocked:
     experts, (x_ND, ids_Nk, weights_Nk) = build(backend), routed(30)
     for ids in (torch.full_like(ids_Nk[:, :1], 2), ids_Nk[:, :1] % 2 * 5, torch.tensor([[1, 4]]).expand(30, 2)):
         weights = weights_Nk.detach()[:, : ids.shape[1]].clone().requires_grad_()
-        expected = with_gradients(lambda *given: dense(experts, *given), experts, x_ND, ids, weights)
+        expected = with_gradients(partial(dense, experts), experts, x_ND, ids, weights)
         found = with_gradients(experts, experts, x_ND, ids, weights)
         close(found, expected, 1e-5)
         idle = sorted(set(range(E)) - set(ids.flatten().tolist()))
