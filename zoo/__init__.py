@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from zoo import bfn, callbacks, emigm, metrics
+    from zoo import bfn, callbacks, emigm, ling, metrics
     from zoo.hub import list_models, load
     from zoo.hyperparameters import Configurable
     from zoo.module import ZooModule
 
-__all__ = ["Configurable", "ZooModule", "__version__", "bfn", "callbacks", "emigm", "list_models", "load", "metrics"]
+__all__ = ["Configurable", "ZooModule", "__version__", "bfn", "callbacks", "emigm", "ling", "list_models", "load", "metrics"]
 
 _HOME = {"Configurable": "hyperparameters", "ZooModule": "module", "list_models": "hub", "load": "hub"}
-_PACKAGES = ("bfn", "callbacks", "emigm", "metrics")
+_PACKAGES = ("bfn", "callbacks", "emigm", "ling", "metrics")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_plain", "read_pretrained"]
+__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_plain", "read_pretrained", "refuse_text"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -34,8 +35,13 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checkpoint
 
 
-def read_plain(path: str | Path, map_location: Any = "cpu") -> Any:
+def read_plain(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """Read a file of ``torch.save`` or a ``.safetensors`` file: tensors and plain data, never code.
+
+    Args:
+        path: the file.
+        map_location: where tensors go.
+        mmap: leave tensors of ``torch.save`` on the disk until they are used; files of torch before 1.6 are read at once.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,11 +50,11 @@ def read_plain(path: str | Path, map_location: Any = "cpu") -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
-    _refuse_text(path)
+    refuse_text(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         culprit = next(iter(str(error).partition("GLOBAL ")[2].split()), "an object")
         raise ValueError(
@@ -75,7 +81,7 @@ def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a pretrained folder: {name} is missing in it.")
-    _refuse_text(folder / WEIGHTS_FILE)
+    refuse_text(folder / WEIGHTS_FILE)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
@@ -118,8 +124,12 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str,
         )
 
 
-def _refuse_text(path: Path) -> None:
-    """A download that went wrong leaves a text: a pointer of Git LFS, a web page, a message."""
+def refuse_text(path: Path) -> None:
+    """A download that went wrong leaves a text: a pointer of Git LFS, a web page, a message.
+
+    Raises:
+        ValueError: the file is such a text.
+    """
     with path.open("rb") as file:
         head = file.read(40).decode("ascii", "replace")
     if head and all(char.isascii() and (char.isprintable() or char.isspace()) for char in head):

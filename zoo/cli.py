@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ import strategies
 import zoo.bfn
 import zoo.callbacks
 import zoo.emigm
+import zoo.ling
 import zoo.metrics
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
@@ -219,6 +221,8 @@ class ZooCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; load shipped or shared weights (LightningCLI hook)."""
+        # A module that checks batches before they move is no mistake, whatever data it is given.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         super().instantiate_classes()
         if self._pretrained is not None:
             weights = read_pretrained(self._pretrained)[1]
@@ -420,7 +424,7 @@ def list_everything() -> None:
     def row(*cells: str) -> None:
         table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
 
-    for package in (zoo.bfn, zoo.emigm, zoo.metrics):
+    for package in (zoo.bfn, zoo.emigm, zoo.ling, zoo.metrics):
         for name in names(package, ZooModule):
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):

@@ -204,6 +204,7 @@ def test_compiled_graph_is_whole_and_gives_the_same() -> None:
 def test_what_auto_takes() -> None:
     assert choose_backend(1000, 64, 32, torch.float32) == "grouped"
     assert choose_backend(8, 64, 32, torch.float32) == "batched"
+    assert choose_backend(8, 64, 32, torch.float32, "cpu") == "grouped"
     assert choose_backend(1000, 64, 30, torch.float32) == "loop"
     assert choose_backend(1000, 64, 36, torch.bfloat16) == "loop"  # 72 bytes
     assert choose_backend(1000, 64, 32, torch.float64) == "loop"

@@ -1,27 +1,37 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.batch_size_warmup import BatchSizeWarmup
+from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
 from zoo.callbacks.latent_cache_writer import LatentCacheWriter
 from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
+from zoo.callbacks.router_monitor import RouterMonitor
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
 from zoo.callbacks.sample_quality import SampleQuality
+from zoo.callbacks.speed_monitor import SpeedMonitor
+from zoo.callbacks.spike_guard import SpikeGuard
 from zoo.callbacks.text_quality import TextQuality
 from zoo.callbacks.text_writer import TextWriter
 
 __all__ = [
     "EMA",
+    "BatchSizeWarmup",
+    "ChoiceEval",
     "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
     "LatentCacheWriter",
+    "RouterMonitor",
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",
+    "SpeedMonitor",
+    "SpikeGuard",
     "TextQuality",
     "TextWriter",
     "TrajectoryWriter",

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["LingConfig", "Preset", "RopeScaling", "preset"]
+__all__ = ["Generation", "LingConfig", "Preset", "RopeScaling", "preset"]
 
 Preset = Literal["ling_tiny", "ling_lite", "ling_plus"]
 ScalingType = Literal["linear", "dynamic", "yarn"]
@@ -46,6 +46,39 @@ class RopeScaling:
             raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.")
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(f"rope_scaling: beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
+
+
+@dataclass
+class Generation:
+    """How texts are continued.
+
+    Attributes:
+        max_new_tokens: tokens to add at most; fewer where the end-of-text token comes.
+        temperature: what logits are divided by; 0: always the most probable token.
+        top_k: draw from the k most probable tokens; 0: from all.
+        top_p: draw from the most probable tokens that together have this probability.
+        repetition_penalty: what logits of tokens that occurred are divided by (multiplied, where negative); 1: nothing.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.top_k < 0:
+            raise ValueError(
+                f"Generation: max_new_tokens={self.max_new_tokens} must be at least 1, top_k={self.top_k} not negative."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"Generation: temperature={self.temperature} must not be negative, top_p={self.top_p} must lie in (0, 1], "
+                f"repetition_penalty={self.repetition_penalty} must be positive."
+            )
 
 
 @dataclass
@@ -213,11 +246,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "num_experts": 16,
         "num_experts_per_tok": 4,
         "num_shared_experts": 1,
-        "moe_intermediate_size": 64,
-        "intermediate_size": 320,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 240,
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,
-        "initializer_range": 0.02,
+        "initializer_range": 0.08,
         "pad_token_id": 258,
         "eos_token_id": 257,
         "bos_token_id": 256,

@@ -18,6 +18,7 @@ Backend = Literal["auto", "grouped", "loop", "batched"]
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 _GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ASSIGNMENTS = 16
+FEW_COMPILED = 256
 _BLOCK_BYTES = 1 << 20
 """Inner activations of a block of experts on a CPU: about half of a core's second cache."""
 _LARGE_BYTES = 8 << 20
@@ -44,18 +45,26 @@ def sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return order_M, inverse_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device)), offset_E
 
 
-def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype) -> Backend:
-    """What ``auto`` takes: ``batched`` for a few assignments, ``grouped`` where its rules allow, else ``loop``.
+def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype, device_type: str = "cuda") -> Backend:
+    """What ``auto`` takes: ``batched`` for a few assignments on a GPU, ``grouped`` where its rules allow, else ``loop``.
+
+    On a CPU gathered weights cost more than any number of small products. To a compiler grouped products are opaque but for
+    bfloat16, and a loop over experts would have to know how many tokens each has: then ``batched`` for up to `FEW_COMPILED`
+    assignments.
 
     Args:
         num_assignments: M.
         hidden_size: D.
         width: I.
         dtype: of the products.
+        device_type: where they are computed.
     """
-    if dtype not in _GROUPED_TYPES or (hidden_size * dtype.itemsize) % 16 or (width * dtype.itemsize) % 16:
+    odd = (hidden_size * dtype.itemsize) % 16 or (width * dtype.itemsize) % 16
+    if torch.compiler.is_compiling() and num_assignments <= FEW_COMPILED and (odd or dtype != torch.bfloat16):
+        return "batched"
+    if dtype not in _GROUPED_TYPES or odd:
         return "loop"
-    return "batched" if num_assignments <= _FEW_ASSIGNMENTS else "grouped"
+    return "batched" if num_assignments <= _FEW_ASSIGNMENTS and device_type != "cpu" else "grouped"
 
 
 class Experts(nn.Module):
@@ -106,7 +115,7 @@ class Experts(nn.Module):
         x_ND, gate_up, down = x_ND.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         backend = self.backend
         if backend == "auto":
-            backend = choose_backend(ids_Nk.numel(), x_ND.shape[-1], down.shape[-1], dtype)
+            backend = choose_backend(ids_Nk.numel(), x_ND.shape[-1], down.shape[-1], dtype, x_ND.device.type)
         with torch.autocast(x_ND.device.type, enabled=False):
             if backend == "batched":
                 return _batched(x_ND, ids_Nk, weights_Nk, gate_up, down)

@@ -48,9 +48,10 @@ class Head(nn.Module):
         """What the logits are products with, (V, D)."""
         if not self.normalize:
             return self.weight
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return normalized_weight(self.weight)
         if torch.compiler.is_compiling():
+            return normalized_weight(self.weight)
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            self._kept = None  # some optimizers change `weight.data` without a new version, but never without a forward before
             return normalized_weight(self.weight)
         key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
         if self._kept is None or self._kept[0] != key:

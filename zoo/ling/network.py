@@ -10,7 +10,7 @@ Source: "Every FLOP Counts", arXiv 2503.05139, and the modelling file released w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,26 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
+from zoo.ling.generation import generate
 from zoo.ling.head import IGNORED, Head, cross_entropy
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding, rotate
 from zoo.ling.router import Router, Routing
 
-__all__ = ["Attention", "Block", "Cache", "LingForCausalLM", "LingOutput", "MoE", "RouterNoise", "SwiGLU", "attention_mask_of"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Cache",
+    "LingForCausalLM",
+    "LingOutput",
+    "MoE",
+    "Model",
+    "RouterNoise",
+    "SwiGLU",
+    "attention_mask_of",
+    "expected_initial_loss",
+    "positions_and_mask",
+]
 
 RouterNoise = Callable[[int], Tensor]
 """Standard normal numbers (N, E) of a layer for the router's warm-up."""
@@ -245,6 +259,46 @@ def attention_mask_of(num_tokens: int, attention_mask_BS: Tensor | None = None, 
     return seen | (key_S == query_T1)
 
 
+def positions_and_mask(
+    given: Tensor,
+    past: int = 0,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Positions of new tokens, and what they see.
+
+    Args:
+        given: (B, T, ...) ids or embeddings.
+        past: cached tokens.
+        attention_mask: (B, past + T), 1 for tokens and 0 for padding.
+        position_ids: (B, T), as they shall be; None: counted from the first token that is no padding.
+        document_ids: (B, T), tokens of different documents do not see one another.
+
+    Returns:
+        Positions (B or 1, T), and the mask (B or 1, 1, T, past + T); None: causal.
+
+    Raises:
+        ValueError: the mask has another length, or documents are given with cached tokens.
+    """
+    T = given.shape[1]
+    if attention_mask is not None and attention_mask.shape[1] != past + T:
+        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, but there are {past} cached and {T} new tokens.")
+    if document_ids is not None and past:
+        raise ValueError("document_ids cannot be given with a cache that holds tokens.")
+    if position_ids is None:
+        if attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)[:, past:]
+        else:
+            position_ids = torch.arange(past, past + T, device=given.device)[None]
+    mask = None
+    if attention_mask is not None or document_ids is not None:
+        mask = attention_mask_of(T, attention_mask, document_ids)
+    elif past and T > 1:
+        mask = attention_mask_of(T, given.new_ones(1, past + T, dtype=torch.long))
+    return position_ids, mask
+
+
 class LingForCausalLM(nn.Module):
     """Ling-Lite, Ling-Plus and relatives, for training and generation.
 
@@ -257,10 +311,14 @@ class LingForCausalLM(nn.Module):
     def __init__(self, config: LingConfig, experts: Backend = "auto", accurate_router: bool = True) -> None:
         super().__init__()
         self.config = config
+        #: All entries of the ``config.json`` that the weights were released with, to be written again.
+        self.hf_config: dict[str, Any] = {}
         self.model = Model(config, experts, accurate_router)
         self.lm_head = Head(config.vocab_size, config.hidden_size, config.norm_head)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.word_embeddings.weight
+            tied = self.model.word_embeddings.weight
+            assert isinstance(tied, nn.Parameter)
+            self.lm_head.weight = tied
         self.initialize()
 
     @property
@@ -335,24 +393,8 @@ class LingForCausalLM(nn.Module):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LingForCausalLM needs either input_ids or inputs_embeds.")
-        T = given.shape[1]
         past = cache.length if cache is not None else 0
-        if attention_mask is not None and attention_mask.shape[1] != past + T:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but there are {past} cached and {T} new tokens."
-            )
-        if position_ids is None:
-            if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)[:, past:]
-            else:
-                position_ids = torch.arange(past, past + T, device=given.device)[None]
-        if document_ids is not None and past:
-            raise ValueError("document_ids cannot be given with a cache that holds tokens.")
-        mask = None
-        if attention_mask is not None or document_ids is not None:
-            mask = attention_mask_of(T, attention_mask, document_ids)
-        elif past and T > 1:
-            mask = attention_mask_of(T, given.new_ones(1, past + T, dtype=torch.long))
+        position_ids, mask = positions_and_mask(given, past, attention_mask, position_ids, document_ids)
         hidden_BTD, routings = self.model(
             input_ids, position_ids, mask, cache, noise=noise, share=share, inputs_embeds=inputs_embeds
         )
@@ -370,6 +412,16 @@ class LingForCausalLM(nn.Module):
         if with_logits or (with_logits is None and labels is None):
             output.logits = self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         return output
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue prompts, (B, T) to (B, T + n); see `zoo.ling.generation.generate` for the options.
+
+        Args:
+            input_ids: prompts, padded on the left.
+            attention_mask: 1 for tokens, 0 for padding; None: no padding.
+            options: ``max_new_tokens``, ``temperature`` and others.
+        """
+        return generate(self, input_ids, attention_mask, **options)
 
 
 def expected_initial_loss(config: LingConfig) -> float:

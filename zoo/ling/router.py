@@ -4,14 +4,23 @@ Shape suffixes: N tokens, D width, E experts, k experts of a token.
 Source: arXiv 2503.05139, section 3; balance loss as in Megatron-LM, z-loss as in ST-MoE.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LogitStatistics", "Router", "Routing", "balance_loss", "warm_up_logits", "z_loss"]
+__all__ = [
+    "Router",
+    "RouterStatistics",
+    "Routing",
+    "assignment_counts",
+    "balance_loss",
+    "router_statistics",
+    "warm_up_logits",
+    "z_loss",
+]
 
 
 class Routing(NamedTuple):
@@ -78,25 +87,42 @@ def warm_up_logits(logits: Tensor, noise: Tensor, share: float | Tensor, mean: T
     return share * logits + (1 - share) * (mean + std * noise)
 
 
-@dataclass
-class LogitStatistics:
-    """Sums over the scores of one or more micro-batches, one number a layer; float64 on the logits' device.
+class RouterStatistics(NamedTuple):
+    """What the routers of L layers did with a micro-batch, without gradient.
 
     Attributes:
-        count: numbers summed.
-        total: their sum.
-        square: sum of their squares.
+        counts: (L, E) int64, valid assignments to each expert.
+        mean_probability: (L, E), mean of the probabilities over the valid tokens.
+        logit_mean: (L,), mean of the scores over tokens and experts.
+        logit_square: (L,), mean of their squares.
     """
 
-    count: Tensor
-    total: Tensor
-    square: Tensor
+    counts: Tensor
+    mean_probability: Tensor
+    logit_mean: Tensor
+    logit_square: Tensor
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation."""
-        count = self.count.clamp(min=1)
-        mean = self.total / count
-        return mean, (self.square / count - mean.square()).clamp(min=0).sqrt()
+    @property
+    def logit_std(self) -> Tensor:
+        """(L,), standard deviation of the scores."""
+        return (self.logit_square - self.logit_mean.square()).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def router_statistics(routings: Sequence[Routing], valid_N: Tensor | None = None) -> RouterStatistics:
+    """Statistics of the layers' routings over the valid tokens.
+
+    Args:
+        routings: one a layer.
+        valid_N: bool, tokens that count; None: all.
+    """
+    num_experts = routings[0].probs_NE.shape[-1]
+    return RouterStatistics(
+        torch.stack([assignment_counts(routing.ids_Nk, num_experts, valid_N) for routing in routings]),
+        torch.stack([masked_mean(routing.probs_NE, valid_N) for routing in routings]),
+        torch.stack([masked_mean(routing.logits_NE.mean(-1), valid_N) for routing in routings]),
+        torch.stack([masked_mean(routing.logits_NE.square().mean(-1), valid_N) for routing in routings]),
+    )
 
 
 class Router(nn.Module):

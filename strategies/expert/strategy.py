@@ -1,0 +1,258 @@
+"""Expert parallelism as a strategy of Lightning."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from strategies.expert.shards import ExpertShards
+
+__all__ = ["ExpertParallelStrategy"]
+
+
+class ExpertParallelStrategy(DDPStrategy):
+    """Data parallelism in which groups of ranks divide the routed experts of each layer among them.
+
+    The ranks form a mesh, data x expert; an expert group is ``expert_parallel_size`` consecutive ranks, so that with one group
+    a node its exchange stays inside. Every rank trains on its own part of the batch. Experts are divided over the group,
+    everything else is on every rank. Tokens travel to the ranks that hold their experts, and results back (`Dispatcher`).
+
+    Nothing but the place of the computation changes. Weights at the start are those of rank 0. Gradients are means over the
+    losses of all ranks, those of experts too: they arise already summed over the group's tokens, are divided by its size and
+    averaged over the groups. Clipping goes by the norm of the whole gradient. Checkpoints hold all experts and their whole
+    optimizer state, and continue under any strategy that reads such checkpoints, with any number of ranks; so do those of
+    other strategies under this one. After a run the module is whole again in every process; until then a callback sees this
+    rank's experts only.
+
+    In evaluation and prediction ranks may run the network a different number of times: those that are ready compute for the
+    others. Callbacks that run it outside of a step, each rank as often as it has work, do so inside `uneven_forwards`.
+
+    The module must have ``expert_parameters()`` (`HasExperts`), and its layers of experts the form of `ExpertLayer`.
+
+    Args:
+        expert_parallel_size: P, ranks that divide the experts; divides the number of ranks and that of experts. None: the ranks
+            of a node. 1 is ordinary data parallelism.
+        **kwargs: as for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: the size does not fit ranks or experts, the module has no experts, or precision is 16-mixed.
+    """
+
+    def __init__(self, expert_parallel_size: int | None = None, **kwargs: Any) -> None:
+        if expert_parallel_size is not None and expert_parallel_size < 1:
+            raise ValueError(f"expert_parallel_size={expert_parallel_size} must be at least 1, or null for the ranks of a node.")
+        super().__init__(**kwargs)
+        self.expert_parallel_size = expert_parallel_size
+        self._mesh: DeviceMesh | None = None
+        self._shards: ExpertShards | None = None
+        self._handles: list[RemovableHandle] = []
+        self._reductions: list[dist.Work] = []
+
+    # A run begins and ends
+
+    def setup_environment(self) -> None:
+        """Form the groups and divide the experts, before any callback or checkpoint sees the module (Lightning hook)."""
+        super().setup_environment()
+        self._shards = None
+        size = self.expert_parallel_size or self.num_processes
+        if self.world_size % size:
+            raise ValueError(
+                f"expert_parallel_size={size} does not divide the {self.world_size} processes of this run: start a multiple of"
+                f" {size}, as with `torchrun --nproc-per-node {size}`, or choose a divisor of {self.world_size}."
+            )
+        if size == 1:
+            return
+        if self._mesh is None:
+            shape = (self.world_size // size, size)
+            self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "expert"))
+        assert self.lightning_module is not None
+        shards = ExpertShards(self.lightning_module, self._mesh.get_group("expert"), self.root_device)
+        shards.divide()
+        self._shards = shards
+
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the module, and take care of the experts' gradients (Lightning hook)."""
+        if self._shards is not None:
+            if getattr(self.precision_plugin, "scaler", None) is not None:
+                raise ValueError(
+                    f"ExpertParallelStrategy: precision={trainer.precision} leaves out steps whose gradients overflow, which"
+                    " ranks with different experts would not do alike: use bf16-mixed, bf16-true or 32-true."
+                )
+            assert self.lightning_module is not None
+            # Read by DistributedDataParallel and by Lightning: neither is to reduce or broadcast these.
+            self.lightning_module._ddp_params_and_buffers_to_ignore = self._shards.names  # type: ignore[assignment]
+            self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, _UniteExperts) for callback in callbacks):
+                callbacks.append(_UniteExperts())
+        super().setup(trainer)
+        if self._shards is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._reductions.clear()
+            for parameter in self._shards.parameters:
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_hook(lambda gradient: gradient / self._shards.size))
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._average_over_groups))
+
+    def teardown(self) -> None:
+        """Undo what `setup` did (Lightning hook); the experts are united later, after the last callback that sees them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        if self.lightning_module is not None:
+            vars(self.lightning_module).pop("_ddp_params_and_buffers_to_ignore", None)
+        super().teardown()
+
+    def unite_experts(self) -> None:
+        """Give every process all experts again; called by Lightning when a run has ended well."""
+        if self._shards is not None:
+            self._shards.unite()
+
+    # Gradients
+
+    def _average_over_groups(self, parameter: nn.Parameter) -> None:
+        """Average an expert's gradient over the ranks that hold the same one, while backward goes on."""
+        assert self._mesh is not None and parameter.grad is not None
+        num_groups = self._mesh.size(0)
+        # As DDP does: not for the first micro-batches of an accumulated step.
+        if num_groups == 1 or not (isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync):
+            return
+        if not self._reductions:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_reductions)
+        parameter.grad.div_(num_groups)
+        work = dist.all_reduce(parameter.grad, group=self._mesh.get_group("data"), async_op=True)
+        assert work is not None
+        self._reductions.append(work)
+
+    def _finish_reductions(self) -> None:
+        for work in self._reductions:
+            work.wait()
+        self._reductions.clear()
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the whole gradient, 0-dim, the same on all ranks; a collective of the expert group."""
+        return self._norm(p for optimizer in self.optimizers for p in self.precision_plugin.main_params(optimizer))
+
+    def _norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        dense: list[Tensor] = []
+        experts: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                of_experts = self._shards is not None and self._shards.holds(parameter)
+                (experts if of_experts else dense).append(parameter.grad)
+        square, square_of_experts = (
+            norm.to(self.root_device, torch.promote_types(norm.dtype, torch.float32)).square()
+            for norm in (get_total_norm(dense), get_total_norm(experts))
+        )
+        if self._shards is not None:
+            dist.all_reduce(square_of_experts, group=self._shards.group)
+        return (square + square_of_experts).sqrt()
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        parameters = [p for p in self.precision_plugin.main_params(optimizer) if p.grad is not None]
+        clip_grads_with_norm_(parameters, clip_val, self._norm(parameters))
+
+    # Evaluation
+
+    @contextmanager
+    def uneven_forwards(self) -> Iterator[None]:
+        """Inside, and without gradients, each rank may run the network as often as it likes, or not at all.
+
+        All ranks must enter; each leaves when no rank of its group is inside any more, having computed for the others.
+        """
+        yield
+        self._serve(done=False)
+
+    def _serve(self, done: bool) -> None:
+        if self._shards is not None and self._shards.dispatcher is not None:
+            self._shards.dispatcher.serve(done)
+
+    def _serve_after(self, loop: Any, args: tuple[Any, ...]) -> None:
+        """Compute for ranks whose step needs more passes; after the last batch of a loader also for those with more batches."""
+        last = loop.batch_progress.is_last_batch
+        if len(args) > 2:  # batch, its number, and that of its loader
+            last = last or args[1] + 1 >= loop.max_batches[args[2]]
+        self._serve(done=last)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The module's step (Lightning hook)."""
+        output = super().validation_step(*args, **kwargs)
+        trainer = self._trainer()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._serve_after(trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop, args)
+        return output
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The module's step (Lightning hook)."""
+        output = super().test_step(*args, **kwargs)
+        self._serve_after(self._trainer().test_loop, args)
+        return output
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """The module's step (Lightning hook)."""
+        output = super().predict_step(*args, **kwargs)
+        self._serve_after(self._trainer().predict_loop, args)
+        return output
+
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # Checkpoints hold everything; what a rank has in memory are its parts
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state, on rank 0 (Lightning hook)."""
+        state = super().optimizer_state(optimizer)
+        return self._shards.whole_state(optimizer, state) if self._writes() and self._shards is not None else state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Save all experts, also of averages of the weights that callbacks have put in (Lightning hook)."""
+        if self._writes() and self._shards is not None:
+            shards = self._shards
+            checkpoint = {k: shards.whole_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _writes(self) -> bool:
+        """Whether this rank's experts are collected for a checkpoint: one group has all."""
+        return self._mesh is not None and self._mesh.get_local_rank("data") == 0
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint and keep this rank's experts (Lightning hook)."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        shards = self._shards
+        if shards is None:
+            return checkpoint
+        return {k: shards.part_of_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep this rank's part of the state (Lightning hook)."""
+        if self._shards is not None:
+            states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+            checkpoint = {**checkpoint, "optimizer_states": [self._shards.part_of_state(*pair) for pair in states]}
+        super().load_optimizer_state_dict(checkpoint)
+
+
+class _UniteExperts(Callback):
+    """Unites the experts when everything that averages or stores this rank's part is done."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ExpertParallelStrategy):
+            trainer.strategy.unite_experts()
+
+
+StrategyRegistry.register(
+    "expert_parallel", ExpertParallelStrategy, description="Routed experts divided among the ranks of a node"
+)

@@ -1,0 +1,328 @@
+"""The language model as a module: losses, warm-up by applied steps, ranks, resuming, checkpoints, preferences, bad input."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import RankPool
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.distributed import get_world_size
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules import ZooDataModule
+from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, z_loss
+from zoo.random import SampleRandom
+
+SMALL = LingConfig(
+    vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+    num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=8, rope_theta=1e4, max_position_embeddings=32,
+    initializer_range=0.1, pad_token_id=23, eos_token_id=22,
+)  # fmt: skip
+GLOBAL_BATCH = 8
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Random tokens that repeat with period 3; every third sequence is padded on the right."""
+
+    def __init__(self, padded: bool = True) -> None:
+        self.padded = padded
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(20, (3,), generator=torch.Generator().manual_seed(index)).repeat(4)
+        mask = torch.ones_like(ids)
+        mask[9 if self.padded and index % 3 == 0 else 12 :] = 0
+        ids = ids.masked_fill(mask == 0, 23)
+        labels = ids.masked_fill(mask == 0, -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "index": torch.tensor(index),
+                "num_bytes": mask.sum() - 1}  # fmt: skip
+
+
+class Periods(ZooDataModule):
+    """The sequences."""
+
+    def __init__(self, padded: bool = True, batch_size: int = 8) -> None:
+        super().__init__(batch_size=batch_size)
+        self.sequences = Sequences(padded)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.train_loader(self.sequences)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.eval_loader(self.sequences)
+
+    test_dataloader = val_dataloader
+
+
+class Recording(Ling):
+    """Keeps the loss of every micro-batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.__dict__.setdefault("seen", []).append((loss.item(), *(self.last_losses[n].item() for n in ("ce", "aux", "z"))))
+        return loss
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=folder, accelerator="cpu", **{"devices": 1, "max_steps": 6, **silent, **options})
+
+
+@dataclass
+class Outcome:
+    """What one process saw of a run."""
+
+    losses: list[tuple[float, ...]]
+    weights: dict[str, Tensor]
+    validation: dict[str, float]
+
+
+def run(folder: Path, dtype: torch.dtype, accumulate: int, checkpointing: bool) -> Outcome:
+    """Fit and validate on the ranks of the present group."""
+    world_size = get_world_size()
+    torch.set_default_dtype(dtype)
+    seed_everything(3, verbose=False)
+    model = Recording(
+        SMALL, router_warmup_steps=4, aux_coef=0.1, z_coef=0.01, aux_scope="global", activation_checkpointing=checkpointing,
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+    )  # fmt: skip
+    fitting = trainer(
+        folder, devices=world_size, strategy="ddp" if world_size > 1 else "auto", accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0, precision="64-true" if dtype == torch.float64 else "32-true",
+    )  # fmt: skip
+    data = Periods(padded=False, batch_size=GLOBAL_BATCH // world_size)
+    fitting.fit(model, data)
+    (validation,) = fitting.validate(model, data, verbose=False)
+    weights = {name: value.detach().clone() for name, value in LightningModule.state_dict(model).items()}
+    return Outcome(model.seen, weights, dict(validation))
+
+
+@pytest.mark.parametrize(("accumulate", "checkpointing"), [(1, False), (2, True)], ids=["plain", "accumulated"])
+def test_two_ranks_equal_one_process(pool: RankPool, tmp_path: Path, accumulate: int, checkpointing: bool) -> None:
+    (one,) = pool.run(run, tmp_path, torch.float64, accumulate, checkpointing, world_size=1)
+    two = pool.run(run, tmp_path, torch.float64, accumulate, checkpointing, world_size=2)
+    losses = [tuple(sum(pair) / 2 for pair in zip(*both, strict=True)) for both in zip(*(o.losses for o in two), strict=True)]
+    assert len(losses) == 6 * accumulate
+    for mean, whole in zip(losses, one.losses, strict=True):
+        assert mean == pytest.approx(whole, rel=1e-10)
+    for outcome in two:
+        assert outcome.weights.keys() == one.weights.keys()
+        for name, value in outcome.weights.items():
+            torch.testing.assert_close(value, one.weights[name], rtol=1e-9, atol=1e-10)
+        for name in ("val/loss", "val/bits_per_byte"):
+            assert outcome.validation[name] == pytest.approx(one.validation[name], rel=1e-10)
+
+
+def test_evaluation_is_the_mean_over_tokens_and_bytes(tmp_path: Path) -> None:
+    model = Ling(SMALL)
+    (values,) = trainer(tmp_path).validate(model, Periods(batch_size=7), verbose=False)
+    total = count = 0.0
+    for index in range(48):
+        sample = Sequences()[index]
+        output = model.network(sample["input_ids"][None], labels=sample["labels"][None])
+        total, count = total + output.loss_BT.sum().item(), count + int((sample["labels"][1:] != -100).sum())
+    assert values["val/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert values["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert values["val/bits_per_byte"] == pytest.approx(total / count / math.log(2), rel=1e-5)
+    assert values["val/max_violation"] >= 0
+
+
+def test_the_loss_is_cross_entropy_and_router_losses_of_valid_tokens(tmp_path: Path) -> None:
+    model = Recording(SMALL, aux_coef=0.1, z_coef=0.01, router_warmup_steps=0, optimizer=torch.optim.SGD)
+    batch = torch.utils.data.default_collate([Sequences()[index] for index in range(4)])
+    valid = batch["attention_mask"].bool().reshape(-1)
+    output = model.network(batch["input_ids"], labels=batch["labels"])
+    aux = sum(balance_loss(r.probs_NE[valid], r.ids_Nk[valid]) for r in output.routings)
+    z = sum(z_loss(r.logits_NE[valid]) for r in output.routings)
+    fitting = trainer(tmp_path, max_steps=1)
+    fitting.fit(model, DataLoader([Sequences()[index] for index in range(4)], batch_size=4))
+    loss, ce, seen_aux, seen_z = model.seen[0]
+    assert (ce, seen_aux, seen_z) == pytest.approx((output.loss.item(), aux.item(), z.item()), rel=1e-5)
+    assert loss == pytest.approx(ce + 0.1 * seen_aux + 0.01 * seen_z, rel=1e-6)
+    assert model.last_losses["ce_per_sample"].shape == (4,)
+
+
+class Skip(Callback):
+    """Leaves out the optimizer's second step, as the spike guard does."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        apply, calls = optimizer.step, []
+
+        def step(closure: Any) -> Any:
+            calls.append(None)
+            return closure() if len(calls) == 2 else apply(closure)
+
+        optimizer.step = step
+
+
+def test_warm_up_statistics_follow_applied_steps_alone(tmp_path: Path) -> None:
+    seen: list[tuple[int, float, float]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            gate = pl_module.network.moe_layers[0].gate
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            seen.append((pl_module.applied_steps, gate.running_mean.item(), rate))
+
+    model = Ling(SMALL, router_warmup_steps=3, lr_scheduler=partial(LinearLR, start_factor=0.1, total_iters=10))
+    trainer(tmp_path, callbacks=[Skip(), Watch()]).fit(model, Periods(batch_size=8))
+    assert [steps for steps, _, _ in seen] == [1, 1, 2, 3, 4, 5]
+    assert seen[0][1:] == seen[1][1:]
+    assert seen[1][1] != seen[2][1] != seen[3][1] == seen[4][1] == seen[5][1]
+    assert seen[1][2] < seen[2][2]
+
+
+def test_running_moments_are_those_of_the_scores(tmp_path: Path) -> None:
+    model = Ling(SMALL, router_warmup_steps=5, optimizer=partial(torch.optim.SGD, lr=0.0))
+    trainer(tmp_path, max_steps=1).fit(model, Periods(batch_size=8))
+    stats = model.router_stats
+    for moe, mean, std in zip(model.network.moe_layers, stats.logit_mean, stats.logit_std, strict=True):
+        assert moe.gate.running_mean.item() == pytest.approx(mean.item())
+        assert moe.gate.running_std.item() == pytest.approx(std.item())
+
+
+def test_noise_is_drawn_while_it_warms_up_and_never_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    normals = SampleRandom.normals
+    monkeypatch.setattr(SampleRandom, "normals", lambda self, *args: drawn.append(1) or normals(self, *args))
+    model = Ling(SMALL, router_warmup_steps=2)
+    fitting = trainer(tmp_path, max_steps=5)
+    fitting.fit(model, Periods(batch_size=8))
+    assert len(drawn) == 2
+    fitting.validate(Ling(SMALL, router_warmup_steps=2), Periods(batch_size=8), verbose=False)
+    assert len(drawn) == 2
+
+
+def test_a_checkpoint_continues_the_warm_up_and_builds_the_module(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def fit(ckpt: str | None = None) -> Ling:
+        seed_everything(1, verbose=False)
+        model = Ling(SMALL, router_warmup_steps=5, router_dtype="param", aux_reduction="mean")
+        trainer(tmp_path, callbacks=[Save()]).fit(model, Periods(batch_size=8), ckpt_path=ckpt, weights_only=True)
+        return model
+
+    whole = fit()
+    continued = fit(str(tmp_path / "half.ckpt"))
+    assert continued.applied_steps == whole.applied_steps == 6
+    for name, value in continued.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    again = Ling.load_from_checkpoint(tmp_path / "half.ckpt")
+    assert again.config == SMALL and again.applied_steps == 3
+    folder = again.save_pretrained(tmp_path / "shared")
+    assert json.loads((folder / "config.json").read_text())["config"]["num_experts"] == 4
+    shared = Ling.from_pretrained(folder)
+    assert all(torch.equal(value, shared.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_frozen_parameters_stay_and_gains_do_not_decay(tmp_path: Path) -> None:
+    model = Ling(SMALL, freeze=["model.word_embeddings.*", "*.gate.weight"])
+    before = {name: value.clone() for name, value in model.network.named_parameters()}
+    trainer(tmp_path).fit(model, Periods(batch_size=8))
+    for name, value in model.network.named_parameters():
+        assert torch.equal(value, before[name]) == ("word_embeddings" in name or name.endswith("gate.weight"))
+    matrices, gains = model.configure_optimizers().param_groups
+    assert all(p.dim() >= 2 for p in matrices["params"]) and matrices["weight_decay"] == 0.1
+    assert all(p.dim() == 1 for p in gains["params"]) and gains["weight_decay"] == 0
+    with pytest.raises(ValueError, match=r"freeze='model\.wte' fits no parameter"):
+        Ling(SMALL, freeze=["model.wte"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_it_trains_in_half_precision(tmp_path: Path, precision: str) -> None:
+    model = Recording(SMALL, router_warmup_steps=2, loss_chunk=5, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    trainer(tmp_path, precision=precision, max_epochs=6, max_steps=-1).fit(model, Periods(batch_size=8))
+    assert model.seen[-1][1] < 0.9 * model.seen[0][1]
+
+
+def test_bad_batches_are_refused_before_they_reach_the_network(tmp_path: Path) -> None:
+    model = Ling(SMALL)
+    with pytest.raises(ValueError, match="id 24, but the vocabulary has 24 entries"):
+        trainer(tmp_path).fit(model, DataLoader([{"input_ids": torch.tensor([1, 24])}]))
+    with pytest.raises(ValueError, match="id -1, but"):
+        trainer(tmp_path).fit(model, DataLoader([{"input_ids": torch.tensor([1, -1])}]))
+    with pytest.raises(ValueError, match="dictionaries with input_ids"):
+        trainer(tmp_path).fit(model, DataLoader([torch.tensor([1, 2])]))
+
+
+def test_a_mask_reaches_attention_only_where_padding_is_on_the_left() -> None:
+    model = Ling(SMALL)
+    ids = torch.tensor([[1, 2, 3]])
+    for mask, kept in (([1, 1, 1], set()), ([1, 1, 0], {"valid_mask"}), ([0, 1, 1], {"attention_mask"})):
+        batch = model.on_before_batch_transfer({"input_ids": ids, "attention_mask": torch.tensor([mask])}, 0)
+        assert batch.keys() - {"input_ids"} == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"aux_coef": -1.0}, "aux_coef=-1.0"), ({"aux_scope": "node"}, "aux_scope='node'"), ({"experts": "fast"}, "experts='fast'"),
+     ({"router_momentum": 1.0}, "router_momentum=1.0"), ({"loss_chunk": -2}, "loss_chunk=-2")],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Ling(SMALL, **options)
+
+
+# Preferences
+
+
+class Pairs(Dataset[dict[str, Tensor]]):
+    """The answer that repeats the prompt is preferred to another."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        chosen = Sequences()[3 * index + 1]["input_ids"]
+        rejected = torch.cat([chosen[:6], chosen[6:].flip(0)])
+        labels = torch.full_like(chosen, -100)
+        pair = {"chosen_input_ids": chosen, "rejected_input_ids": rejected, "index": torch.tensor(index)}
+        for side in ("chosen", "rejected"):
+            pair[f"{side}_labels"] = torch.cat([labels[:6], pair[f"{side}_input_ids"][6:]])
+        return pair
+
+
+def test_preferences_start_at_ln_2_are_learned_and_keep_their_reference(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    model = LingDPO(config=SMALL, nll_weight=0.0, optimizer=partial(torch.optim.AdamW, lr=3e-3))
+    start = {name: value.clone() for name, value in model.network.state_dict().items()}
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    loader = DataLoader(Pairs(), batch_size=8)
+    fitting = trainer(tmp_path, max_steps=30, callbacks=[Watch()])
+    fitting.fit(model, loader)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.6
+    (values,) = fitting.validate(model, loader, verbose=False)
+    assert values["val/accuracy"] > 0.9 and values["val/margin"] > 0
+    fitting.save_checkpoint(tmp_path / "dpo.ckpt")
+    again = LingDPO.load_from_checkpoint(tmp_path / "dpo.ckpt")
+    (same,) = trainer(tmp_path).validate(again, loader, verbose=False)
+    assert same == pytest.approx(values)
+    assert all(torch.equal(value, start[name]) for name, value in again._reference[0].state_dict().items())
+    assert not any("reference" in name for name in again.state_dict())
+
+
+def test_preferences_need_their_entries(tmp_path: Path) -> None:
+    model = LingDPO(config=SMALL, reference="precomputed")
+    with pytest.raises(ValueError, match="lacks reference_chosen_logps, reference_rejected_logps"):
+        trainer(tmp_path).fit(model, DataLoader(Pairs(), batch_size=8))
+    with pytest.raises(ValueError, match="beta=0"):
+        LingDPO(config=SMALL, beta=0)

@@ -1,0 +1,501 @@
+"""The language model as a Lightning module: loss, router, optimization, generation.
+
+Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with experts, E experts.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from zoo.hyperparameters import build
+from zoo.ling.config import Generation, LingConfig, Preset, preset
+from zoo.ling.experts import Backend
+from zoo.ling.multiple_choice import encode_pair, loglikelihoods
+from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
+from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
+from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
+from zoo.module import ZooModule
+
+__all__ = ["Ling", "Tokenizer"]
+
+_LN2 = math.log(2.0)
+
+
+class Tokenizer(Protocol):
+    """What turns texts into ids and back; the DataModule has it as ``tokenizer``."""
+
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+
+Batch = Mapping[str, Tensor]
+"""See `Ling`."""
+
+
+class Ling(ZooModule):
+    """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
+
+    Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
+    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139.
+
+    Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
+    where nothing is learned (absent: ``input_ids`` without padding); ``attention_mask`` (B, T), 0 for padding (absent: none);
+    ``position_ids`` (B, T) that start at 0 with each document, which then do not see one another (absent: one document);
+    ``num_bytes`` (B,), the bytes of text that the labels stand for (absent: no bits per byte).
+
+    Args:
+        config: the architecture, or the name of a preset.
+        checkpoint: folder of released weights (Hugging Face layout) to start from; its ``config.json`` decides the
+            architecture. A run that is continued does not need it any more.
+        experts: how routed experts are computed: one ``grouped`` product, a ``loop`` over experts, ``batched`` products of
+            gathered weights, or what fits each call.
+        aux_coef: coefficient of the balance loss.
+        z_coef: coefficient of the z-loss.
+        aux_reduction: whether these are summed over the layers or averaged.
+        aux_scope: whether the loads that balance is judged by are those of one process's batch, or of all processes.
+        router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up.
+        router_momentum: weight of the old value in the running mean and deviation of the scores.
+        router_dtype: scores in ``float32``, or in the type of the parameters as published (``param``).
+        loss_chunk: tokens whose logits are in memory at a time; 0: all.
+        activation_checkpointing: compute the blocks' activations again in the backward pass instead of keeping them.
+        freeze: patterns of names of parameters that are not trained, such as ``model.word_embeddings.*``.
+        generation: how ``predict`` continues prompts.
+        optimizer: makes the optimizer; matrices decay, gains and biases do not.
+        lr_scheduler: makes the schedule.
+        lr_scheduler_interval: whether it advances per applied step or per epoch.
+        compile: compile each block in place.
+
+    Raises:
+        ValueError: arguments that do not fit one another, or a pattern of ``freeze`` that no parameter has.
+    """
+
+    #: What the last training step saw, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), ``aux``, ``z``.
+    last_losses: dict[str, Tensor]
+    #: What the routers did in it.
+    router_stats: RouterStatistics | None = None
+
+    def __init__(
+        self,
+        config: LingConfig | Preset = "ling_tiny",
+        checkpoint: str | None = None,
+        experts: Backend = "auto",
+        aux_coef: float = 0.015,
+        z_coef: float = 1e-4,
+        aux_reduction: Literal["sum", "mean"] = "sum",
+        aux_scope: Literal["micro", "global"] = "micro",
+        router_warmup_steps: int = 2000,
+        router_momentum: float = 0.99,
+        router_dtype: Literal["float32", "param"] = "float32",
+        loss_chunk: int = 0,
+        activation_checkpointing: bool = False,
+        freeze: list[str] | None = None,
+        generation: Generation = Generation(),  # noqa: B008 (read only)
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=2.4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, compile)
+        if aux_coef < 0 or z_coef < 0 or router_warmup_steps < 0 or loss_chunk < 0 or not 0 <= router_momentum < 1:
+            raise ValueError(
+                f"Ling: aux_coef={aux_coef}, z_coef={z_coef}, router_warmup_steps={router_warmup_steps} and "
+                f"loss_chunk={loss_chunk} must not be negative, router_momentum={router_momentum} must lie in [0, 1)."
+            )
+        for name, value, allowed in (("aux_reduction", aux_reduction, ("sum", "mean")),
+                                     ("aux_scope", aux_scope, ("micro", "global")),
+                                     ("router_dtype", router_dtype, ("float32", "param"))):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
+        accurate = router_dtype == "float32"
+        if checkpoint is not None:
+            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate).train()
+            # Plain data that need no folder: the weights are in every checkpoint of the run.
+            architecture = dataclasses.asdict(self.network.config)
+            for hyperparameters in (self._hparams, self._hparams_initial):
+                hyperparameters.update(config=architecture, checkpoint=None)
+        else:
+            self.network = LingForCausalLM(preset(config) if isinstance(config, str) else config, experts, accurate)
+        self.network.model.activation_checkpointing = activation_checkpointing
+        self.aux_coef = aux_coef
+        self.z_coef = z_coef
+        self.aux_reduction = aux_reduction
+        self.aux_scope = aux_scope
+        self.router_warmup_steps = router_warmup_steps
+        self.router_momentum = router_momentum
+        self.loss_chunk = loss_chunk
+        self.generation = generation
+        self.last_losses = {}
+        self._moments: list[Tensor] = []
+        self._freeze(freeze or [])
+        self.val_metrics, self.test_metrics = _Evaluation(), _Evaluation()
+
+    @property
+    def config(self) -> LingConfig:
+        """The architecture."""
+        return self.network.config
+
+    def networks(self) -> list[nn.Module]:
+        """The blocks, each of which ``compile=True`` compiles: alike, so that one compilation serves all."""
+        return list(self.network.model.layers)
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Parameters that expert parallelism shards."""
+        return self.network.expert_parameters()
+
+    def sync_blocks(self) -> list[nn.Module]:
+        """Parts that a strategy synchronises one by one, in the order of the forward pass."""
+        return [self.network.model.word_embeddings, *self.network.model.layers, self.network.model.norm, self.network.lm_head]
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of forward and backward for one token, see `LingConfig.flops_per_token`."""
+        return self.config.flops_per_token(seq_len)
+
+    def _freeze(self, patterns: list[str]) -> None:
+        names = dict(self.network.named_parameters())
+        for pattern in patterns:
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise ValueError(f"Ling: freeze={pattern!r} fits no parameter; they are called such as {next(iter(names))}.")
+            for name in matching:
+                names[name].requires_grad_(False)
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """Matrices, which decay; gains and biases, which do not."""
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return [
+            {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
+            {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def setup(self, stage: str) -> None:
+        """Compare the vocabularies of model and data before anything runs (Lightning hook).
+
+        Raises:
+            ValueError: the tokenizer has ids that the model has not.
+        """
+        super().setup(stage)
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {self.config.vocab_size}: take the"
+                f" model's own tokenizer (data.tokenizer), or vocab_size: {tokenizer.vocab_size} or more."
+            )
+
+    # Batches
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check ids, and drop a mask that attention does not need (Lightning hook), before the batch leaves the CPU.
+
+        Raises:
+            ValueError: an id that the vocabulary does not have, or no ``input_ids``.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise ValueError(
+                f"{type(self).__name__} needs batches that are dictionaries with input_ids, as the DataModule Text gives"
+                f" them, not {type(batch).__name__}."
+            )
+        batch = dict(batch)
+        self._check_ids(batch["input_ids"])
+        return self._drop_mask(batch)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"The batch holds id {int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())}, but the vocabulary has"
+                f" {self.config.vocab_size} entries: take the tokenizer that belongs to the model, or a larger vocab_size."
+            )
+
+    @staticmethod
+    def _drop_mask(batch: dict[str, Any]) -> dict[str, Any]:
+        """Padding on the right needs no mask in causal attention, only in the losses; without padding nothing is needed."""
+        mask = batch.pop("attention_mask", None)
+        if mask is None or bool(mask.all()):
+            return batch
+        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
+        return {**batch, "valid_mask" if right_padded else "attention_mask": mask}
+
+    @staticmethod
+    def _labels(batch: Batch) -> Tensor:
+        if "labels" in batch:
+            return batch["labels"]
+        valid = batch.get("valid_mask", batch.get("attention_mask"))
+        return batch["input_ids"] if valid is None else batch["input_ids"].masked_fill(valid == 0, -100)
+
+    # Training
+
+    def run_network(self, batch: Batch, noise: RouterNoise | None = None, share: Any = 1.0) -> LingOutput:
+        """Losses of a batch, at each position."""
+        position_ids = batch.get("position_ids")
+        return self.network(
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            position_ids,
+            labels=self._labels(batch),
+            document_ids=None if position_ids is None else (position_ids == 0).cumsum(1),
+            noise=noise,
+            share=share,
+            loss_chunk=self.loss_chunk,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch (Lightning hook)."""
+        output = self.run_network(batch, *self._warm_up(batch["input_ids"]))
+        assert output.loss is not None and output.loss_BT is not None
+        valid_N = self._valid(batch)
+        self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
+        aux, z = self._router_losses(output, valid_N)
+        loss = output.loss + self.aux_coef * aux + self.z_coef * z
+        count_B = (self._labels(batch)[:, 1:] != -100).sum(1).clamp(min=1)
+        self.last_losses = {
+            "ce": output.loss.detach(),
+            "ce_per_sample": output.loss_BT.sum(1) / count_B,
+            "aux": aux.detach(),
+            "z": z.detach(),
+        }
+        if self.applied_steps < self.router_warmup_steps and self.router_stats is not None:
+            self._moments.append(torch.stack([self.router_stats.logit_mean, self.router_stats.logit_square]))
+        self.log_dict({f"train/{name}": self.last_losses[name] for name in ("ce", "aux", "z")})
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    @staticmethod
+    def _valid(batch: Batch) -> Tensor | None:
+        mask = batch.get("valid_mask", batch.get("attention_mask"))
+        return None if mask is None else mask.reshape(-1).bool()
+
+    def _router_losses(self, output: LingOutput, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Balance and z-loss, summed or averaged over the layers."""
+        if not output.routings:
+            zero = torch.zeros((), device=self.device)
+            return zero, zero
+        assert self.router_stats is not None
+        counts_LE = self.router_stats.counts
+        if self.aux_scope == "global":
+            counts_LE, _ = self._summed(counts_LE)
+        aux = torch.stack([
+            balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
+            for routing, load_E in zip(output.routings, counts_LE.unbind(), strict=True)
+        ])  # fmt: skip
+        z = torch.stack([z_loss(routing.logits_NE, valid_N) for routing in output.routings])
+        return (aux.sum(), z.sum()) if self.aux_reduction == "sum" else (aux.mean(), z.mean())
+
+    # Stochastic routing warm-up
+
+    def _warm_up(self, input_ids: Tensor) -> tuple[RouterNoise | None, Any]:
+        """Noise of each layer and the share of the learned scores; nothing is drawn after the warm-up."""
+        if self.applied_steps >= self.router_warmup_steps or not self.config.num_moe_layers:
+            return None, 1.0
+        B, T = input_ids.shape
+        first = self.config.first_k_dense_replace
+        names = [f"router/{layer}" for layer in range(first, self.config.num_hidden_layers)]
+        shape = (T, self.config.num_experts)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        noise_LNE = self.train_random(B).normals(names, shape, dtype).view(len(names), B * T, -1)
+        share = torch.tensor(self.applied_steps / self.router_warmup_steps, dtype=dtype, device=self.device)
+        return lambda layer: noise_LNE[layer - first], share
+
+    def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The sum over the processes that take this step together, and how many they are."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return tensor, 1
+        # A strategy whose replicas go their own ways says who they are; None: all.
+        group_of = getattr(self.trainer.strategy, "spike_group", None)
+        group = group_of() if callable(group_of) else None
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor, dist.get_world_size(group)
+
+    def on_applied_step(self) -> None:
+        """Take the scores' mean and deviation of an applied step into the running ones; a skipped step leaves no trace."""
+        if self._moments:
+            total_2L, num_processes = self._summed(torch.stack(self._moments).mean(0))
+            mean_L, square_L = total_2L / num_processes
+            std_L = (square_L - mean_L.square()).clamp(min=0).sqrt()
+            for moe, mean, std in zip(self.network.moe_layers, mean_L, std_L, strict=True):
+                moe.gate.update(mean, std, self.router_momentum, first=self.applied_steps == 0)
+            self._moments.clear()
+        super().on_applied_step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Forget the scores of a step that was skipped (Lightning hook)."""
+        if not self.trainer.fit_loop._should_accumulate():
+            self._moments.clear()
+
+    # Evaluation
+
+    def _evaluate(self, batch: Batch, metrics: "_Evaluation") -> None:
+        output = self.run_network(batch)
+        assert output.loss is not None and output.loss_BT is not None
+        count = (self._labels(batch)[:, 1:] != -100).sum()
+        metrics.loss.update(output.loss, count)
+        if "num_bytes" in batch:
+            num_bytes = batch["num_bytes"].sum()
+            metrics.bits_per_byte.update(output.loss_BT.sum() / _LN2 / num_bytes.clamp(min=1), num_bytes)
+        if output.routings:
+            counts_LE = torch.stack(
+                [assignment_counts(r.ids_Nk, self.config.num_experts, self._valid(batch)) for r in output.routings]
+            )
+            violation = counts_LE.amax(1) / counts_LE.double().mean(1).clamp(min=1e-9) - 1
+            metrics.max_violation.update(violation.mean(), count)
+
+    def _log_evaluation(self, stage: str, metrics: "_Evaluation") -> None:
+        values = metrics.compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
+        if "loss" in values:
+            self.log(f"{stage}/perplexity", values["loss"].exp())
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loss, bits per byte, and how uneven the experts are used (Lightning hook)."""
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all batches and processes (Lightning hook)."""
+        self._log_evaluation("val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step` (Lightning hook)."""
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all batches and processes (Lightning hook)."""
+        self._log_evaluation("test", self.test_metrics)
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
+
+        Args:
+            pairs: context and continuation.
+        """
+        tokenizer = self._tokenizer()
+        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
+        # One pass of the network for the call, so that ranks whose passes communicate stay in step.
+        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids))).logp_N.tolist()
+
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
+        return tokenizer
+
+    # Generation
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Continue the prompts (Lightning hook): ``index``, ``prompt`` and ``text`` for `JSONLWriter`.
+
+        Raises:
+            ValueError: the DataModule has no tokenizer.
+        """
+        tokenizer = self._tokenizer()
+        ids_BT = self.network.generate(
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            **dataclasses.asdict(self.generation),
+            eos_token_id=tokenizer.eos_id,
+            random=self.eval_random(len(batch["input_ids"])),
+        )
+        new_BT = ids_BT[:, batch["input_ids"].shape[1] :]
+        return {"index": batch["index"], "prompt": batch["prompt"], "text": [_text(ids, tokenizer) for ids in new_BT.tolist()]}
+
+    # Released weights
+
+    def load_official(self, path: str | Path) -> None:
+        """Fill the network from a released folder (Hugging Face layout, whole or in shards) or one file of weights.
+
+        Raises:
+            ValueError: files that are unsafe, damaged, or do not fit; all names and shapes that differ are listed.
+        """
+        load_official(self.network, path)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The weights by their released names; `save_hf` writes a whole folder."""
+        return {name: tensor.cpu().clone() for name, tensor in to_hf_state_dict(self.network).items()}
+
+    def write_official(self, path: Path) -> int:
+        """Write a released folder, in shards; or one file of weights where ``path`` ends like one."""
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin") and not path.is_dir():
+            return super().write_official(path)
+        save_hf(self.network, path)
+        return len(to_hf_state_dict(self.network))
+
+    @classmethod
+    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
+        """Build the module with weights in the type they are stored in; memory holds them once.
+
+        Args:
+            model: ``{"class_path", "init_args"}``.
+            path: a released folder, or one file of weights.
+        """
+        arguments = dict(model.get("init_args", {}))
+        found = infer_hf(cls, path)
+        if found is None or found["init_args"]["config"] != arguments.get("config"):  # another architecture on purpose
+            return super().build_official(model, path)
+        return build(cls, {**model, "init_args": {**arguments, "checkpoint": str(path)}})
+
+    @classmethod
+    def from_hf(cls, path: str | Path, **arguments: Any) -> Self:
+        """The module of a released folder, see `load_hf`.
+
+        Args:
+            path: the folder.
+            arguments: of the constructor.
+        """
+        return cls(checkpoint=str(path), **arguments)
+
+    def to_hf(self, folder: str | Path, **options: Any) -> Path:
+        """Write a released folder, see `save_hf`.
+
+        Args:
+            folder: where.
+            options: of `save_hf`: ``max_shard_size``, ``normalized_head``, ``dtype``.
+        """
+        return save_hf(self.network, folder, **options)
+
+    @classmethod
+    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Our hyperparameters from the entries of a released ``config.json``."""
+        return infer_hf(cls, config)
+
+    @classmethod
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """Our hyperparameters from a released folder, or a file of weights beside its ``config.json``."""
+        return infer_hf(cls, path)
+
+
+class _Evaluation(nn.Module):
+    """Means over an evaluation, weighted by what they are means of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.bits_per_byte = MeanMetric()
+        self.max_violation = MeanMetric()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means of what was updated, which are then forgotten."""
+        values = {}
+        for name, metric in (("loss", self.loss), ("bits_per_byte", self.bits_per_byte), ("max_violation", self.max_violation)):
+            if metric.update_called:
+                values[name] = metric.compute()
+            metric.reset()
+        return values
+
+
+def _text(ids: list[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
