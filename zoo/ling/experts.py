@@ -40,9 +40,7 @@ def sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return order_M, inverse_M, count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
 
 
-def choose_backend(
-    num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype, device_type: str = "cuda"
-) -> Backend:
+def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype, device_type: str = "cuda") -> Backend:
     """What ``auto`` takes: ``batched`` for a few assignments on a GPU, ``grouped`` where its rules allow, else ``loop``.
 
     On a CPU gathered weights cost more than any number of small products. While a compiler looks on, grouped products are there
