@@ -1,5 +1,7 @@
 """Memory of keys and values: what it holds, how much it takes, and segments that are never lost nor given twice."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import settings
@@ -107,7 +109,7 @@ class Memory(RuleBasedStateMachine):
         assert sorted(held + free) == list(range(self.memory.num_slots))
         assert self.memory.num_free == len(free)
         runs = self.memory.free_runs
-        assert all(left[1] < right[0] for left, right in zip(runs, runs[1:], strict=False))
+        assert all(left[1] < right[0] for left, right in itertools.pairwise(runs))
 
     def teardown(self) -> None:
         for segment in getattr(self, "held", []):
@@ -128,7 +130,7 @@ def test_runs_are_the_slots_in_the_order_of_tokens() -> None:
         for end in range(begin, 12):
             runs = runs_of(segments, begin, end)
             assert [slot for start, stop in runs for slot in range(start, stop)] == slots[begin:end]
-            assert all(left[1] != right[0] for left, right in zip(runs, runs[1:], strict=False))
+            assert all(left[1] != right[0] for left, right in itertools.pairwise(runs))
 
 
 def test_split_of_nothing_is_refused() -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ling.cache import KVCache, StaticCache
-from zoo.ling.experts import FEW_COMPILED, Experts
+from zoo.ling.experts import FEW_COMPILED, Experts, _grouped_mm, choose_backend
 from zoo.ling.head import Head
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding
@@ -27,7 +27,7 @@ from zoo.ling.router import Router
 if TYPE_CHECKING:
     from zoo.ling.network import LingForCausalLM, SwiGLU
 
-__all__ = ["Attend", "CPUStep", "StaticStep", "add_experts", "lockstep", "rotation_table", "static_step"]
+__all__ = ["Attend", "CPUStep", "FewTokens", "StaticStep", "lockstep", "rotation_table", "static_step"]
 
 Attend = Callable[[int, Tensor], Tensor]
 """Given a layer's number and its heads (B, H + 2 K, W), rotated queries and keys, then values: what the queries see, (B, H W)."""
@@ -46,42 +46,57 @@ def rotation_table(rotary: RotaryEmbedding, length: int, dtype: torch.dtype, dev
     return torch.stack([cos_TW, signed_TW], dim=1).unsqueeze(2)
 
 
-def add_experts(
-    out_BD: Tensor, x_BD: Tensor, ids_Bk: Tensor, weights_Bk: Tensor, gate_up: list[Tensor], down: list[Tensor]
-) -> None:
-    """Add to ``out`` what the routed experts say of a few tokens, on a CPU.
+class FewTokens:
+    """Routed experts for a few tokens on a CPU, with each weight read where it lies.
 
-    One product for each expert that a token visits, with the weight in place. Gathered weights (as `Experts` has them under
-    ``batched``) would be written and read once more, which takes several times as long.
+    Gathered weights (as `Experts` has them under ``batched``) would be written and read once more, which takes several times as
+    long as the products.
 
     Args:
-        out_BD: what is added to.
-        x_BD: tokens.
-        ids_Bk: their experts.
-        weights_Bk: weights of the sum.
-        gate_up: transposed weight (D, 2 I) of each expert.
-        down: transposed weight (I, D) of each expert.
+        experts: whose parameters it views.
     """
-    B, k = ids_Bk.shape
-    ids = ids_Bk.reshape(-1).tolist()
-    if B == 1:
-        gate, up = torch.cat([torch.mm(x_BD, gate_up[expert]) for expert in ids]).chunk(2, dim=1)
-        inner_kI = F.silu(gate).mul_(up).mul_(weights_Bk.view(k, 1))
-        for expert, inner_1I in zip(ids, inner_kI.split(1), strict=True):
-            out_BD.addmm_(inner_1I, down[expert])
-        return
-    visits: dict[int, list[int]] = {}
-    for assignment, expert in enumerate(ids):
-        visits.setdefault(expert, []).append(assignment)
-    sizes = [len(assignments) for assignments in visits.values()]
-    order_M = torch.tensor([assignment for assignments in visits.values() for assignment in assignments])
-    parts = x_BD.index_select(0, order_M // k).split(sizes)
-    gate, up = torch.cat([torch.mm(x, gate_up[e]) for e, x in zip(visits, parts, strict=True)]).chunk(2, dim=1)
-    inner_MI = F.silu(gate).mul_(up).mul_(weights_Bk.reshape(-1, 1).index_select(0, order_M))
-    y_MD = torch.cat([torch.mm(inner, down[e]) for e, inner in zip(visits, inner_MI.split(sizes), strict=True)])
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(len(ids))
-    out_BD.add_(y_MD.index_select(0, inverse_M).view(B, k, -1).sum(1))
+
+    def __init__(self, experts: Experts) -> None:
+        self.gate_up_EDJ, self.down_EID = experts.gate_up_proj.transpose(1, 2), experts.down_proj.transpose(1, 2)
+        self.gate_up, self.down = self.gate_up_EDJ.unbind(0), self.down_EID.unbind(0)
+        E, width, D = self.down_EID.shape
+        self.grouped = choose_backend(1 << 20, D, width, experts.down_proj.dtype) == "grouped"
+        self.expert_E = torch.arange(E)
+
+    def add_to(self, out_BD: Tensor, x_BD: Tensor, ids_Bk: Tensor, weights_Bk: Tensor) -> None:
+        """Add what the experts say of the tokens to ``out``.
+
+        Args:
+            out_BD: what is added to.
+            x_BD: tokens.
+            ids_Bk: their experts.
+            weights_Bk: weights of the sum.
+        """
+        B, k = ids_Bk.shape
+        if B == 1:
+            ids = ids_Bk[0].tolist()
+            gate, up = torch.cat([torch.mm(x_BD, self.gate_up[expert]) for expert in ids]).chunk(2, dim=1)
+            inner_kI = F.silu(gate).mul_(up).mul_(weights_Bk.view(k, 1))
+            for expert, inner_1I in zip(ids, inner_kI.split(1), strict=True):
+                out_BD.addmm_(inner_1I, self.down[expert])
+            return
+        sorted_M, order_M = ids_Bk.reshape(-1).sort()
+        x_MD = x_BD.index_select(0, order_M // k)
+        weight_M1 = weights_Bk.reshape(-1, 1).index_select(0, order_M)
+        if self.grouped:
+            end_E = torch.searchsorted(sorted_M, self.expert_E, right=True, out_int32=True)
+            gate, up = _grouped_mm(x_MD, self.gate_up_EDJ, offs=end_E).chunk(2, dim=1)
+            y_MD = _grouped_mm(F.silu(gate).mul_(up).mul_(weight_M1), self.down_EID, offs=end_E)
+        else:
+            visited, count = sorted_M.unique_consecutive(return_counts=True)
+            ids, sizes = visited.tolist(), count.tolist()
+            parts = [torch.mm(x, self.gate_up[e]) for e, x in zip(ids, x_MD.split(sizes), strict=True)]
+            gate, up = torch.cat(parts).chunk(2, dim=1)
+            inner_MI = F.silu(gate).mul_(up).mul_(weight_M1)
+            y_MD = torch.cat([torch.mm(inner, self.down[e]) for e, inner in zip(ids, inner_MI.split(sizes), strict=True)])
+        inverse_M = torch.empty_like(order_M)
+        inverse_M[order_M] = torch.arange(B * k)
+        out_BD.add_(y_MD.index_select(0, inverse_M).view(B, k, -1).sum(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +122,7 @@ class _Layer:
     mlp_gain_D: Tensor
     mlp: _MLP | None
     router_DE: Tensor | None
-    gate_up: list[Tensor]
-    down: list[Tensor]
+    experts: FewTokens | None
 
 
 class CPUStep:
@@ -189,9 +203,8 @@ class CPUStep:
             if layer.dense_bias_D is not None:
                 x_BD.add_(layer.dense_bias_D)
             h_BD = self._norm(x_BD, layer.mlp_gain_D)
-            if layer.router_DE is not None:
-                ids_Bk, weights_Bk = self._route(h_BD, layer.router_DE)
-                add_experts(x_BD, h_BD, ids_Bk, weights_Bk, layer.gate_up, layer.down)
+            if layer.router_DE is not None and layer.experts is not None:
+                layer.experts.add_to(x_BD, h_BD, *self._route(h_BD, layer.router_DE))
             if layer.mlp is not None:
                 inner_BI = F.silu(torch.mm(h_BD, layer.mlp.gate_DI)).mul_(torch.mm(h_BD, layer.mlp.up_DI))
                 x_BD.addmm_(inner_BI, layer.mlp.down_ID)
@@ -361,8 +374,7 @@ def _layer(block: Any, scale: float) -> _Layer:
         mlp_gain_D=block.post_attention_layernorm.weight * scale,
         mlp=None if dense is None else _MLP.of(dense),
         router_DE=mlp.gate.weight.t() if routed else None,
-        gate_up=list(mlp.experts.gate_up_proj.transpose(1, 2).unbind(0)) if routed else [],
-        down=list(mlp.experts.down_proj.transpose(1, 2).unbind(0)) if routed else [],
+        experts=FewTokens(mlp.experts) if routed else None,
     )
 
 

@@ -172,8 +172,8 @@ class Engine:
         check_ids(self.network, torch.tensor(tokens))
         if len(tokens) + max_new_tokens - 1 > self.max_tokens:
             raise ValueError(
-                f"A prompt of {len(tokens)} and max_new_tokens={max_new_tokens} need {len(tokens) + max_new_tokens - 1} slots, but"
-                f" the engine has max_tokens={self.max_tokens}: make it larger, or the prompt or max_new_tokens shorter."
+                f"A prompt of {len(tokens)} and max_new_tokens={max_new_tokens} need {len(tokens) + max_new_tokens - 1} slots,"
+                f" but the engine has max_tokens={self.max_tokens}: make it larger, or the prompt or max_new_tokens shorter."
             )
         choice = TokenChoice(temperature, top_k, top_p, repetition_penalty)
         device = self.both.device
