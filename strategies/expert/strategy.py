@@ -219,10 +219,9 @@ class ExpertParallelStrategy(DDPStrategy):
         return self._shards.whole_state(optimizer, state) if self._writes() and self._shards is not None else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save all experts, also of averages of the weights that callbacks have put in (Lightning hook)."""
+        """Save all experts, those of averages and references beside the weights too (Lightning hook)."""
         if self._writes() and self._shards is not None:
-            shards = self._shards
-            checkpoint = {k: shards.whole_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+            checkpoint = self._shards.whole_weights(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _writes(self) -> bool:
@@ -232,10 +231,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and keep this rank's experts (Lightning hook)."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        shards = self._shards
-        if shards is None:
-            return checkpoint
-        return {k: shards.part_of_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+        return checkpoint if self._shards is None else self._shards.part_of_weights(checkpoint)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep this rank's part of the state (Lightning hook)."""
