@@ -199,7 +199,7 @@ SETTINGS = {
     "plain": Setting(),
     "accumulated, clipped, averaged, recomputed, noisy": Setting(accumulate=2, clip=0.3, average=True, recompute=True, warmup=2),
     "frozen experts": Setting(freeze=("model.layers.1.mlp.experts.*",), clip=0.3),
-    "grouped": Setting(torch.float32, "32-true", "grouped", clip=0.3),
+    "32 bit, each rank as its number of tokens wants": Setting(torch.float32, "32-true", "auto", clip=0.3),
 }
 
 
