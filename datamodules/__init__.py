@@ -1,21 +1,28 @@
 """Lightning DataModules by kind of data."""
 
+from datamodules.chat import SFT
 from datamodules.datamodule import ZooDataModule as ZooDataModule
 from datamodules.image_folder import ImageFolder, ImageNet
 from datamodules.images import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images import ImageDataModule as ImageDataModule
+from datamodules.language import LanguageData as LanguageData
+from datamodules.language import Text
 from datamodules.latents import CachedLatents
+from datamodules.preferences import Preferences
 from datamodules.text import CharacterText as CharacterText
 from datamodules.text import Shakespeare, Text8
 
 __all__ = [
     "CIFAR10",
     "MNIST",
+    "SFT",
     "CachedLatents",
     "Digits",
     "FashionMNIST",
     "ImageFolder",
     "ImageNet",
+    "Preferences",
     "Shakespeare",
+    "Text",
     "Text8",
 ]

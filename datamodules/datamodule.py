@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 
-from datamodules.loader import EpochOrder, ResumableLoader, WholeBatches
+from datamodules.loader import EpochOrder, ResumableLoader, WholeBatches, epoch_length
 from zoo.checkpoint import read_checkpoint
 from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 
@@ -94,19 +94,24 @@ class ZooDataModule(Configurable, LightningDataModule):
         """The seed of order and augmentation: ``seed``, else that of ``seed_everything``, else 0."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def train_loader(self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None) -> ResumableLoader[Any]:
+    def train_loader(
+        self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None, mark_retries: bool = False
+    ) -> ResumableLoader[Any]:
         """A loader for training: shuffled anew each epoch; the last incomplete *global* batch is left out.
 
         Args:
             dataset: Map-style data set; if it has ``set_epoch(epoch)``, it is told the epoch; if it has
-                ``batch(indices)``, that makes the batches.
+                ``batch(indices)``, that makes the batches; if it has ``epoch_order(epoch, seed)``, that is the order
+                (:class:`~datamodules.loader.EpochOrder`).
             collate_fn: Makes a batch of samples; ``None`` is torch's default.
+            mark_retries: Whether batches, which are dictionaries then, get an entry ``retried``, bool (B,): the samples
+                that :meth:`~datamodules.loader.ResumableLoader.requeue` has put back.
 
         Raises:
             ValueError: The data set does not fill one global batch.
         """
         processes, rank = self._share()
-        length = len(dataset)  # type: ignore[arg-type]
+        length = epoch_length(dataset)
         if length < self.batch_size * processes:
             raise ValueError(
                 f"The training set has {length} samples, fewer than one global batch of {self.batch_size * processes} "
@@ -121,7 +126,9 @@ class ZooDataModule(Configurable, LightningDataModule):
             seed=self.data_seed,
             epoch_counter=None if trainer is None else lambda: trainer.current_epoch,
         )
-        return self._loader(dataset, order, self.batch_size, collate_fn)
+        loader = self._loader(dataset, order, self.batch_size, collate_fn)
+        loader.mark_retries = mark_retries
+        return loader
 
     def eval_loader(self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None) -> ResumableLoader[Any]:
         """A loader for validation, test or prediction: every sample once, in order, on one of the processes.

@@ -1,5 +1,6 @@
 """Lightning strategies: where things run, never what they compute."""
 
+from strategies.edit import EDiTShardedStrategy, EDiTStrategy
 from strategies.expert import ExpertParallelStrategy
 
-__all__ = ["ExpertParallelStrategy"]
+__all__ = ["EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy"]

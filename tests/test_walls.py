@@ -16,7 +16,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("zoo", "datamodules", "strategies")
 GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.__main__")  # the command line and the hub see everything
-WIRING = ("__init__", "module", "latent_encoder", "state_dict_adapter", "strategy")  # files that plug the science into Lightning
+# Files that plug the science into Lightning, or into another library.
+# Files that plug the science into Lightning, transformers or an evaluation harness.
+WIRING = (
+    "__init__",
+    "module",
+    "preference",
+    "latent_encoder",
+    "state_dict_adapter",
+    "transformers_model",
+    "lm_eval_adapter",
+    "strategy",
+)
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = ("zoo.hyperparameters", "zoo.random", "zoo.nn", "zoo.sampling", "zoo.checkpoint", "zoo.anomaly")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")

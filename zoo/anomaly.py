@@ -4,9 +4,10 @@ import math
 from collections import deque
 from typing import Any, Literal, get_args
 
-__all__ = ["EWMADetector"]
+__all__ = ["EWMADetector", "Init"]
 
 Init = Literal["zero", "first"]
+"""Where a detector's mean starts."""
 
 
 class EWMADetector:

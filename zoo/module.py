@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -102,6 +102,14 @@ class ZooModule(Configurable, LightningModule):
                 optimizer.register_step_post_hook(lambda *_: self.on_applied_step())
         self._scheduled_steps = self.applied_steps
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place (Lightning hook)."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not hasattr(self.trainer.optimizers[0], "register_step_post_hook"):
+            engine: Any = self.trainer.model
+            if not hasattr(engine, "was_step_applied") or engine.was_step_applied():
+                self.on_applied_step()
+
     def on_applied_step(self) -> None:
         """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
         self.applied_steps += 1
@@ -109,8 +117,7 @@ class ZooModule(Configurable, LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Advance a schedule, but for a step that was skipped (Lightning hook)."""
         if self.lr_scheduler_interval == "step" and metric is None and len(self.trainer.optimizers) == 1:
-            counted = hasattr(self.trainer.optimizers[0], "register_step_post_hook")
-            if counted and self.applied_steps == self._scheduled_steps:
+            if self.applied_steps == self._scheduled_steps:
                 return
             self._scheduled_steps = self.applied_steps
         super().lr_scheduler_step(scheduler, metric)
@@ -320,6 +327,29 @@ class ZooModule(Configurable, LightningModule):
         """
         raise ValueError(f"{type(self).__name__} has no official format of weights; leave out --official.")
 
+    def write_official(self, path: Path) -> int:
+        """Write what the published code loads; override where that is more than one file.
+
+        Args:
+            path: ``.safetensors``, or a file of ``torch.save``.
+
+        Returns:
+            How many tensors were written.
+
+        Raises:
+            ValueError: this method has no published format, or ``path`` is a folder.
+        """
+        weights = self.to_official()
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; --official writes one file, such as {path / 'weights.pt'}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(weights, path)
+        else:
+            entries = self.official_entries
+            torch.save(dict.fromkeys(entries, weights) if entries else weights, path)
+        return len(weights)
+
     @classmethod
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """Read a configuration of the method's published code.
@@ -380,7 +410,18 @@ class ZooModule(Configurable, LightningModule):
                 " published code."
             )
         model = {**model, "init_args": {**model.get("init_args", {}), **overrides}}
-        module = build(cls, model, trusted=True)
+        named = (c for c in _family(cls) if model["class_path"] in (c.__name__, class_path(c)))
+        return cast(Self, next(named, cls).build_official(model, path))
+
+    @classmethod
+    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
+        """Build the module and fill it with official weights; override where they should not be in memory beside it.
+
+        Args:
+            model: ``{"class_path", "init_args"}`` of this class.
+            path: the weights.
+        """
+        module = build(cls, dict(model), trusted=True)
         module.load_official(path)
         return module
 

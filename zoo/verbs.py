@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from zoo.checkpoint import CONFIG_FILE, is_pretrained_folder, read_plain
 from zoo.hyperparameters import read_config
@@ -44,7 +42,7 @@ def convert(argv: Sequence[str]) -> None:
 
     ``zoo convert last.ckpt FOLDER`` writes a folder to share, ``zoo convert mnist_ema.pt FOLDER --config NAME`` does so with
     officially released weights, which need no ``--config`` where they say enough by themselves, and
-    ``zoo convert FOLDER weights.pt --official`` writes what the published code loads.
+    ``zoo convert FOLDER weights.pt --official`` writes what the published code loads. Weights of Ling are whole folders.
 
     Raises:
         FileNotFoundError: there is no such source or configuration.
@@ -57,9 +55,11 @@ def convert(argv: Sequence[str]) -> None:
     parser.add_argument(
         "source", type=Path, help="a .ckpt file, a safetensors folder, a name that zoo list shows, or official weights"
     )
-    parser.add_argument("target", type=Path, help="the folder to write, or with --official the file")
+    parser.add_argument("target", type=Path, help="the folder to write, or with --official the file (Ling: or the folder)")
     parser.add_argument("--config", help="for official weights: a configuration of ours, or the published code's YAML file")
-    parser.add_argument("--official", action="store_true", help="write a file for the published code: .pt or .safetensors")
+    parser.add_argument(
+        "--official", action="store_true", help="write for the published code: .pt or .safetensors, for Ling a folder"
+    )
     parser.add_argument("--description", default="", help="one line on what the weights were trained on and what they reach")
     parser.add_argument("--half", action="store_true", help="store the weights in half precision, half as large")
     options = parser.parse_args(argv)
@@ -70,20 +70,11 @@ def convert(argv: Sequence[str]) -> None:
     if not options.official:
         print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description, options.half)}")
         return
-    weights = module.to_official()
-    options.target.parent.mkdir(parents=True, exist_ok=True)
-    if options.target.suffix == ".safetensors":
-        save_file(weights, options.target)
-    else:
-        entries = module.official_entries
-        torch.save(dict.fromkeys(entries, weights) if entries else weights, options.target)
-    print(f"wrote {len(weights)} tensors of {type(module).__name__} to {options.target}")
+    print(f"wrote {module.write_official(options.target)} tensors of {type(module).__name__} to {options.target}")
 
 
 def _check_target(target: Path, official: bool) -> None:
     """Refuse, before anything is read, a target that cannot be written or is meant otherwise."""
-    if official and target.is_dir():
-        raise ValueError(f"{target} is a folder; --official writes one file, such as {target / 'weights.pt'}.")
     for path in target.parents if official else (target, *target.parents):
         if path.is_file():
             raise ValueError(f"{path} is a file, where a folder is to be written: give another name.")
@@ -94,7 +85,7 @@ def _check_target(target: Path, official: bool) -> None:
 def _read(source: Path, config: str | None) -> ZooModule:
     if config is not None:
         return _read_official(source, config)
-    if source.is_file() and (model := infer_official(source)) is not None:
+    if source.exists() and (model := infer_official(source)) is not None:
         return ZooModule.from_official(source, {"model": model})
     if source.is_file() or (source.suffix in WEIGHTS_SUFFIXES and not source.is_dir()):
         return ZooModule.load_from_checkpoint(source)

@@ -80,6 +80,7 @@ def test_angles_are_accurate_at_long_range_in_half_precision():
     assert cos[0, 0, 0].item() == pytest.approx(math.cos(16000.0), abs=1e-2)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("scaling", [None, SCALINGS["yarn"]], ids=["plain", "yarn"])
 def test_decoding_with_a_cache_equals_the_full_forward(scaling):
     model, ids = network(rope_scaling=scaling).eval(), tokens()

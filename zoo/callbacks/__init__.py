@@ -1,6 +1,7 @@
 """Lightning callbacks of the zoo."""
 
 from zoo.callbacks.batch_size_warmup import BatchSizeWarmup
+from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
 from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
@@ -11,14 +12,15 @@ from zoo.callbacks.router_monitor import RouterMonitor
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
 from zoo.callbacks.sample_quality import SampleQuality
+from zoo.callbacks.speed_monitor import SpeedMonitor
 from zoo.callbacks.spike_guard import SpikeGuard
 from zoo.callbacks.text_quality import TextQuality
 from zoo.callbacks.text_writer import TextWriter
-from zoo.callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "EMA",
     "BatchSizeWarmup",
+    "ChoiceEval",
     "ClassAgreementWriter",
     "DataStatisticsWriter",
     "ImageGridWriter",
@@ -28,9 +30,9 @@ __all__ = [
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",
+    "SpeedMonitor",
     "SpikeGuard",
     "TextQuality",
     "TextWriter",
-    "ThroughputMonitor",
     "TrajectoryWriter",
 ]

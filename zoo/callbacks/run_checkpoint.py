@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -14,6 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 __all__ = ["RunCheckpoint"]
+
+
+@runtime_checkable
+class SupportsAgreement(Protocol):
+    """A strategy whose ranks train on their own, and agree on what all must do together when they meet next."""
+
+    asynchronous: bool  # whether ranks take different numbers of steps, so that a step's number means something else on each
+
+    def agree(self, request: Literal["stop", "save"], wanted: bool) -> bool:
+        """Say what this rank wants; true, on all ranks after the same batch, once any wanted it."""
+        ...
 
 
 class RunCheckpoint(Checkpoint):
@@ -71,16 +82,25 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, after a batch that applied a step (Lightning hook)."""
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+        strategy = trainer.strategy
+        agreeing = strategy if isinstance(strategy, SupportsAgreement) else None
+        if agreeing is not None:
+            stop = agreeing.agree("stop", self._told_to_stop)
+        else:
+            stop = trainer.world_size > 1 and strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        if stop:
             trainer._signal_connector.received_sigterm = True  # Lightning raises SIGTERMException after this batch
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = self._boundary_step = trainer.global_step
         self._boundary = _state_after_batch(trainer)
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+        if agreeing is not None:
+            counted = due and not agreeing.asynchronous
+            due = agreeing.agree("save", trainer.is_global_zero and (due or late) and not counted) or counted
         # Ranks ask rank 0 for the time, which makes them wait for it: not at every step.
-        if self.minutes is not None and not due and trainer.global_step % 10 == 0:
-            late = time.monotonic() - self._saved_at >= 60 * self.minutes
+        elif self.minutes is not None and not due and trainer.global_step % 10 == 0:
             due = bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
         if due:
             self._save(trainer)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
-from zoo.anomaly import EWMADetector
+from zoo.anomaly import EWMADetector, Init
 
 __all__ = ["ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
 
@@ -67,9 +67,10 @@ class SpikeGuard(Callback):
 
     * Not bad: the step is applied, both detectors take the values in.
     * Not finite: skipped; after ``max_consecutive`` bad steps in a row training stops.
-    * Bad for the first time, and fewer than ``patience`` steps were skipped in a row: skipped.
-    * Bad although a sample of it was brought back, or patience is at its end: applied with learning rate (or gradients) times
-      ``persist_factor``, and the detectors take in the values cut at their limits. So a lasting change of the level is followed.
+    * Bad, and ``patience`` steps were skipped in a row, or it is bad because of samples that were brought back (without them
+      its loss is not): applied with learning rate (or gradients) times ``persist_factor``, and the detectors take in the values
+      cut at their limits. So a lasting change of the level is followed.
+    * Bad otherwise: skipped.
 
     A skipped step runs forward and backward, and then changes nothing: weights, optimizer state, schedules that advance per
     step, averages and everything else that follows applied steps stay bit for bit. All ranks take the same decision from one
@@ -78,7 +79,8 @@ class SpikeGuard(Callback):
 
     The samples of a skipped batch are put at random places of the next ``retry_window`` batches, once, if batches carry their
     ids as ``index`` (B,) and the training loader is a `RetryingLoader`; this is said at the start where it is not so. The loss
-    is ``last_losses["ce"]`` of a module that `ReportsLosses`, else the loss it returns.
+    is ``last_losses["ce"]`` of a module that `ReportsLosses`, else the loss it returns. Where losses of samples are not known,
+    a bad step with samples that were brought back is bad because of them.
 
     Logs ``guard/skipped`` and ``guard/reduced``, the numbers of steps so far, and ``guard/loss_score``, the standard deviations
     by which the loss lies above its mean. Source: arXiv 2503.05139, sections 3.4.4 and 6.1; thresholds are not published.
@@ -88,7 +90,8 @@ class SpikeGuard(Callback):
         warmup: steps before anything finite is an outlier.
         threshold: standard deviations above the mean at which a loss is an outlier.
         min_delta: how far above the mean a loss must lie to be bad, in the loss's unit (nats).
-        grad_threshold: as ``threshold``, for the gradient norm; None: the norm has to be finite only.
+        grad_threshold: as ``threshold``, for the gradient norm, whose distribution has a longer tail: healthy small models reach
+            6. None: the norm has to be finite only.
         grad_alpha: as ``alpha``, for the gradient norm; None: the same.
         patience: steps that are skipped in a row because of finite outliers.
         max_consecutive: bad steps in a row after which one that is not finite stops the training.
@@ -96,6 +99,8 @@ class SpikeGuard(Callback):
             clipping (which clipping and Adam nearly undo).
         persist_factor: by how much, in [0, 1).
         retry_window: batches among which the samples of a skipped one are spread.
+        init: where the detectors' averages start: at the ``first`` value, or, as in the published detector, at ``zero``, which
+            leaves them blind until the jump from 0 is forgotten (at alpha 0.02 some 300 steps).
         record_path: a text file, relative to the run's folder, to which each bad step adds a line: seconds since 1970, step,
             mean loss, losses of all samples and their ids, separated by tabs, the last two lists by commas (empty where module
             or batch do not tell).
@@ -119,13 +124,14 @@ class SpikeGuard(Callback):
         warmup: int = 120,
         threshold: float = 4.0,
         min_delta: float = 0.25,
-        grad_threshold: float | None = 4.0,
+        grad_threshold: float | None = 10.0,
         grad_alpha: float | None = None,
         patience: int = 3,
         max_consecutive: int = 20,
         persist_action: PersistAction = "lr",
         persist_factor: float = 0.1,
         retry_window: int = 200,
+        init: Init = "first",
         record_path: Path | None = None,
     ) -> None:
         if min_delta < 0:
@@ -149,8 +155,9 @@ class SpikeGuard(Callback):
         self.retry_window = retry_window
         self.record_path = None if record_path is None else Path(record_path)
         self.watches_norm = grad_threshold is not None
-        self.loss_detector = EWMADetector(alpha, warmup, threshold)
-        self.norm_detector = EWMADetector(alpha if grad_alpha is None else grad_alpha, warmup, grad_threshold or threshold)
+        self.loss_detector = EWMADetector(alpha, warmup, threshold, init)
+        norm_alpha = alpha if grad_alpha is None else grad_alpha
+        self.norm_detector = EWMADetector(norm_alpha, warmup, threshold if grad_threshold is None else grad_threshold, init)
         self.skipped = 0
         self.reduced = 0
         self.consecutive = 0
@@ -164,19 +171,19 @@ class SpikeGuard(Callback):
         self._losses: list[Tensor] = []
         self._sample_losses: list[Tensor] = []
         self._sample_ids: list[Tensor] = []
-        self._retried: list[Tensor] = []
+        self._returned: list[Tensor] = []
         self._told_of_index = False
         self._unwrap: list[Callable[[], None]] = []
 
     # The rule
 
-    def judge(self, loss: float, norm: float, retried: bool = False) -> Verdict:
+    def judge(self, loss: float, norm: float, rest: float | None = None) -> Verdict:
         """Decide on one step, and take it into the detectors and `consecutive`.
 
         Args:
             loss: mean loss of the step over micro-batches and ranks.
             norm: norm of its gradient before clipping.
-            retried: whether a sample of an earlier skipped step is in it.
+            rest: mean loss of the samples that were not brought back; None if none were, -inf if all were or it is not known.
 
         Returns:
             ``apply``, ``skip``, or ``reduce``: apply with ``persist_factor``.
@@ -186,19 +193,21 @@ class SpikeGuard(Callback):
             self.consecutive += 1
             return "skip"
         self._loss_score = self.loss_detector.score(loss)
-        bad = self.loss_detector.is_outlier(loss) and loss > self.loss_detector.mean + self.min_delta
-        bad = bad or (self.watches_norm and self.norm_detector.is_outlier(norm))
-        if not bad:
+        if not (self._is_high(loss) or (self.watches_norm and self.norm_detector.is_outlier(norm))):
             self.consecutive = 0
             self.loss_detector.update(loss)
             self.norm_detector.update(norm)
             return "apply"
-        if not retried and self.consecutive < self.patience:
+        persists = rest is not None and not self._is_high(rest)
+        if not persists and self.consecutive < self.patience:
             self.consecutive += 1
             return "skip"
         self.loss_detector.update(min(loss, self.loss_detector.value_limit))
         self.norm_detector.update(min(norm, self.norm_detector.value_limit))
         return "reduce"
+
+    def _is_high(self, loss: float) -> bool:
+        return self.loss_detector.is_outlier(loss) and loss > self.loss_detector.mean + self.min_delta
 
     # Lightning hooks
 
@@ -212,6 +221,12 @@ class SpikeGuard(Callback):
                 "SpikeGuard: DeepSpeed clips and steps inside its own engine, so that a step cannot be judged before and left"
                 " out: remove SpikeGuard, or choose another strategy."
             )
+        sharded = isinstance(strategy, FSDPStrategy) or getattr(strategy, "shards_parameters", False)
+        if sharded and not hasattr(strategy, "gradient_norm"):
+            raise ValueError(
+                f"SpikeGuard: {type(strategy).__name__} shards the gradients and has no gradient_norm() that tells the norm of"
+                " the whole: remove SpikeGuard, or use ddp, ModelParallelStrategy or a strategy of the zoo."
+            )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 f"SpikeGuard: precision={trainer.precision} scales the gradients and skips steps by itself: use bf16-mixed,"
@@ -221,12 +236,6 @@ class SpikeGuard(Callback):
             raise ValueError(
                 f"SpikeGuard: {type(pl_module).__name__} optimizes manually, so its steps cannot be left out from outside:"
                 " remove SpikeGuard."
-            )
-        sharded = isinstance(strategy, FSDPStrategy) or getattr(strategy, "shards_parameters", False)
-        if sharded and not hasattr(strategy, "gradient_norm"):
-            raise ValueError(
-                f"SpikeGuard: {type(strategy).__name__} shards the gradients and has no gradient_norm() that tells the norm of"
-                " the whole: remove SpikeGuard, or use ddp, ModelParallelStrategy or a strategy of the zoo."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -270,7 +279,7 @@ class SpikeGuard(Callback):
             if self._index is not None:
                 self._sample_ids.append(self._index)
                 if self._waiting:
-                    self._retried.append(torch.isin(self._index, self._ids_on(self._index.device)).any())
+                    self._returned.append(torch.isin(self._index, self._ids_on(self._index.device)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the step (Lightning hook)."""
@@ -278,9 +287,9 @@ class SpikeGuard(Callback):
             return
         with self._timed():
             group = _group(trainer)
-            loss, norm, retried = self._measure(trainer, optimizer, group)
-            self._verdict = self.judge(loss, norm, retried)
-            if retried or self._verdict != "apply":
+            loss, norm, rest = self._measure(trainer, optimizer, group)
+            self._verdict = self.judge(loss, norm, rest)
+            if rest is not None or self._verdict != "apply":
                 self._follow(trainer, loss, norm, group)
             if self._verdict == "reduce" and self.persist_action == "grad":
                 torch._foreach_mul_(_gradients(optimizer), self.persist_factor)
@@ -329,48 +338,63 @@ class SpikeGuard(Callback):
 
     def _measure(
         self, trainer: Trainer, optimizer: Optimizer, group: distributed.ProcessGroup | None
-    ) -> tuple[float, float, bool]:
-        """Mean loss, gradient norm, and whether a sample came back, the same on all ranks of the group."""
+    ) -> tuple[float, float, float | None]:
+        """What `judge` wants, the same on all ranks of the group."""
         device = self._losses[0].device
         done = torch.cuda.Event() if device.type == "cuda" else None
         if done is not None:
             done.record()
-        total = torch.stack([loss.float() for loss in self._losses]).sum()
         strategy_norm = getattr(trainer.strategy, "gradient_norm", None)
         norm = _norm(optimizer) if strategy_norm is None else strategy_norm()
-        retried = torch.stack(self._retried).any() if self._retried else torch.zeros((), device=device)
-        count = torch.full((), float(len(self._losses)), device=device)
-        sums = torch.stack([total, count, norm.float().to(device), retried.float(), torch.ones_like(count)])
-        if _world_size(trainer) > 1:
-            # One sum decides for all: what is not finite on one rank is not finite in the sum.
+        terms = [torch.stack(self._losses).sum(), norm.to(device)]
+        if self._returned:
+            returned = torch.cat(self._returned)
+            known = len(self._sample_losses) == len(self._returned)
+            losses = torch.cat(self._sample_losses).flatten() if known else returned.float()
+            terms += [
+                returned.sum(),
+                torch.where(returned, 0, losses).sum(),
+                (~returned).sum() if known else returned.new_zeros(()),
+            ]
+        sums = torch.stack([term.float() for term in terms])
+        ranks = _world_size(trainer)
+        if ranks > 1:
+            # One sum decides for all: what is not finite on one rank is not finite in the sum. Ranks wait for the same ids, so
+            # they have the same terms.
             distributed.all_reduce(sums, group=group)
+            ranks = distributed.get_world_size(group)
         if done is not None:
             begin = time.perf_counter()
             done.synchronize()
             waited = time.perf_counter() - begin
             self.time_waiting += waited
             self.time_inside -= waited
-        loss_sum, losses, norm_sum, comebacks, ranks = sums.tolist()
-        return loss_sum / losses, norm_sum / ranks, comebacks > 0
+        loss, norm_sum, *comeback = sums.tolist()
+        rest = None
+        if comeback and comeback[0] > 0:
+            rest = comeback[1] / comeback[2] if comeback[2] > 0 else -math.inf
+        return loss / (len(self._losses) * ranks), norm_sum / ranks, rest
 
     def _follow(self, trainer: Trainer, loss: float, norm: float, group: distributed.ProcessGroup | None) -> None:
         """Record a bad step, bring its samples back or cross them off, and stop if it is one too many."""
         ranks = _gather(trainer, (_flat(self._sample_ids), _flat(self._sample_losses)), group)
         ids = [int(number) for of_rank, _ in ranks for number in of_rank]
-        fresh = [number for number in dict.fromkeys(ids) if number not in self._waiting]
+        # Samples that were brought back are given up if the step is not finite; in a step that others made bad they are not.
+        again = {number for number in ids if number not in self._waiting or math.isfinite(loss + norm)}
         for number in ids:
             self._waiting.pop(number, None)
         self._waiting_ids = None
         if self._verdict == "apply":
             return
-        step, again = trainer.global_step, 0
+        step, queued = trainer.global_step, sorted(again)  # in an order that does not depend on the number of ranks
         if self._verdict == "skip":
             self.skipped += 1
             requeue = getattr(trainer.train_dataloader, "requeue", None)
-            if fresh and requeue is not None and group is None:
-                requeue(fresh, self.retry_window, step)
-                self._waiting.update(dict.fromkeys(fresh))
-                again = len(fresh)
+            if requeue is None or group is not None:
+                queued = []
+            elif queued:
+                requeue(queued, self.retry_window, step)
+                self._waiting.update(dict.fromkeys(queued))
         else:
             self.reduced += 1
         if self.record_path is not None and (distributed.get_rank(group) if _world_size(trainer) > 1 else 0) == 0:
@@ -384,7 +408,7 @@ class SpikeGuard(Callback):
             f"SpikeGuard: step {step} has loss {loss:.4g} ({self._loss_score:.1f} standard deviations above"
             f" {self.loss_detector.mean:.4g}) and gradient norm {norm:.4g} (usual {self.norm_detector.mean:.4g}): "
             + (
-                f"skipped, {again} samples come back."
+                f"skipped, {len(queued)} samples come back."
                 if self._verdict == "skip"
                 else f"applied with {'learning rate' if self.persist_action == 'lr' else 'gradients'} x {self.persist_factor:g}."
             )
@@ -398,7 +422,7 @@ class SpikeGuard(Callback):
             )
 
     def _forget_step(self) -> None:
-        self._losses, self._sample_losses, self._sample_ids, self._retried = [], [], [], []
+        self._losses, self._sample_losses, self._sample_ids, self._returned = [], [], [], []
 
     def _ids_on(self, device: torch.device) -> Tensor:
         if self._waiting_ids is None:

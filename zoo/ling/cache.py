@@ -1,6 +1,6 @@
 """Keys and values of earlier tokens, in memory that is allocated once.
 
-Shape suffixes: B sequences, K key/value heads, S slots of the cache, T new tokens, W width of a head.
+Shape suffixes: L layers, B sequences, K key/value heads, S slots of the cache, T new tokens, W width of a head.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.ling.config import LingConfig
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "StaticCache"]
 
 
 class KVCache:
@@ -35,15 +35,29 @@ class KVCache:
     ) -> None:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"KVCache: batch_size={batch_size} and max_length={max_length} must be at least 1.")
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length, config.head_width)
+        self._both = torch.zeros(shape, dtype=dtype, device=device)  # keys, then values: a step writes them at once
         self.length = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """(L, B, K, S, W)."""
+        return self._both[:, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """(L, B, K, S, W)."""
+        return self._both[:, 1]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences B."""
+        return self._both.shape[2]
 
     @property
     def max_length(self) -> int:
         """Slots S."""
-        return self.keys.shape[3]
+        return self._both.shape[4]
 
     @staticmethod
     def bytes_per_token(config: LingConfig, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -57,14 +71,34 @@ class KVCache:
             ValueError: they do not fit.
         """
         end = self.length + key_BKTW.shape[2]
-        if end > self.max_length:
+        self.check_room(key_BKTW.shape[2])
+        keys, values = self._both[layer].unbind(0)
+        keys[:, :, self.length : end] = key_BKTW
+        values[:, :, self.length : end] = value_BKTW
+        return keys[:, :, :end], values[:, :, :end]
+
+    def check_room(self, num_tokens: int) -> None:
+        """Make sure that so many more tokens fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.length + num_tokens > self.max_length:
             raise ValueError(
-                f"The sequence of {end} tokens is longer than the cache of {self.max_length}: make the cache longer, or the"
-                " prompt or max_new_tokens shorter."
+                f"The sequence of {self.length + num_tokens} tokens is longer than the cache of {self.max_length}: make the cache"
+                " longer, or the prompt or max_new_tokens shorter."
             )
-        self.keys[layer, :, :, self.length : end] = key_BKTW
-        self.values[layer, :, :, self.length : end] = value_BKTW
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def open_slot(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Views for one more token of each sequence, without copies.
+
+        Returns:
+            For each layer the slot of the new key and value (2, B, K, W); and keys and values with that slot (B, K, length + 1,
+            W), those of layer i at 2 i and 2 i + 1.
+        """
+        self.check_room(1)
+        slots = self._both.select(4, self.length).unbind(0)
+        return slots, self._both.narrow(4, 0, self.length + 1).flatten(0, 1).unbind(0)
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that every layer has stored."""
@@ -73,3 +107,29 @@ class KVCache:
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0
+
+
+class StaticCache:
+    """A `KVCache` in the eyes of a step whose shapes never change: all slots are returned, a tensor says which one is written.
+
+    So that a step can be compiled, or captured as a graph. What lies beyond the position has to be masked.
+
+    Args:
+        cache: where keys and values are.
+        position_1: int64 (1,), the slot that is written.
+    """
+
+    length = 0  # the shapes of a step do not depend on it; positions are given
+
+    def __init__(self, cache: KVCache, position_1: Tensor) -> None:
+        self.keys, self.values, self.position_1 = cache.keys, cache.values, position_1
+
+    def update(self, layer: int, key_BKTW: Tensor, value_BKTW: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token, return all slots (B, K, S, W)."""
+        key, value = self.keys[layer], self.values[layer]
+        key.index_copy_(2, self.position_1, key_BKTW.to(key.dtype))
+        value.index_copy_(2, self.position_1, value_BKTW.to(value.dtype))
+        return key, value
+
+    def advance(self, num_tokens: int) -> None:
+        """Whoever owns the position moves it."""

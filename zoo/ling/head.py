@@ -116,8 +116,8 @@ class _Chunked(torch.autograd.Function):
                 continue
             grad_CV = logits_CV.sub_(lse_C1).exp_()
             grad_CV.scatter_add_(1, target_C1, torch.full_like(lse_C1, -1.0))
-            grad_CV.mul_((valid_C / count).to(accurate)[:, None])
-            grad_CV = grad_CV.to(x_ND.dtype)
+            scale_C1 = (valid_C.to(accurate) / count)[:, None]
+            grad_CV = torch.mul(grad_CV, scale_C1, out=grad_CV if accurate == x_ND.dtype else x_ND.new_empty(grad_CV.shape))
             if grad_x is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_x[part])
             if grad_weight is not None:

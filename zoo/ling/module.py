@@ -6,9 +6,9 @@ Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with expe
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from zoo.hyperparameters import build
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
+from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
-from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, to_hf_state_dict
+from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
 from zoo.module import ZooModule
 
 __all__ = ["Ling", "Tokenizer"]
@@ -123,7 +125,7 @@ class Ling(ZooModule):
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
         accurate = router_dtype == "float32"
         if checkpoint is not None:
-            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate)
+            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate).train()
             # Plain data that need no folder: the weights are in every checkpoint of the run.
             architecture = dataclasses.asdict(self.network.config)
             for hyperparameters in (self._hparams, self._hparams_initial):
@@ -181,6 +183,20 @@ class Ling(ZooModule):
             {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
             {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
         ]
+
+    def setup(self, stage: str) -> None:
+        """Compare the vocabularies of model and data before anything runs (Lightning hook).
+
+        Raises:
+            ValueError: the tokenizer has ids that the model has not.
+        """
+        super().setup(stage)
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {self.config.vocab_size}: take the"
+                f" model's own tokenizer (data.tokenizer), or vocab_size: {tokenizer.vocab_size} or more."
+            )
 
     # Batches
 
@@ -271,9 +287,8 @@ class Ling(ZooModule):
             return zero, zero
         assert self.router_stats is not None
         counts_LE = self.router_stats.counts
-        if self.aux_scope == "global" and dist.is_available() and dist.is_initialized():
-            counts_LE = counts_LE.clone()
-            dist.all_reduce(counts_LE)
+        if self.aux_scope == "global":
+            counts_LE, _ = self._summed(counts_LE)
         aux = torch.stack([
             balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
             for routing, load_E in zip(output.routings, counts_LE.unbind(), strict=True)
@@ -296,14 +311,22 @@ class Ling(ZooModule):
         share = torch.tensor(self.applied_steps / self.router_warmup_steps, dtype=dtype, device=self.device)
         return lambda layer: noise_LNE[layer - first], share
 
+    def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The sum over the processes that take this step together, and how many they are."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return tensor, 1
+        # A strategy whose replicas go their own ways says who they are; None: all.
+        group_of = getattr(self.trainer.strategy, "spike_group", None)
+        group = group_of() if callable(group_of) else None
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor, dist.get_world_size(group)
+
     def on_applied_step(self) -> None:
         """Take the scores' mean and deviation of an applied step into the running ones; a skipped step leaves no trace."""
         if self._moments:
-            moments_2L = torch.stack(self._moments).mean(0)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(moments_2L)
-                moments_2L /= dist.get_world_size()
-            mean_L, square_L = moments_2L
+            total_2L, num_processes = self._summed(torch.stack(self._moments).mean(0))
+            mean_L, square_L = total_2L / num_processes
             std_L = (square_L - mean_L.square()).clamp(min=0).sqrt()
             for moe, mean, std in zip(self.network.moe_layers, mean_L, std_L, strict=True):
                 moe.gate.update(mean, std, self.router_momentum, first=self.applied_steps == 0)
@@ -354,6 +377,23 @@ class Ling(ZooModule):
         """Log the means over all batches and processes (Lightning hook)."""
         self._log_evaluation("test", self.test_metrics)
 
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
+
+        Args:
+            pairs: context and continuation.
+        """
+        tokenizer = self._tokenizer()
+        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
+        # One pass of the network for the call, so that ranks whose passes communicate stay in step.
+        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids))).logp_N.tolist()
+
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
+        return tokenizer
+
     # Generation
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -362,9 +402,7 @@ class Ling(ZooModule):
         Raises:
             ValueError: the DataModule has no tokenizer.
         """
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("predict needs a DataModule with a tokenizer, such as Text with predict_prompts.")
+        tokenizer = self._tokenizer()
         ids_BT = self.network.generate(
             batch["input_ids"],
             batch.get("attention_mask"),
@@ -387,7 +425,47 @@ class Ling(ZooModule):
 
     def to_official(self) -> dict[str, Tensor]:
         """The weights by their released names; `save_hf` writes a whole folder."""
-        return to_hf_state_dict(self.network)
+        return {name: tensor.cpu().clone() for name, tensor in to_hf_state_dict(self.network).items()}
+
+    def write_official(self, path: Path) -> int:
+        """Write a released folder, in shards; or one file of weights where ``path`` ends like one."""
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin") and not path.is_dir():
+            return super().write_official(path)
+        save_hf(self.network, path)
+        return len(to_hf_state_dict(self.network))
+
+    @classmethod
+    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
+        """Build the module with weights in the type they are stored in; memory holds them once.
+
+        Args:
+            model: ``{"class_path", "init_args"}``.
+            path: a released folder, or one file of weights.
+        """
+        arguments = dict(model.get("init_args", {}))
+        found = infer_hf(cls, path)
+        if found is None or found["init_args"]["config"] != arguments.get("config"):  # another architecture on purpose
+            return super().build_official(model, path)
+        return build(cls, {**model, "init_args": {**arguments, "checkpoint": str(path)}})
+
+    @classmethod
+    def from_hf(cls, path: str | Path, **arguments: Any) -> Self:
+        """The module of a released folder, see `load_hf`.
+
+        Args:
+            path: the folder.
+            arguments: of the constructor.
+        """
+        return cls(checkpoint=str(path), **arguments)
+
+    def to_hf(self, folder: str | Path, **options: Any) -> Path:
+        """Write a released folder, see `save_hf`.
+
+        Args:
+            folder: where.
+            options: of `save_hf`: ``max_shard_size``, ``normalized_head``, ``dtype``.
+        """
+        return save_hf(self.network, folder, **options)
 
     @classmethod
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:

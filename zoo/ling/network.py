@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
+from zoo.ling.generation import generate
 from zoo.ling.head import IGNORED, Head, cross_entropy
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding, rotate
@@ -411,6 +412,16 @@ class LingForCausalLM(nn.Module):
         if with_logits or (with_logits is None and labels is None):
             output.logits = self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         return output
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue prompts, (B, T) to (B, T + n); see `zoo.ling.generation.generate` for the options.
+
+        Args:
+            input_ids: prompts, padded on the left.
+            attention_mask: 1 for tokens, 0 for padding; None: no padding.
+            options: ``max_new_tokens``, ``temperature`` and others.
+        """
+        return generate(self, input_ids, attention_mask, **options)
 
 
 def expected_initial_loss(config: LingConfig) -> float:

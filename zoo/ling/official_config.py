@@ -6,7 +6,7 @@ whatever shapes the network has to be in the file. Source: files and configurati
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,8 @@ def read_hf_config(path: str | Path) -> tuple[LingConfig, dict[str, Any]]:
         ValueError: it is no JSON, or see `from_hf_config`.
     """
     path = Path(path)
+    if not path.exists() and path.name != CONFIG_FILE:
+        raise FileNotFoundError(f"There is no {path}: give the folder of released weights, with {CONFIG_FILE} in it.")
     file = path / CONFIG_FILE if path.is_dir() else path.with_name(CONFIG_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"There is no {file}: a released folder holds {CONFIG_FILE} beside its weights.")
@@ -224,9 +226,9 @@ def _scaling(value: Any, source: str) -> RopeScaling | None:
             f"{source}: rope_scaling of type yarn needs original_max_position_embeddings, the length that was trained (the"
             " released code assumes 4096)."
         )
-    numbers = {name: given[name] for name in known if name in given and given[name] is not None}
-    floats = {name for name, field in known.items() if field.default is not MISSING and isinstance(field.default, float)}
+    numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
-        return RopeScaling(type=kind, **{name: float(v) if name in floats else v for name, v in numbers.items()})
+        floats = {name: float(value) for name, value in numbers.items() if isinstance(known[name].default, float)}
+        return RopeScaling(type=kind, **{**numbers, **floats})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

@@ -214,7 +214,7 @@ def _allocate(network: LingForCausalLM, stored: Mapping[str, _Stored], dtype: to
                 empty = torch.empty(parameter.shape, dtype=dtype or types[full], device=device)
                 setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     if network.config.tie_word_embeddings:
-        network.lm_head.weight = network.model.word_embeddings.weight
+        network.lm_head.register_parameter("weight", network.model.word_embeddings.get_parameter("weight"))
     for moe in network.moe_layers:
         if moe.gate.running_mean.is_meta:
             moe.gate.running_mean = torch.zeros((), device=device)
@@ -311,11 +311,12 @@ def save_hf(
     for stale in [*folder.glob("model*.safetensors"), *(folder / name for name in _NAMES if (folder / name).suffix == ".json")]:
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|.*\.index\.json", stale.name):
             stale.unlink(missing_ok=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         copies = {n: weights[n].to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
         save_file(copies, folder / file, metadata={"format": "pt"})
+        del copies  # before those of the next file are made
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -10,12 +10,14 @@ Files are read and written in the released format, the network in between is our
 (``attn_implementation`` other than "sdpa" and "eager" is refused by the library, and both mean the same here).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -28,16 +30,16 @@ from transformers import (
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
-from zoo.ling.head import Head
+from zoo.ling.head import EPS
 from zoo.ling.network import Model, positions_and_mask
 from zoo.ling.official_config import ARCHITECTURE, MODEL_TYPE, check_released, from_hf_config, to_hf_config
 from zoo.ling.router import Router, balance_loss
 
-__all__ = ["BailingMoeConfig", "BailingMoeForCausalLM", "register"]
+__all__ = ["BailingMoeConfig", "BailingMoeForCausalLM", "BailingMoeModel", "register", "slice_logits"]
 
 #: The library renamed its argument for keys and values; outputs say which name this version has.
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -73,7 +75,7 @@ class BailingMoeConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         aliases = ("n_routed_experts", "n_shared_experts")
-        defaults = to_hf_config(LingConfig())
+        defaults = to_hf_config(LingConfig()) | {"head_dim": None}  # follows from the other sizes
         for alias, name in zip(aliases, ("num_experts", "num_shared_experts"), strict=True):
             if kwargs.get(alias) is not None:
                 defaults.pop(name)
@@ -107,36 +109,17 @@ class BailingMoeConfig(PreTrainedConfig):
         return from_hf_config({"model_type": MODEL_TYPE, **vars(self), "architectures": None}, type(self).__name__)
 
 
-class BailingMoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The network of `zoo.ling.LingForCausalLM`, with the same parameters, behind the library's interface.
-
-    Args:
-        config: its configuration.
-    """
+class BailingMoePreTrainedModel(PreTrainedModel):
+    """What both models share: initial weights, and what the library may do with them."""
 
     config_class = BailingMoeConfig
     config: BailingMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (the library's own types, here and below)
     _supports_sdpa = True
     _input_embed_layer = "word_embeddings"
-    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}  # noqa: RUF012 (the library's own type)
-    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$", r"(^|\.)v_head\.")
-
-    def __init__(self, config: BailingMoeConfig) -> None:
-        super().__init__(config)
-        ling = config.ling
-        chosen = getattr(config, "_experts_implementation", None)
-        self.model = Model(ling, chosen if chosen in get_args(Backend) else "auto", accurate_router=True)
-        self.lm_head = Head(ling.vocab_size, ling.hidden_size, ling.norm_head)
-        for router in self._routers():  # statistics of the warm-up, which the released format does not have
-            router.register_buffer("running_mean", router.running_mean, persistent=False)
-            router.register_buffer("running_std", router.running_std, persistent=False)
-        self.post_init()
-
-    def _routers(self) -> list[Router]:
-        return [module for module in self.modules() if isinstance(module, Router)]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"(^|\.)v_head\."]  # noqa: RUF012
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """How experts are computed (hook of the library): its names or ours, `zoo.ling.Experts`; None is ``auto``.
@@ -154,46 +137,170 @@ class BailingMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's own weights (hook of the library); as `LingForCausalLM.initialize`."""
         super()._init_weights(module)
-        if isinstance(module, Router | Experts | Head):
+        if isinstance(module, Router | Experts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, Router):
             init.zeros_(module.running_mean)
             init.ones_(module.running_std)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.model.word_embeddings = cast(nn.Embedding, value)
+class BailingMoeModel(BailingMoePreTrainedModel):
+    """Ids to the inputs of the head: `zoo.ling.network.Model`, with the same parameters, behind the library's interface.
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.lm_head
+    Args:
+        config: its configuration.
+    """
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head; it stays a NormHead if it is one."""
-        if not isinstance(new_embeddings, Head):
-            weight = cast(nn.Parameter, new_embeddings.weight)
-            new_embeddings = Head(*weight.shape, normalize=self.lm_head.normalize)
-            new_embeddings.weight = weight
-        self.lm_head = new_embeddings
+    word_embeddings: nn.Embedding
+    layers: nn.ModuleList
+    num_dense: int
 
-    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the head (hook of the library, which knows linear ones only)."""
-        linear = nn.Linear(*old_lm_head.weight.shape[::-1], bias=False, device="meta")
-        linear.weight = cast(nn.Parameter, old_lm_head.weight)
-        resized = super()._get_resized_lm_head(linear, *args, **kwargs)
-        head = Head(*resized.weight.shape, normalize=self.lm_head.normalize)
-        head.weight = resized.weight
-        return head
+    def __init__(self, config: BailingMoeConfig) -> None:
+        super().__init__(config)
+        chosen = getattr(config, "_experts_implementation", None)
+        backend = cast(Backend, chosen if chosen in get_args(Backend) else "auto")
+        network = Model(config.ling, backend, accurate_router=True)
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        self.num_dense = network.num_dense
+        self.gradient_checkpointing = False  # the library sets it
+        self._norm_of_head: Callable[[], Tensor | None] | None = None
+        for router in self.modules():  # statistics of the warm-up, which the released format does not have
+            if isinstance(router, Router):
+                router.register_buffer("running_mean", router.running_mean, persistent=False)
+                router.register_buffer("running_std", router.running_std, persistent=False)
+        self.post_init()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Recompute activations of blocks in the backward pass (hook of the library); always without re-entrance."""
-        self.model.activation_checkpointing = enable
-        self.model.gradient_checkpointing = enable
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether activations of blocks are computed again in the backward pass; always without re-entrance."""
+        return self.gradient_checkpointing
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """What the head, a linear layer of its weight as stored, takes in.
+
+        Without a mask and a cache, positions that begin anew separate documents of a packed sequence.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S), 1 for tokens and 0 for padding, with those cached; or one as the library makes for caches of
+                a fixed size, (B or 1, 1, T, S).
+            position_ids: (B, T); None: counted from the first token that is no padding.
+            cache: earlier keys and values, which this call extends; None with ``use_cache``: a new one.
+            inputs_embeds: (B, T, D) instead of ``input_ids``.
+            use_cache: whether keys and values are returned; None: as configured, but not in training.
+            output_router_logits: whether the routers' logits are returned.
+            output_hidden_states: whether inputs of the blocks and of the head are returned.
+            past_key_values: the same as ``cache`` under its older name.
+            return_dict: False: a tuple.
+            kwargs: of other models; ``output_attentions`` is refused.
+
+        Raises:
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attention weights are asked for.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("BailingMoeModel needs either input_ids or inputs_embeds.")
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("BailingMoeModel computes no attention weights: leave out output_attentions.")
+        cache = cache if cache is not None else past_key_values
+        if use_cache is None:
+            use_cache = (self.config.use_cache or cache is not None) and not self.training
+        if not use_cache or (self.gradient_checkpointing and self.training):
+            cache = None
+        elif cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else int(cache.get_seq_length())
+        made = attention_mask is not None and attention_mask.dim() == 4
+        document_ids = None
+        if attention_mask is None and position_ids is not None and not past and bool((position_ids.diff(dim=1) != 1).any()):
+            document_ids = (position_ids == 0).cumsum(1)
+        position_ids, mask = positions_and_mask(given, past, None if made else attention_mask, position_ids, document_ids)
+        view = None if cache is None else _CacheView(cache, past, whole=made)
+        want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: list[Tensor] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+            for block in (self.layers if want_states else ())
+        ]
+        try:
+            hidden_BTD, routings = Model.forward(
+                cast(Model, self), input_ids, position_ids, attention_mask if made else mask, view, inputs_embeds=inputs_embeds
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        norm_D = None if self._norm_of_head is None else self._norm_of_head()
+        if norm_D is not None:
+            hidden_BTD = (hidden_BTD / norm_D.to(hidden_BTD.device)).to(hidden_BTD.dtype)
+        want_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        extras: dict[str, Any] = {_CACHE: cache}
+        if want_states:
+            extras["hidden_states"] = (*states, hidden_BTD)
+        if want_router:
+            extras["router_logits"] = tuple(routing.logits_NE for routing in routings)
+        output = MoeModelOutputWithPast(last_hidden_state=hidden_BTD, **extras)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict is not False else output.to_tuple()
+
+
+class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
+    """The language model, `zoo.ling.LingForCausalLM` behind the library's interface.
+
+    The head is a plain linear layer of the weight as stored. What NormHead divides its columns by, which takes no gradient,
+    divides the columns' inputs instead, at the end of ``model``: logits and gradients are the same, and code that multiplies
+    ``model``'s output with the head's weight by itself, as fused losses do, is right as well.
+
+    Args:
+        config: its configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BailingMoeConfig) -> None:
+        super().__init__(config)
+        self.model = BailingMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model._norm_of_head = self._norm_of_head  # a bound method: a copy of this model gets its own
+        self._kept: tuple[Any, Tensor] | None = None
+        self.post_init()
+
+    def _norm_of_head(self) -> Tensor | None:
+        """Norms (D,) of the columns of the head's weight, float32 or wider; None without NormHead."""
+        if not self.config.norm_head:
+            return None
+        head = self.get_output_embeddings()
+        if hasattr(head, "base_layer"):
+            raise ValueError(
+                "An adapter on lm_head would change what NormHead divides by: leave lm_head out of target_modules; to train it"
+                " whole, name it in modules_to_save."
+            )
+        weight = cast(Tensor, head.weight)
+        changing = torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
+        key = None if changing else (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if key is None or self._kept is None or self._kept[0] != key:
+            accurate = torch.promote_types(weight.dtype, torch.float32)
+            with torch.inference_mode(False), torch.no_grad():
+                norm_D = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=accurate) + EPS
+                norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
+            if torch.compiler.is_compiling():
+                return norm_D
+            self._kept = (key, norm_D)
+        return self._kept[1]
 
     def forward(
         self,
@@ -211,82 +318,65 @@ class BailingMoeForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits of the next token, and the loss of the labels.
-
-        Without a mask and a cache, positions that begin anew separate documents of a packed sequence.
+        """Logits of the next token, float32, and the loss of the labels.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, S), 1 for tokens and 0 for padding, with those cached; or one as the library makes for caches of
-                a fixed size, (B or 1, 1, T, S).
-            position_ids: (B, T); None: counted from the first token that is no padding.
-            cache: earlier keys and values, which this call extends; None with ``use_cache``: a new one.
+            attention_mask: see `BailingMoeModel.forward`, as all that is not said here.
+            position_ids: (B, T).
+            cache: earlier keys and values.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
             labels: (B, T) int64, shifted here; -100 does not count.
-            use_cache: whether keys and values are returned; None: as configured, but not in training.
+            use_cache: whether keys and values are returned.
             output_router_logits: whether the routers' logits are returned, with the balance loss summed over the layers.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
-            logits_to_keep: how many of the last positions get logits, 0: all; or positions (T',); or as `slice_logits` says.
+            logits_to_keep: how many of the last positions get logits, 0: all; or positions, see `slice_logits`.
             past_key_values: the same as ``cache`` under its older name.
             return_dict: False: a tuple.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` go to the loss.
-
-        Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attention weights are asked for.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("BailingMoeForCausalLM needs either input_ids or inputs_embeds.")
-        if kwargs.pop("output_attentions", None):
-            raise ValueError("BailingMoeForCausalLM computes no attention weights: leave out output_attentions.")
-        cache = cache if cache is not None else past_key_values
-        checkpointing = self.model.activation_checkpointing and self.training and torch.is_grad_enabled()
-        if use_cache is None:
-            use_cache = (self.config.use_cache or cache is not None) and not self.training
-        if not use_cache or checkpointing:
-            cache = None
-        elif cache is None:
-            cache = DynamicCache()
-        past = 0 if cache is None else int(cache.get_seq_length())
-        made = attention_mask is not None and attention_mask.dim() == 4
-        document_ids = None
-        if attention_mask is None and position_ids is not None and not past and (position_ids.diff(dim=1) != 1).any():
-            document_ids = (position_ids == 0).cumsum(1)
-        position_ids, mask = positions_and_mask(given, past, None if made else attention_mask, position_ids, document_ids)
-        view = None if cache is None else _CacheView(cache, past, whole=made)
-        want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states: list[Tensor] = []
-        hooks = [
-            block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-            for block in (self.model.layers if want_states else ())
-        ]
-        try:
-            hidden_BTD, routings = self.model(
-                input_ids, position_ids, attention_mask if made else mask, view, inputs_embeds=inputs_embeds
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        logits = self.lm_head(slice_logits(hidden_BTD, logits_to_keep))
+        want_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        inner: MoeModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=want_router,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+            output_attentions=kwargs.pop("output_attentions", None),
+            return_dict=True,
+        )
+        logits = self.lm_head(slice_logits(cast(Tensor, inner.last_hidden_state), logits_to_keep))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        want_router = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        if want_router and routings:
-            valid_N = attention_mask[:, past:].reshape(-1).bool() if attention_mask is not None and not made else None
-            aux_loss = torch.stack([balance_loss(r.probs_NE, r.ids_Nk, valid_N) for r in routings]).sum()
+        if want_router and inner.router_logits:
+            aux_loss = self._balance_loss(inner.router_logits, attention_mask)
             if loss is not None and self.config.router_aux_loss_coef:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            hidden_states=(*states, hidden_BTD) if want_states else None,
-            router_logits=tuple(r.logits_NE for r in routings) if want_router else None,
-            **{_CACHE: cache},
+            hidden_states=inner.hidden_states,
+            router_logits=inner.router_logits,
+            **{_CACHE: getattr(inner, _CACHE)},
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict is not False else output.to_tuple()
+
+    def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None) -> Tensor:
+        valid_N = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            tokens = logits[0].shape[0] // attention_mask.shape[0]
+            valid_N = attention_mask[:, -tokens:].reshape(-1).bool()
+        probs = [layer_NE.softmax(-1) for layer_NE in logits]
+        k = self.config.num_experts_per_tok
+        return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
 
 
 class _CacheView:
@@ -332,9 +422,10 @@ def slice_logits(hidden_BTD: Tensor, keep: int | Tensor) -> Tensor:
 def register() -> None:
     """Make the library's ``Auto`` classes know released folders, and how their experts are stacked."""
     AutoConfig.register(MODEL_TYPE, BailingMoeConfig, exist_ok=True)
+    AutoModel.register(BailingMoeConfig, BailingMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(BailingMoeConfig, BailingMoeForCausalLM, exist_ok=True)
     AutoTokenizer.register(BailingMoeConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
-    converters = [
+    converters: list[Any] = [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",

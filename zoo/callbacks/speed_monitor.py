@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.anomaly import EWMADetector
 
-__all__ = ["PEAK_FLOPS", "CountsFlops", "ThroughputMonitor", "peak_flops_of"]
+__all__ = ["PEAK_FLOPS", "CountsFlops", "SpeedMonitor", "peak_flops_of"]
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -82,12 +82,12 @@ class _Step:
         return sum(end.seconds_since(begin) for begin, end in self.stretches)
 
 
-class ThroughputMonitor(Callback):
+class SpeedMonitor(Callback):
     """Logs tokens per second, step times and MFU, and warns of steps that are far slower than usual.
 
     A step lasts from the end of the one before to its own end, waiting for data included; validation and saving of checkpoints
     are left out, and so is the first step, which compiles and allocates. On CUDA the device's own clock is read, late and
-    without ever waiting for it.
+    without ever waiting for it. (Lightning has a callback called ThroughputMonitor, hence the name.)
 
     ============================  ==================================================================================
     name                          meaning
@@ -124,11 +124,11 @@ class ThroughputMonitor(Callback):
         slow_warmup: int = 50,
     ) -> None:
         if peak_flops is not None and peak_flops <= 0:
-            raise ValueError(f"ThroughputMonitor: peak_flops={peak_flops} must be positive, or null to look it up.")
+            raise ValueError(f"SpeedMonitor: peak_flops={peak_flops} must be positive, or null to look it up.")
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"ThroughputMonitor: every_n_steps={every_n_steps} must be at least 1, or null for the trainer's.")
+            raise ValueError(f"SpeedMonitor: every_n_steps={every_n_steps} must be at least 1, or null for the trainer's.")
         if slow_factor < 1:
-            raise ValueError(f"ThroughputMonitor: slow_factor={slow_factor} must be at least 1.")
+            raise ValueError(f"SpeedMonitor: slow_factor={slow_factor} must be at least 1.")
         self.peak_flops = peak_flops
         self.every_n_steps = every_n_steps
         self.slow_factor = slow_factor
@@ -152,9 +152,9 @@ class ThroughputMonitor(Callback):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
         self._peak = self.peak_flops or peak_flops_of(name)
         if not hasattr(pl_module, "flops_per_token"):
-            rank_zero_info(f"ThroughputMonitor: {type(pl_module).__name__} has no flops_per_token(), so MFU is not logged.")
+            rank_zero_info(f"SpeedMonitor: {type(pl_module).__name__} has no flops_per_token(), so MFU is not logged.")
         elif self._peak is None:
-            rank_zero_info(f"ThroughputMonitor: peak FLOP/s of {name} not known, so MFU is not logged: give peak_flops.")
+            rank_zero_info(f"SpeedMonitor: peak FLOP/s of {name} not known, so MFU is not logged: give peak_flops.")
         self._open, self._stretches, self._tokens, self._first = None, [], 0, True
         self._running.clear()
         self._known.clear()
@@ -208,7 +208,7 @@ class ThroughputMonitor(Callback):
         usual = self._detector.mean
         if self._detector.is_outlier(seconds) and seconds > self.slow_factor * usual:
             self.slow_steps += 1
-            rank_zero_warn(f"ThroughputMonitor: step {step.number} took {seconds:.3g} s; usual are {usual:.3g} s.")
+            rank_zero_warn(f"SpeedMonitor: step {step.number} took {seconds:.3g} s; usual are {usual:.3g} s.")
         self._detector.update(min(seconds, self._detector.value_limit))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

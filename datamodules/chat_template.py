@@ -1,0 +1,215 @@
+"""Conversations as ids, and which of them an assistant has to learn.
+
+A conversation is a list of messages as Hugging Face writes them, ``{"role": ..., "content": ...}``:
+
+* ``system``, first if at all; ``user`` (or ``human``); ``assistant``; ``tool`` (or ``observation``), what a tool answered;
+* an assistant's message may have ``tool_calls``, a list of ``{"name": ..., "arguments": {...}}`` or of ``{"function": {...}}``
+  around these, with or instead of ``content``;
+* beside the messages, ``tools`` is a list of descriptions of the tools, JSON objects.
+
+Ling writes ``<role>NAME</role>`` and the content for each message, with NAME = ``HUMAN`` for the user, else the role in capitals
+(``SYSTEM``, ``ASSISTANT``, ``OBSERVATION``), nothing between messages and nothing before them; the eos id ends an assistant's
+message. How tools are written is not published; here, it is JSON, one object a line: in the system message, after an empty
+line and ``Tools:``; and for calls, in the assistant's message, after its content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from datamodules.json_lines import MalformedRow, encodable
+from datamodules.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+__all__ = ["LING_SYSTEM", "ChatTemplate", "LingTemplate", "TemplateName", "TokenizerTemplate", "chat_template"]
+
+TemplateName = Literal["ling", "tokenizer"]
+
+LING_SYSTEM = "You are Ling, an assistant created by inclusionAI"
+"""The system message of Ling's examples."""
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "tool": "tool", "observation": "tool"}
+
+
+class ChatTemplate(ABC):
+    """Writes conversations.
+
+    Args:
+        tokenizer: Makes the ids.
+        system: System message of conversations that have none of their own; ``None``: they stay without.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+
+    def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
+        """A conversation, and what of it is to be learned.
+
+        Args:
+            messages: The messages, see above.
+            tools: Descriptions of tools, or ``None``.
+
+        Returns:
+            Its ids, and for each whether it is the assistant's: its messages with the eos behind each.
+
+        Raises:
+            MalformedRow: The messages are not what is described above, or none is the assistant's.
+        """
+        checked = _checked(messages, self.system)
+        if not any(message["role"] == "assistant" for message in checked):
+            raise MalformedRow("no message is the assistant's")
+        return self._encode(checked, _checked_tools(tools))
+
+    def encode_prompt(self, messages: Any, tools: Any = None) -> tuple[list[int], str]:
+        """A conversation up to where the assistant's next message begins.
+
+        Args:
+            messages: The messages, see above; the last one is not the assistant's.
+            tools: Descriptions of tools, or ``None``.
+
+        Returns:
+            Its ids, and how it is written.
+
+        Raises:
+            MalformedRow: The messages are not what is described above, or end with the assistant's.
+        """
+        checked = _checked(messages, self.system)
+        if checked[-1]["role"] == "assistant":
+            raise MalformedRow("the last message is the assistant's, so that there is nothing to answer")
+        return self._encode_prompt(checked, _checked_tools(tools))
+
+    @abstractmethod
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]: ...
+
+    @abstractmethod
+    def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]: ...
+
+
+class LingTemplate(ChatTemplate):
+    """The format of Ling's released chat models. Content is encoded as text, whatever marks it happens to contain."""
+
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        learned: list[bool] = []
+        for role, content in _contents(messages, tools):
+            body = self.tokenizer.encode(content)
+            if role == "ASSISTANT":
+                body.append(self.tokenizer.eos_id)
+            head = self.tokenizer.encode(f"<role>{role}</role>", special=True)
+            ids += head + body
+            learned += [False] * len(head) + [role == "ASSISTANT"] * len(body)
+        return ids, learned
+
+    def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
+        text = "".join(f"<role>{role}</role>{content}" for role, content in _contents(messages, tools))
+        ids, _ = self._encode(messages, tools)
+        return ids + self.tokenizer.encode("<role>ASSISTANT</role>", special=True), text + "<role>ASSISTANT</role>"
+
+
+class TokenizerTemplate(ChatTemplate):
+    """The chat template that a Hugging Face tokenizer brings.
+
+    Raises:
+        ValueError: It brings none, or one that does not mark what the assistant writes (``{% generation %}``): then it could
+            only be guessed what is to be learned.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
+        super().__init__(tokenizer, system)
+        if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.transformers.chat_template:
+            raise ValueError("The tokenizer brings no chat template: use template: ling.")
+        self.transformers = tokenizer.transformers
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", str(self.transformers.chat_template)):
+            raise ValueError(
+                f"The chat template of the tokenizer {tokenizer.name} does not mark what the assistant writes with "
+                f"{{% generation %}}, so that it cannot be told what is to be learned: add the marks, or use template: ling."
+            )
+
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]:
+        self.transformers.backend_tokenizer.encode_special_tokens = False
+        encoding = self.transformers.apply_chat_template(
+            messages, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(encoding["input_ids"]), [bool(learned) for learned in encoding["assistant_masks"]]
+
+    def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
+        text = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, special=True), text
+
+
+def chat_template(name: TemplateName, tokenizer: Tokenizer, system: str | None) -> ChatTemplate:
+    """The template of a name: Ling's, or the one that the tokenizer brings."""
+    return {"ling": LingTemplate, "tokenizer": TokenizerTemplate}[name](tokenizer, system)
+
+
+def _contents(messages: Sequence[Mapping[str, Any]], tools: list[Any]) -> list[tuple[str, str]]:
+    """The role and content of each message as Ling writes them, tools and calls as JSON."""
+    contents = []
+    if tools and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    for message in messages:
+        role = {"user": "HUMAN", "tool": "OBSERVATION"}.get(message["role"], message["role"].upper())
+        lines = [message["content"]] if message["content"] else []
+        if role == "SYSTEM" and tools:
+            lines += ["", "Tools:"] if lines else ["Tools:"]
+            lines += [_json(tool) for tool in tools]
+        lines += [_json(_call(call)) for call in message.get("tool_calls", ())]
+        contents.append((role, "\n".join(lines)))
+    return contents
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    # OpenAI writes arguments as a string of JSON.
+    return {"name": function["name"], "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
+    """The messages with their roles by one name each, and the default system message."""
+    if not isinstance(messages, list) or not messages:
+        raise MalformedRow("it has no list of messages")
+    checked: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
+            raise MalformedRow(f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}")
+        role, calls = _ROLES[message["role"]], message.get("tool_calls") or []
+        content = message.get("content")
+        if content is None and calls:
+            content = ""
+        if not isinstance(content, str):
+            raise MalformedRow(f"the content of message {number} is no string")
+        if role == "system" and number:
+            raise MalformedRow(f"message {number} is the system's, which comes first if at all")
+        if calls and role != "assistant":
+            raise MalformedRow(f"message {number} calls tools, and is not the assistant's")
+        if not content and not calls:
+            raise MalformedRow(f"message {number} is empty")
+        checked.append({"role": role, "content": encodable(content)})
+        if calls:
+            try:
+                encodable("".join(_json(_call(call)) for call in calls))
+            except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+                raise MalformedRow(f"the tool calls of message {number} are no list of names and arguments") from error
+            checked[-1]["tool_calls"] = list(calls)
+    if system is not None and checked[0]["role"] != "system":
+        checked.insert(0, {"role": "system", "content": system})
+    return checked
+
+
+def _checked_tools(tools: Any) -> list[Any]:
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise MalformedRow("its tools are no list of JSON objects")
+    encodable(_json(tools))
+    return tools

@@ -1,0 +1,33 @@
+"""What is held out for validation, always the same whatever the order, the seed and the machine.
+
+A sample is held out if a fixed hash of its key, a number in [0, 1), lies below the wanted share. So samples that are added later
+do not move others from one side to the other, and equal keys are on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["held_out"]
+
+
+def held_out(keys: Sequence[str], share: float) -> np.ndarray:
+    """Which samples are held out.
+
+    Args:
+        keys: A key for each sample.
+        share: Expected share, from 0 to less than 1. Unless it is 0, and if there are two keys at least, neither side stays
+            empty: the least hash is held out, the greatest is not.
+
+    Returns:
+        bool (samples,).
+    """
+    hashes = np.array([int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little") for key in keys])
+    chosen = hashes < share * 2.0**48
+    if share and len(keys):
+        chosen |= hashes == hashes.min()
+        chosen &= hashes != hashes.max()
+    return chosen

@@ -1,0 +1,6 @@
+"""EDiT and A-EDiT: local steps, and a synchronisation with a penalty on pseudo-gradients (arXiv 2412.07210)."""
+
+from strategies.edit.blocks import SupportsSyncBlocks
+from strategies.edit.strategy import EDiTShardedStrategy, EDiTStrategy
+
+__all__ = ["EDiTShardedStrategy", "EDiTStrategy", "SupportsSyncBlocks"]

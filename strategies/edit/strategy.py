@@ -1,0 +1,675 @@
+"""EDiT as Lightning strategies: replicas that train on their own and meet now and then."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from strategies.edit.blocks import split_blocks
+from strategies.edit.penalty import ClipScope, DetectorUpdate, Granularity, Outer, Penalty
+from strategies.edit.round_clock import RoundClock
+from strategies.edit.synchronizer import Synchronizer, SyncReport
+from strategies.mesh import axis_group, named_mesh
+
+__all__ = ["EDiTShardedStrategy", "EDiTStrategy"]
+
+KEY = "edit"
+REPLICATE, SHARD = "replicate", "shard"
+Request = Literal["stop", "save", "validate"]
+_BITS: dict[str, int] = {"stop": 1, "save": 2, "validate": 4}
+
+
+class EDiTStrategy(DDPStrategy):
+    """Each process trains a replica of its own; every few steps the replicas meet (EDiT, arXiv 2412.07210).
+
+    The first ``warmup_steps`` are plain data parallelism. Afterwards no gradient is exchanged: after ``sync_interval`` optimizer
+    steps (EDiT), or ``sync_seconds`` (A-EDiT), the distance that each replica went is a pseudo-gradient; outliers are left out,
+    the others weighed, averaged and clipped, and an outer SGD moves the *anchor*, from which all replicas go on. This happens
+    block by block in the forward pass of the next step, each block's communication beside the computation of the one before.
+    A block is an entry of an ``nn.ModuleList``, or what the module names in ``sync_blocks() -> list[nn.Module]``.
+
+    Validation, checkpoints and the end of training are preceded by a synchronisation: what is evaluated and saved is the
+    anchor, the same on all ranks. The moments of the inner optimizer stay local; a checkpoint holds those of all ranks (and
+    schedules, samplers, callbacks, as they may differ too), so that a run with as many processes goes on exactly. Any other
+    strategy takes the weights, and the states of rank 0, from the same file.
+
+    In A-EDiT ranks take different numbers of steps. ``max_steps`` is then a budget, so many steps a replica on average, and
+    validation happens at the synchronisation after rank 0 wanted it.
+
+    Args:
+        sync_interval: tau, optimizer steps between two synchronisations; not used with ``sync_seconds``.
+        sync_seconds: seconds between two synchronisations (A-EDiT).
+        min_total_steps: A-EDiT waits for so many steps of all replicas together.
+        warmup_steps: optimizer steps with ordinary averaging of gradients.
+        outer_lr: learning rate of the outer SGD.
+        outer_momentum: momentum of the outer SGD.
+        nesterov: Nesterov momentum in the outer SGD.
+        weighted: weigh replicas by ``softmax(-norm / temperature)``; else equally.
+        temperature: of that softmax.
+        step_weight: share of the weight that goes by the number of local steps (A-EDiT; 0.5 in the authors' library).
+        skip_anomaly: leave out a replica whose pseudo-gradient norm is an outlier.
+        ewma_alpha: weight of a new norm in the detectors' averages.
+        ewma_warmup: synchronisations (not steps) before a detector judges.
+        ewma_threshold: standard deviations above the mean that make an outlier.
+        clip: largest norm of the averaged pseudo-gradient; null for no limit.
+        granularity: what has a norm and a detector of its own: a block, a parameter, or everything.
+        detector_update: whether outliers enter the detector's averages.
+        clip_scope: clip block by block, or by the norm over all blocks (which leaves nothing to overlap).
+        overlap: synchronise block by block during the forward pass; false: all at once before it. Same result.
+        cpu_offload: keep anchor and outer momentum in host memory.
+        kwargs: of Lightning's DDPStrategy, for the warm-up.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    def __init__(
+        self,
+        sync_interval: int = 128,
+        sync_seconds: float | None = None,
+        min_total_steps: int = 100,
+        warmup_steps: int = 1000,
+        outer_lr: float = 0.8,
+        outer_momentum: float = 0.85,
+        nesterov: bool = True,
+        weighted: bool = True,
+        temperature: float = 1.0,
+        step_weight: float = 0.0,
+        skip_anomaly: bool = True,
+        ewma_alpha: float = 0.02,
+        ewma_warmup: int = 120,
+        ewma_threshold: float = 3.0,
+        clip: float | None = 10.0,
+        granularity: Granularity = "block",
+        detector_update: DetectorUpdate = "exclude",
+        clip_scope: ClipScope = "module",
+        overlap: bool = True,
+        cpu_offload: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        name = type(self).__name__
+        if sync_interval < 1 or warmup_steps < 0 or min_total_steps < 1:
+            raise ValueError(
+                f"{name}: sync_interval={sync_interval} and min_total_steps={min_total_steps} must be at least 1,"
+                f" warmup_steps={warmup_steps} not negative."
+            )
+        if sync_seconds is not None and sync_seconds < 0:
+            raise ValueError(f"{name}: sync_seconds={sync_seconds} must not be negative, or null for a number of steps.")
+        for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
+            if kwargs.get(argument) is not None:
+                raise ValueError(f"{name}: {argument} belongs to another way of averaging replicas; leave it out.")
+        super().__init__(**kwargs)
+        self.sync_interval = sync_interval
+        self.sync_seconds = sync_seconds
+        self.min_total_steps = min_total_steps
+        self.warmup_steps = warmup_steps
+        self.overlap = overlap
+        self.cpu_offload = cpu_offload
+        self.outer = Outer(outer_lr, outer_momentum, nesterov)
+        self.penalty = Penalty(
+            weighted, temperature, skip_anomaly, ewma_alpha, ewma_warmup, ewma_threshold, clip, granularity, detector_update,
+            clip_scope, step_weight,
+        )  # fmt: skip
+        #: Seconds that only grow; tests put their own here.
+        self.clock: Callable[[], float] = time.monotonic
+        self.mesh: DeviceMesh | None = None
+        self.synchronizer: Synchronizer | None = None
+        self._fit: Trainer | None = None
+        self._rounds: RoundClock | None = None
+        self._max_steps: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._synced_step = 0
+        self._seen_step = 0
+        self._together = True
+        self._asked = 0
+        self._agreed = 0
+
+    # What others may ask
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether ranks take different numbers of steps (A-EDiT)."""
+        return self.sync_seconds is not None
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether gradients are still averaged over all ranks."""
+        return self.synchronizer is None
+
+    @property
+    def last_sync(self) -> SyncReport | None:
+        """Norms, outliers and weights of the last synchronisation; None before the first."""
+        return self.synchronizer.report if self.synchronizer is not None else None
+
+    @property
+    def local_steps(self) -> int:
+        """Optimizer steps of this replica since the last synchronisation."""
+        return self._fit.global_step - self._synced_step if self._fit is not None else 0
+
+    def spike_group(self) -> dist.ProcessGroup | None:
+        """The ranks that must decide alike on a step, and that share statistics of one: reduce over these only.
+
+        Returns:
+            None, all ranks, while gradients are averaged over all of them; then the ranks that hold one replica together (for
+            a replica on one device, a group of this rank alone). Ask again at each step.
+        """
+        if self.in_warmup:
+            return None
+        assert self.mesh is not None
+        return axis_group(self.mesh, SHARD)
+
+    def agree(self, request: Request, wanted: bool) -> bool:
+        """Ask all ranks for something without waiting for them.
+
+        In the warm-up the answer is immediate, and a collective call. Afterwards a wish travels with the next synchronisation:
+        the answer is true on all ranks at once, in the batch whose forward pass began with it.
+
+        Args:
+            request: ``stop``, ``save`` or ``validate``; asked at most once a batch.
+            wanted: whether this rank wants it.
+        """
+        if self.in_warmup:
+            return bool(self.reduce_boolean_decision(wanted, all=False))
+        self._asked |= _BITS[request] * wanted
+        granted = bool(self._agreed & _BITS[request])
+        self._agreed &= ~_BITS[request]
+        return granted
+
+    # Set-up
+
+    def setup_distributed(self) -> None:
+        """Join the processes, and arrange them by replica (Lightning hook)."""
+        super().setup_distributed()
+        self.mesh = self._make_mesh()
+
+    def _make_mesh(self) -> DeviceMesh:
+        return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: 1})
+
+    def setup(self, trainer: Trainer) -> None:
+        """Check that the Trainer's options go with replicas that differ, and prepare the network (Lightning hook)."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._check(trainer)
+            if self.synchronizer is not None:
+                self.synchronizer.close()
+            self.synchronizer = self._rounds = None
+            self._fit = trainer
+            self._together, self._asked, self._agreed = True, 0, 0
+        self._set_up_network(trainer)
+        if fitting and self.asynchronous and trainer.max_steps != -1:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = -1  # not each rank by its own count
+
+    def _set_up_network(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        name, plugin = type(self).__name__, self.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:
+            raise ValueError(
+                f"{name}: precision {plugin.precision} scales losses, and each replica would find another scale: use bf16-mixed."
+            )
+        if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
+            raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            which = type(callback).__name__
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ValueError(
+                    f"{name}: {which} would average each replica's own weights, which differ between synchronisations: remove it;"
+                    " the anchor, which is validated and saved, is an average already."
+                )
+            if self.asynchronous and isinstance(callback, ModelCheckpoint | Timer):
+                raise ValueError(
+                    f"{name} with sync_seconds: {which} acts at each rank's own count of steps: remove it; RunCheckpoint saves"
+                    " where all ranks meet, and max_steps is a budget."
+                )
+        if self.asynchronous:
+            reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+            if trainer.max_epochs not in (None, -1) or trainer.max_steps == -1 or reloads:
+                raise ValueError(
+                    f"{name} with sync_seconds: ranks end their epochs at different times, so training needs a budget of steps:"
+                    f" set max_steps and neither max_epochs (now {trainer.max_epochs}) nor reload_dataloaders_every_n_epochs."
+                )
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        """The network in DDP, if the run begins with a warm-up; else as it is, with the weights of rank 0."""
+        if self.warmup_steps > 0:
+            return super()._setup_model(model)
+        self._spread_from_first([*model.parameters(), *model.buffers()])
+        return model
+
+    @torch.no_grad()
+    def _spread_from_first(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def _register_ddp_hooks(self) -> None:
+        """Nothing: DDP averages as it always does."""
+
+    # Training
+
+    def on_train_start(self) -> None:
+        """Begin where the checkpoint, if there is one, left off (Lightning hook)."""
+        assert self._fit is not None
+        loop = self._fit.fit_loop.epoch_loop
+        # Lightning asks rank 0 for a SIGTERM before each batch, and all ranks would wait for it there.
+        loop._broadcast_sigterm_tensor = self._agreed_sigterm(loop._broadcast_sigterm_tensor)  # type: ignore[method-assign]
+        if self.asynchronous:
+            loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore
+        if self._fit.global_step >= self.warmup_steps:
+            self._end_warmup()
+
+    def _agreed_sigterm(self, original: Callable[[], None]) -> Callable[[], None]:
+        return lambda: original() if self.in_warmup else None
+
+    def _agreed_validation(self, original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        answered = (-1, False)  # batch and answer: a batch may be asked about more than once
+
+        def should_validate(fetcher: Any) -> bool:
+            nonlocal answered
+            assert self._fit is not None
+            wanted = original(fetcher)
+            if self.in_warmup or self._fit.should_stop:
+                return wanted
+            batch = self._fit.fit_loop.total_batch_idx
+            if answered[0] != batch:
+                answered = batch, self.agree("validate", wanted and self.is_global_zero)
+            return answered[1]
+
+        return should_validate
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step, which a synchronisation precedes if it is due (Lightning hook)."""
+        self._before_step()
+        output = super().training_step(*args, **kwargs)
+        if self.synchronizer is not None:
+            self.synchronizer.finish()
+        return output
+
+    def _before_step(self) -> None:
+        assert self._fit is not None
+        step = self._fit.global_step
+        if self.synchronizer is None:
+            if step >= self.warmup_steps:
+                self._end_warmup()
+            return
+        if step == self._seen_step:  # a later micro-batch, or the first step of all
+            return
+        due = self.local_steps >= self.sync_interval if self._rounds is None else self._is_round_over(step - self._seen_step)
+        self._seen_step, self._together = step, due
+        if due:
+            self._synchronize(finish=not self.overlap)
+
+    def _is_round_over(self, steps: int) -> bool:
+        """Ask the clock of A-EDiT; the ranks of one replica go by the answer that its first one got."""
+        assert self._rounds is not None and self.mesh is not None
+        shard = self.mesh[SHARD]
+        over = shard.get_local_rank() == 0 and self._rounds.step(steps)
+        if shard.size() > 1:
+            answer = torch.tensor(over, device=self.root_device).int()
+            dist.broadcast(answer, group=shard.get_group(), group_src=0)
+            over = bool(answer)
+        return over
+
+    def _end_warmup(self) -> None:
+        assert self._fit is not None and self.mesh is not None and self.lightning_module is not None
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.lightning_module  # its hooks do nothing unless its own forward was called
+        step = self._fit.global_step
+        persistent = set(nn.Module.state_dict(self.lightning_module, keep_vars=True))
+        self.synchronizer = Synchronizer(
+            split_blocks(self.lightning_module),
+            [buffer for name, buffer in self.lightning_module.named_buffers() if name in persistent and buffer.numel()],
+            self.penalty,
+            self.outer,
+            axis_group(self.mesh, REPLICATE),
+            axis_group(self.mesh, SHARD) if self.mesh[SHARD].size() > 1 else None,
+            self.overlap,
+            self.cpu_offload,
+            self._settle,
+        )
+        self._synced_step = self._seen_step = step
+        if self._restored is not None:
+            self._restore(self._restored)
+            self._restored = None
+        if self.asynchronous:
+            budget = None if self._max_steps is None else self._max_steps * self.synchronizer.num_replicas
+            name = self.broadcast(f"{KEY}/{time.time_ns()}")
+            store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+            decides = self.global_rank == 0
+            self._rounds = RoundClock(
+                store, self.sync_seconds or 0.0, self.min_total_steps, budget, self.synchronizer.num_replicas, decides, self.clock
+            )
+            self._rounds.start_round(self._total_steps())
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of all replicas so far."""
+        assert self._fit is not None and self.mesh is not None
+        total = torch.tensor(self._fit.global_step, device=self.root_device)
+        dist.all_reduce(total, group=axis_group(self.mesh, REPLICATE))
+        return int(total)
+
+    def _settle(self) -> None:
+        """Nothing: the new weights of a block are used by the stream that wrote them."""
+
+    def _synchronize(self, finish: bool) -> None:
+        assert self._fit is not None and self.synchronizer is not None
+        report = self.synchronizer.begin(self.local_steps, self._asked)
+        if finish:
+            self.synchronizer.finish()
+        self._synced_step = self._seen_step = self._fit.global_step
+        self._asked, self._together = 0, True
+        for asked in report.requests:
+            self._agreed |= asked
+        if any(weights is None for weights in report.weights):
+            rank_zero_warn(
+                f"EDiT: at step {self._fit.global_step} all replicas were anomalous in"
+                f" {sum(weights is None for weights in report.weights)} of {len(report.weights)} units, which go back to the"
+                " anchor; the outer momentum stays as it was."
+            )
+        if self._rounds is not None:
+            taken = self._rounds.taken + sum(report.steps)
+            self._rounds.start_round(taken)
+            if self._rounds.is_spent(taken + self._rounds.num_replicas):
+                self._fit.should_stop = True
+
+    def _meet(self) -> None:
+        """Synchronise now, unless all replicas hold the anchor already; all ranks come here at the same time."""
+        if self._fit is None or self.lightning_module is None or self._fit.state.finished:
+            return
+        if self.synchronizer is None:  # the warm-up: buffers are those of rank 0, as DDP's
+            self._spread_from_first(self.lightning_module.buffers())
+            return
+        self.synchronizer.finish()
+        if self.asynchronous or self.local_steps:
+            self._synchronize(finish=True)
+
+    def on_validation_start(self) -> None:
+        """Validate the anchor (Lightning hook)."""
+        if self._is_fitting:
+            self._meet()
+
+    def on_train_end(self) -> None:
+        """Leave the anchor in the module (Lightning hook)."""
+        self._meet()
+        if self.synchronizer is not None:
+            self.synchronizer.close()
+
+    def teardown(self) -> None:
+        """Give the loop its own ways back (Lightning hook)."""
+        if self._fit is not None:
+            loop = self._fit.fit_loop.epoch_loop
+            for name in ("_broadcast_sigterm_tensor", "_should_check_val_fx"):
+                vars(loop).pop(name, None)
+            if self._max_steps is not None:
+                loop.max_steps, self._max_steps = self._max_steps, None
+        super().teardown()
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._fit is not None and self._fit.state.fn == TrainerFn.FITTING
+
+    # Collectives that Lightning starts
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over ranks, where all of them are at the same place (Lightning hook).
+
+        Raises:
+            RuntimeError: A-EDiT, in the middle of a round.
+        """
+        self._check_together("a reduction, such as of a metric logged with sync_dist=True")
+        return super().reduce(tensor, group, reduce_op)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Broadcast, where all ranks are at the same place (Lightning hook).
+
+        Raises:
+            RuntimeError: A-EDiT, in the middle of a round.
+        """
+        self._check_together("a broadcast")
+        return super().broadcast(obj, src)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks, where all of them come (Lightning hook).
+
+        Raises:
+            RuntimeError: A-EDiT, in the middle of a round.
+        """
+        self._check_together("a barrier")
+        super().barrier(*args, **kwargs)
+
+    def _check_together(self, what: str) -> None:
+        if self._rounds is not None and not self._together and self._fit is not None and self._fit.training:
+            raise RuntimeError(
+                f"{type(self).__name__} with sync_seconds: {what} was asked for in training, while ranks are at different steps,"
+                " and would never end: do it in validation, or use sync_interval."
+            )
+
+    # Checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The anchor (Lightning hook)."""
+        if self._is_fitting:
+            self._meet()
+        return self._whole_state_dict()
+
+    def _whole_state_dict(self) -> dict[str, Any]:
+        return super().lightning_module_state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add what EDiT keeps, and every rank's own states, and write on rank 0 (Lightning hook).
+
+        ``checkpoint["edit"]`` holds ``momentum``, ``anchor`` (where it is more precise than the weights), ``detectors``,
+        ``shards`` (ranks a replica) and ``ranks``: of each rank, everything in its checkpoint but the weights.
+        """
+        if "optimizer_states" in checkpoint and self._is_fitting:
+            assert self.mesh is not None
+            own = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+            if self.mesh[SHARD].get_local_rank():  # the first rank of a replica speaks for its optimizer
+                own.pop("optimizer_states")
+            gathered: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
+            dist.gather_object(tree_map_only(Tensor, lambda tensor: tensor.cpu(), own), gathered, dst=0)
+            state = {} if self.synchronizer is None else self.synchronizer.state_dict()
+            checkpoint = {**checkpoint, KEY: {**state, "shards": self.mesh[SHARD].size(), "ranks": gathered}}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, of this strategy or another one, and take this rank's own states (Lightning hook)."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._restored = checkpoint.pop(KEY, None)
+        if self._restored is not None and self.mesh is not None:
+            ranks, shards = self._restored.pop("ranks"), self._restored["shards"]
+            if (len(ranks), shards) == (self.world_size, self.mesh[SHARD].size()):
+                first = ranks[self.global_rank - self.global_rank % shards]
+                checkpoint.update({**ranks[self.global_rank], "optimizer_states": first["optimizer_states"]})
+            elif len(ranks) // shards == self.mesh[REPLICATE].size():
+                checkpoint.update(ranks[self.mesh[REPLICATE].get_local_rank() * shards])
+            else:
+                rank_zero_warn(
+                    f"EDiT: the checkpoint is of {len(ranks) // shards} replicas, this run has {self.mesh[REPLICATE].size()}: all"
+                    " go on with the optimizer's state of the first one."
+                )
+        return checkpoint
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        assert self.synchronizer is not None
+        if "detectors" in state and not self.synchronizer.load_state_dict(dict(state)):
+            rank_zero_warn("EDiT: the checkpoint has other replicas or units, so the outlier detectors begin anew.")
+
+
+class _ShardRoot(nn.Module):
+    """Owns the parameters outside of all blocks, and calls the LightningModule, so that FSDP sees each step begin and end."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class EDiTShardedStrategy(EDiTStrategy):
+    """EDiT whose replicas are each sharded over the processes of a node (FSDP2).
+
+    Processes form a mesh ``replicate x shard``. Within a replica, parameters, gradients and optimizer states are sharded and
+    gradients averaged at each step; replicas synchronise over ``replicate``, each rank its own shard, with norms over the whole.
+    Checkpoints hold whole tensors, as those of any strategy do.
+
+    Args:
+        shard_size: processes a replica; null: those of one node.
+        reshard_after_forward: free the gathered weights of a block between forward and backward pass.
+        kwargs: of `EDiTStrategy`.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    #: Tells callbacks that keep weights that a rank holds a part of them only.
+    shards_parameters = True
+
+    def __init__(self, shard_size: int | None = None, reshard_after_forward: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if shard_size is not None and shard_size < 1:
+            raise ValueError(f"EDiTShardedStrategy: shard_size={shard_size} must be at least 1, or null for a node's processes.")
+        self.shard_size = shard_size
+        self.reshard_after_forward = reshard_after_forward
+
+    def _make_mesh(self) -> DeviceMesh:
+        return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: self.shard_size or self.num_processes})
+
+    def _set_up_network(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not _is_sharded(self.lightning_module):
+            self.precision_plugin.convert_module(self.model)
+            self.model_to_device()
+            self._spread_from_first([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
+            self.model = self._shard()
+        else:
+            self.model = self._root
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        # FSDP's gathered weights may not be inference tensors.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+
+    def _shard(self) -> nn.Module:
+        assert self.mesh is not None and self.lightning_module is not None
+        self._root = _ShardRoot(self.lightning_module)
+        for block in split_blocks(self.lightning_module):
+            if block.module is not None:
+                fully_shard(block.module, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
+        fully_shard(self._root, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
+        return self._root
+
+    def _settle(self) -> None:
+        """Let the new weights of a block be there before FSDP gathers them, on a stream of its own."""
+        if self.root_device.type != "cpu":
+            torch.accelerator.current_stream(self.root_device).synchronize()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """A step of the inner optimizer, in the warm-up with gradients averaged over the replicas (Lightning hook)."""
+
+        def averaged() -> Any:
+            result = closure()
+            if self.in_warmup:
+                self._average_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        assert self.mesh is not None and self.lightning_module is not None
+        group, count = axis_group(self.mesh, REPLICATE), self.mesh[REPLICATE].size()
+        parameters = [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
+        has = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.root_device).int()
+        dist.all_reduce(has, group=group)
+        for parameter, ranks in zip(parameters, has.tolist(), strict=True):
+            if not ranks:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            if local.numel():
+                dist.all_reduce(local, group=group)
+                local /= count
+
+    # Checkpoints
+
+    @torch.no_grad()
+    def _whole_state_dict(self) -> dict[str, Any]:
+        return _whole(super()._whole_state_dict())
+
+    @torch.no_grad()
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer in whole tensors (Lightning hook)."""
+        return _whole(super().optimizer_state(optimizer))
+
+    @torch.no_grad()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take whole weights, or this rank's shards of them (Lightning hook)."""
+        module = self.lightning_module
+        assert module is not None
+        if _is_sharded(module):
+            own = dict(module.named_parameters())
+            weights = {
+                name: _part(tensor, own[name]) if name in own else tensor for name, tensor in checkpoint["state_dict"].items()
+            }
+            checkpoint = {**checkpoint, "state_dict": weights}
+        super().load_model_state_dict(checkpoint, strict)
+
+    @torch.no_grad()
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's shards of whole states (Lightning hook)."""
+        states = []
+        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            numbers = [number for group in whole["param_groups"] for number in group["params"]]
+            owner = dict(zip(numbers, parameters, strict=True))
+            states.append({**whole, "state": {
+                number: {key: _part(value, owner[number]) for key, value in values.items()}
+                for number, values in whole["state"].items()
+            }})  # fmt: skip
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def teardown(self) -> None:
+        """Leave the shards where they are (Lightning hook)."""
+        module, self._lightning_module = self._lightning_module, None  # else it would be moved to the CPU, shard by shard
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+
+
+def _is_sharded(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _whole(state: Any) -> Any:
+    """A state dictionary of whole tensors on the CPU; a collective call of the ranks that share a replica."""
+    return tree_map_only(Tensor, lambda t: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu(), state)
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """This rank's part of a whole tensor, where it has the parameter's shape and the parameter is sharded."""
+    if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

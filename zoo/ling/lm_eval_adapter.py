@@ -1,0 +1,263 @@
+"""Our language models under the task collection of lm-evaluation-harness (package lm-eval, extra ``eval``).
+
+``LingLM`` is one of its models, also known to it as ``ling`` once it is imported from here::
+
+    from datamodules.tokenizer import load_tokenizer
+    from zoo.ling.lm_eval_adapter import LingLM
+
+    model = LingLM("ling-tiny", load_tokenizer("byte"))
+    lm_eval.simple_evaluate(model, tasks=["my_task"], task_manager=lm_eval.tasks.TaskManager(include_path="tasks"))
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from zoo.ling.config import Generation
+from zoo.ling.multiple_choice import loglikelihoods
+from zoo.ling.network import LingForCausalLM
+from zoo.module import ZooModule
+from zoo.random import SampleRandom
+
+__all__ = ["LingLM", "Tokenizer"]
+
+_BLOCK = 64
+"""Batches that are sorted by length together; between blocks the progress is shown and results are handed on."""
+
+
+class Tokenizer(Protocol):
+    """What turns texts into ids and back."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with no marks added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+
+
+class _Answers:
+    """What lm-eval asks of a model: all of `LingLM` that does not need the package.
+
+    Args:
+        pretrained: a `Ling` module, its network, or what `ZooModule.from_pretrained` takes: a folder or a name.
+        tokenizer: the one that the model was trained with.
+        batch_size: sequences computed at a time; where options share a prompt, prompts.
+        max_length: tokens that are seen at a time; longer contexts lose their beginning, which is said. None: as trained.
+        max_gen_toks: tokens generated where a task does not say how many.
+        device: where to compute; None: where the model is.
+        dtype: type of the weights, such as ``bfloat16``; None: as they are.
+        seed: seed of sampled generations.
+
+    Raises:
+        TypeError: ``pretrained`` is no such model, or ``tokenizer`` no tokenizer.
+        ValueError: numbers below 1, or an unknown type.
+    """
+
+    cache_hook: Any
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: Any,
+        tokenizer: Tokenizer,
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        device: str | None = None,
+        dtype: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        module = ZooModule.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
+        network = getattr(module, "network", module)
+        if not isinstance(network, LingForCausalLM):
+            raise TypeError(f"LingLM: {type(module).__name__} is no Ling module and no LingForCausalLM.")
+        if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "eos_id")):
+            raise TypeError(
+                f"LingLM: tokenizer={tokenizer!r} has no encode, decode and eos_id: make one with"
+                " datamodules.tokenizer.load_tokenizer(name)."
+            )
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"LingLM: batch_size={batch_size!r} must be a number of at least 1.")
+        self._batch_size = int(batch_size)
+        self.max_length = network.config.max_position_embeddings if max_length is None else int(max_length)
+        self.max_gen_toks = int(max_gen_toks)
+        if self.max_length < 1 or self.max_gen_toks < 1:
+            raise ValueError(f"LingLM: max_length={max_length} and max_gen_toks={max_gen_toks} must be at least 1.")
+        found = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."), None)
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"LingLM: dtype={dtype!r} is no type of weights: choose float32, bfloat16, float16 or float64.")
+        self.network = network.to(device=device, dtype=found).eval()
+        self._device = network.lm_head.weight.device
+        self.tokenizer = tokenizer
+        self.seed = int(seed)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a document, and stands before one whose context is empty."""
+        return self.tokenizer.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; there are no marks to add."""
+        return self.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood and whether it is greedy, of each ((context, continuation), context's ids, continuation's ids).
+
+        Raises:
+            ValueError: a continuation is longer than ``max_length``.
+        """
+        pairs, cut = [], 0
+        for texts, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)  # the last token is predicted, but not seen
+            if room < 1:
+                raise ValueError(
+                    f"LingLM: a continuation of {len(continuation)} tokens does not fit into max_length={self.max_length}:"
+                    f" {str(texts)[:80]}"
+                )
+            cut += len(context) > room
+            pairs.append((context[-room:], continuation))
+        self._say_cut(cut, len(pairs))
+        answers: list[tuple[float, bool]] = []
+        for block in self._blocks(pairs, disable_tqdm, "loglikelihood"):
+            found = loglikelihoods(self.network, block, self._batch_size)
+            for answer in zip(found.logp_N.tolist(), found.greedy_N.tolist(), strict=True):
+                if requests[len(answers)][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[len(answers)][0], answer)
+                answers.append(answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of ``max_length`` in which each token is predicted once."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (logp, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[number] += logp
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of contexts up to a stop text, the end of a document or a number of tokens.
+
+        Raises:
+            ValueError: an option of a task's ``generation_kwargs`` that is not known here, or more tokens than ``max_length``.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        groups: dict[str, tuple[Generation, list[str], list[int]]] = {}
+        for number, request in enumerate(requests):
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            groups.setdefault(repr(request.args[1]), (*self._generation(dict(options)), []))[2].append(number)
+        answers = [""] * len(requests)
+        for generation, stops, numbers in groups.values():
+            room = self.max_length - generation.max_new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"LingLM: {generation.max_new_tokens} generated tokens leave no room for a context in max_length="
+                    f"{self.max_length}."
+                )
+            prompts = {number: self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers}
+            self._say_cut(sum(len(ids) > room for ids in prompts.values()), len(prompts))
+            numbers.sort(key=lambda number: -len(prompts[number]))
+            for batch in self._batches(numbers, disable_tqdm):
+                ids = [prompts[number][-room:] for number in batch]
+                for number, new in zip(batch, self._generate(ids, batch, generation), strict=True):
+                    text = self.tokenizer.decode(new)
+                    answers[number] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+                    self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
+        return answers
+
+    @staticmethod
+    def _generation(options: dict[str, Any]) -> tuple[Generation, list[str]]:
+        """Our options of a task's, and the texts to stop at."""
+        stops = options.pop("until")
+        sampled = options.pop("do_sample")
+        temperature = options.pop("temperature", None)
+        named = {name: options.pop(name) for name in ("top_k", "top_p", "repetition_penalty") if options.get(name) is not None}
+        if options.keys() - {"max_gen_toks"}:
+            raise ValueError(
+                f"LingLM: generation_kwargs {', '.join(sorted(options.keys() - {'max_gen_toks'}))} of the task is not known: it"
+                " takes until, max_gen_toks, do_sample, temperature, top_k, top_p and repetition_penalty."
+            )
+        temperature = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
+        return Generation(options["max_gen_toks"], temperature, **named), [stop for stop in stops if stop]
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[list[int]], numbers: list[int], generation: Generation) -> list[list[int]]:
+        """New ids of each prompt, without the end of the document and what comes after."""
+        width = max(map(len, prompts))
+        ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
+        found_BT = self.network.generate(
+            ids_BT,
+            mask_BT,
+            **vars(generation),
+            eos_token_id=self.eot_token_id,
+            random=SampleRandom(self.seed, torch.tensor(numbers, device=self._device)),
+        )
+        rows = found_BT[:, width:].tolist()
+        return [row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in rows]
+
+    def _blocks(self, pairs: list[Any], quiet: bool, what: str) -> Iterator[list[Any]]:
+        size = _BLOCK * self._batch_size
+        blocks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        yield from _shown(blocks, quiet, what)
+
+    def _batches(self, numbers: list[int], quiet: bool) -> Iterator[list[int]]:
+        batches = [numbers[start : start + self._batch_size] for start in range(0, len(numbers), self._batch_size)]
+        yield from _shown(batches, quiet, "generate_until")
+
+    def _say_cut(self, cut: int, of: int) -> None:
+        if cut:
+            logging.getLogger(__name__).warning(
+                "LingLM: %d of %d contexts are longer than max_length=%d and lose their beginning.", cut, of, self.max_length
+            )
+
+
+def _shown(parts: list[Any], quiet: bool, what: str) -> Iterable[Any]:
+    """The parts, with a bar that shows how many are done."""
+    from tqdm import tqdm
+
+    return tqdm(parts, desc=f"LingLM {what}", disable=quiet or len(parts) < 2)
+
+
+@cache
+def _registered() -> type:
+    """`LingLM`, made when it is first asked for, because its base class belongs to an optional package.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import register_model
+    except ImportError as error:
+        raise ImportError(
+            "LingLM needs the package lm-eval: pip install 'lightning-zoo[eval]' (in a checkout: pip install '.[eval]')."
+        ) from error
+    return register_model("ling")(type("LingLM", (_Answers, TemplateLM), {"__doc__": _Answers.__doc__, "__module__": __name__}))
+
+
+if TYPE_CHECKING:
+    LingLM = _Answers
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "LingLM":
+            return _registered()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
