@@ -4,6 +4,7 @@ Shape suffixes: N tokens of this rank, k experts of a token, M = N k assignments
 E experts, P ranks of the group, G = E / P experts of a rank.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +61,8 @@ class Dispatcher:
     group must run the same layers in the same order; without gradients, ranks that have nothing to compute can `serve`
     the others instead.
 
+    Copies of a layer made meanwhile take part too, with their own weights, if all ranks make them in the same order.
+
     Each forward pass moves ``k N D`` numbers twice, backward as many, of which the share (P - 1) / P leaves the rank if
     experts are used evenly, and ``P (G + 2)`` integers that announce them.
 
@@ -69,21 +72,26 @@ class Dispatcher:
     """
 
     def __init__(self, layers: Sequence[ExpertLayer], group: dist.ProcessGroup) -> None:
-        self.layers = list(layers)
         self.group = group
         self.size = dist.get_world_size(group)
-        self._forwards = [layer.forward for layer in layers]
+        self._layers: list[ExpertLayer] = []
+        self._given = list(layers)
         self._most_experts = max(layer.num_experts for layer in layers)
 
     def install(self) -> None:
         """Take the place of the layers' ``forward``."""
-        for number, layer in enumerate(self.layers):
-            layer.forward = _Forward(self, number)  # type: ignore[method-assign]
+        for layer in self._given:
+            layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
-        for layer in self.layers:
+        for layer in self._given:
             del layer.forward
+
+    def add(self, layer: ExpertLayer) -> int:
+        """Take a layer in; its number, by which ranks tell which one they compute."""
+        self._layers.append(layer)
+        return len(self._layers) - 1
 
     def forward(self, number: int, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """What the layer of all experts gives for the tokens of this rank, (N, D).
@@ -102,7 +110,7 @@ class Dispatcher:
         if autocast:
             dtype = torch.get_autocast_dtype(device)
         (N, k), D = ids_Nk.shape, x_ND.shape[-1]
-        order_M, inverse_M, count_E = _sort_by_expert(ids_Nk, self.size * self.layers[number].num_experts)
+        order_M, inverse_M, count_E = _sort_by_expert(ids_Nk, self.size * self._layers[number].num_experts)
         mode = _mode(dtype, autocast)
         plan = self._announce(count_E, number, mode)
         self._check(plan, number, mode)
@@ -122,8 +130,8 @@ class Dispatcher:
         """
         state = _DONE if done else _IDLE
         while True:
-            zero_E = torch.zeros((), dtype=torch.int64, device=self.layers[0].gate_up_proj.device)
-            plan = self._announce(zero_E.expand(self.size * self.layers[0].num_experts), state, 0)
+            zero_E = torch.zeros((), dtype=torch.int64, device=self._layers[0].gate_up_proj.device)
+            plan = self._announce(zero_E.expand(self.size * self._layers[0].num_experts), state, 0)
             number = max(plan.states)
             if number < 0:
                 if number == _DONE or not done:
@@ -132,7 +140,7 @@ class Dispatcher:
             mode = plan.modes[plan.states.index(number)]
             self._check(plan, number, mode)
             dtype, autocast = _dtype(mode), bool(mode & _AUTOCAST)
-            weight = self.layers[number].gate_up_proj
+            weight = self._layers[number].gate_up_proj
             with torch.autocast(weight.device.type, dtype=dtype if autocast else None, enabled=autocast):
                 self._there_and_back(number, weight.new_empty(0, weight.shape[-1], dtype=dtype), plan)
 
@@ -167,14 +175,14 @@ class Dispatcher:
 
     def _there_and_back(self, number: int, x_MD: Tensor, plan: _Plan) -> Tensor:
         """Rows that are sorted by expert, each put through its expert, (M, D); and others' rows through this rank's."""
-        layer = self.layers[number]
+        layer = self._layers[number]
         x_RD = _Exchange.apply(x_MD, plan.sent, plan.received, self.group)
         R = len(x_RD)
         if R:
             expert_PG = torch.arange(self._most_experts, device=x_RD.device).repeat(self.size)
             ids_R = expert_PG.repeat_interleave(plan.count_PG.reshape(-1), output_size=R)
             ones_R1 = torch.ones(R, 1, dtype=torch.promote_types(x_RD.dtype, torch.float32), device=x_RD.device)
-            y_RD = self._forwards[number](x_RD, ids_R[:, None], ones_R1).to(x_RD.dtype)
+            y_RD = type(layer).forward(layer, x_RD, ids_R[:, None], ones_R1).to(x_RD.dtype)
         else:
             y_RD = _NoRows.apply(x_RD, layer.gate_up_proj, layer.down_proj)
         result: Tensor = _Exchange.apply(y_RD, plan.received, plan.sent, self.group)
@@ -184,21 +192,17 @@ class Dispatcher:
 class _Forward:
     """Stands in for a layer's ``forward``. Not compiled: sizes differ from call to call, and the host must know them."""
 
-    def __init__(self, dispatcher: Dispatcher | None, number: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, layer: ExpertLayer) -> None:
         self.dispatcher = dispatcher
-        self.number = number
+        self.layer = layer
+        self.number = dispatcher.add(layer)
 
     @torch.compiler.disable
     def __call__(self, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
-        if self.dispatcher is None:
-            raise RuntimeError(
-                "This copy of a layer holds one rank's share of the experts and takes no part in the exchange: copy the"
-                " module before or after the expert-parallel run."
-            )
         return self.dispatcher.forward(self.number, x_ND, ids_Nk, weights_Nk)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
-        return _Forward(None, self.number)  # an average of weights is such a copy, and is never run
+        return _Forward(self.dispatcher, copy.deepcopy(self.layer, memo))
 
 
 def _mode(dtype: torch.dtype, autocast: bool) -> int:

@@ -104,22 +104,22 @@ class ExpertShards:
             parameter.grad = None
             parameter.data = whole.to(place)
 
-    def names_experts(self, weights: Any) -> bool:
-        """Whether this is a dictionary with weights of the experts."""
-        return isinstance(weights, Mapping) and any(name in weights for name in self._num_experts_of)
+    def part_of_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint with this rank's part of the experts, wherever it has weights by name, of the module or a part of it."""
+        return self._map_weights(checkpoint, lambda x, E: self._part(x) if len(x) == E else x)
 
-    def part_of_weights(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Weights by name, with this rank's part of the experts."""
-        return {
-            name: self._part(value) if len_of(value) == self._num_experts_of.get(name) else value
-            for name, value in weights.items()
-        }
+    def whole_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint with all experts in the group's first rank (the others keep theirs); a collective of the group."""
+        return self._map_weights(checkpoint, lambda x, E: self._whole(x) if len(x) * self.size == E else x)
 
-    def whole_weights(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Weights by name, with all experts in the group's first rank (the others keep theirs); a collective of the group."""
+    def _map_weights(self, checkpoint: Mapping[str, Any], convert: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
+        # Averages and references are stored beside the weights, some by a part of the module with names of its own.
+        ends = {name[start:]: E for name, E in self._num_experts_of.items() for start in _starts(name)}
         return {
-            name: self._whole(value) if len_of(value) * self.size == self._num_experts_of.get(name) else value
-            for name, value in weights.items()
+            key: {name: convert(x, ends[name]) if name in ends and isinstance(x, Tensor) else x for name, x in value.items()}
+            if isinstance(value, dict) and ends.keys() & value.keys()
+            else value
+            for key, value in checkpoint.items()
         }
 
     def part_of_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,9 +154,10 @@ class ExpertShards:
         return part if parts is None else torch.cat([each.cpu() for each in parts])
 
 
-def len_of(value: Any) -> int:
-    """Length of a tensor along dim 0; 0 for anything else."""
-    return len(value) if isinstance(value, Tensor) and value.dim() else 0
+def _starts(name: str) -> list[int]:
+    """Where the name of a parameter may begin for a part of the module: at each module above it."""
+    starts = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
+    return starts[:-1] or starts
 
 
 def _expert_parameters(module: nn.Module) -> list[nn.Parameter]:

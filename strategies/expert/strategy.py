@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self._shards: ExpertShards | None = None
         self._handles: list[RemovableHandle] = []
         self._reductions: list[dist.Work] = []
+        self._arrived: set[int] = set()
 
     # A run begins and ends
 
@@ -100,11 +102,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 callbacks.append(_UniteExperts())
         super().setup(trainer)
         if self._shards is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._reductions.clear()
-            for parameter in self._shards.parameters:
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_hook(lambda gradient: gradient / self._shards.size))
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._average_over_groups))
+            self._follow_gradients(self._shards)
 
     def teardown(self) -> None:
         """Undo what `setup` did (Lightning hook); the experts are united later, after the last callback that sees them."""
@@ -123,24 +121,44 @@ class ExpertParallelStrategy(DDPStrategy):
 
     # Gradients
 
-    def _average_over_groups(self, parameter: nn.Parameter) -> None:
-        """Average an expert's gradient over the ranks that hold the same one, while backward goes on."""
-        assert self._mesh is not None and parameter.grad is not None
-        num_groups = self._mesh.size(0)
+    def _follow_gradients(self, shards: ExpertShards) -> None:
+        """Make of each gradient of an expert, which is a sum over the group's tokens, the mean over the losses of all ranks."""
+        self._reductions.clear()
+        self._arrived.clear()
+        for layer in shards.layers:
+            trained = [p for p in (layer.gate_up_proj, layer.down_proj) if p.requires_grad]
+            for parameter in trained:
+                self._handles.append(parameter.register_hook(lambda gradient: gradient / shards.size))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, trained)))
+
+    def _on_gradient(self, trained: list[nn.Parameter], parameter: nn.Parameter) -> None:
+        """Average a layer's gradients over the ranks that hold the same experts, while backward goes on.
+
+        All of the layer together: which comes first depends on how a rank computes it, and with it on its number of tokens.
+        """
+        assert self._mesh is not None
         # As DDP does: not for the first micro-batches of an accumulated step.
-        if num_groups == 1 or not (isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync):
+        syncs = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
+        num_groups = self._mesh.size(0)
+        if num_groups == 1 or not syncs:
             return
-        if not self._reductions:
+        if not self._arrived:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_reductions)
-        parameter.grad.div_(num_groups)
-        work = dist.all_reduce(parameter.grad, group=self._mesh.get_group("data"), async_op=True)
-        assert work is not None
-        self._reductions.append(work)
+        self._arrived.add(id(parameter))
+        if not all(id(other) in self._arrived for other in trained):
+            return
+        for other in trained:
+            assert other.grad is not None
+            other.grad.div_(num_groups)
+            work = dist.all_reduce(other.grad, group=self._mesh.get_group("data"), async_op=True)
+            assert work is not None
+            self._reductions.append(work)
 
     def _finish_reductions(self) -> None:
         for work in self._reductions:
             work.wait()
         self._reductions.clear()
+        self._arrived.clear()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, 0-dim, the same on all ranks; a collective of the expert group."""
@@ -219,10 +237,9 @@ class ExpertParallelStrategy(DDPStrategy):
         return self._shards.whole_state(optimizer, state) if self._writes() and self._shards is not None else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save all experts, also of averages of the weights that callbacks have put in (Lightning hook)."""
+        """Save all experts, those of averages and references beside the weights too (Lightning hook)."""
         if self._writes() and self._shards is not None:
-            shards = self._shards
-            checkpoint = {k: shards.whole_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+            checkpoint = self._shards.whole_weights(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _writes(self) -> bool:
@@ -232,10 +249,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and keep this rank's experts (Lightning hook)."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        shards = self._shards
-        if shards is None:
-            return checkpoint
-        return {k: shards.part_of_weights(v) if shards.names_experts(v) else v for k, v in checkpoint.items()}
+        return checkpoint if self._shards is None else self._shards.part_of_weights(checkpoint)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep this rank's part of the state (Lightning hook)."""

@@ -20,7 +20,7 @@ from datamodules.datamodule import ZooDataModule
 from strategies import ExpertParallelStrategy
 from zoo.callbacks import EMA, RunCheckpoint
 from zoo.checkpoint import read_checkpoint
-from zoo.ling import Ling, LingConfig
+from zoo.ling import Ling, LingConfig, LingDPO
 from zoo.module import ZooModule
 
 GLOBAL_BATCH, LENGTH = 8, 6
@@ -199,7 +199,7 @@ SETTINGS = {
     "plain": Setting(),
     "accumulated, clipped, averaged, recomputed, noisy": Setting(accumulate=2, clip=0.3, average=True, recompute=True, warmup=2),
     "frozen experts": Setting(freeze=("model.layers.1.mlp.experts.*",), clip=0.3),
-    "grouped": Setting(torch.float32, "32-true", "grouped", clip=0.3),
+    "32 bit, each rank as its number of tokens wants": Setting(torch.float32, "32-true", "auto", clip=0.3),
 }
 
 
@@ -290,6 +290,40 @@ def test_weights_are_shared_whole(pool: RankPool, tmp_path: Path) -> None:
     saved = ZooModule.from_pretrained(tmp_path / "pretrained")
     assert type(saved) is Recording
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+class Pairs(ZooDataModule):
+    """Random answers to prefer and to avoid."""
+
+    def train_dataloader(self) -> Any:
+        ids = torch.randint(CONFIG.vocab_size, (24, 4, LENGTH), generator=torch.Generator().manual_seed(5))
+        names = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+        return self.train_loader([dict(zip(names, rows[[0, 0, 1, 1]], strict=True)) for rows in ids])
+
+
+def prefer(folder: Path, strategy: str, resume: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Preference training, whose reference is a copy made when experts are divided; its weights at the start and end."""
+    setting = Setting(steps=4 if resume else 2)
+    torch.set_default_dtype(setting.dtype)
+    seed_everything(3, verbose=False)
+    model = LingDPO(config=CONFIG, aux_scope="global", optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    start = {name: value.clone() for name, value in model.network.state_dict().items()}
+    trainer = trainer_of(folder, strategy, setting)
+    trainer.callbacks.append(RunCheckpoint(every_n_steps=2, minutes=None, folder=folder))
+    trainer.fit(model, Pairs(GLOBAL_BATCH // get_world_size()), ckpt_path=folder / "last.ckpt" if resume else None)
+    return start, weights_of(model)
+
+
+def test_a_reference_model_is_divided_and_kept(pool: RankPool, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("one", "divided")}
+    ((start, _),) = pool.run(prefer, folders["one"], "one", world_size=1)
+    pool.run(prefer, folders["divided"], "2", world_size=2)
+    reference = read_checkpoint(folders["divided"] / "last.ckpt")["ling_reference"]
+    assert reference.keys() == start.keys() and all(torch.equal(value, start[name]) for name, value in reference.items())
+    ((_, one),) = pool.run(prefer, folders["divided"], "one", True, world_size=1)
+    for _, divided in pool.run(prefer, folders["one"], "2", True, world_size=2):
+        for name, value in divided.items():
+            torch.testing.assert_close(value, one[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 class Uneven(Callback):

@@ -182,8 +182,6 @@ def mismatch(kind: str) -> str:
             layers.layers[rank](x_ND, ids_N1, ones_N1)
         elif kind == "types":
             layers.layers[0](x_ND.to([torch.float32, torch.bfloat16][rank]), ids_N1, ones_N1)
-        elif kind == "copy":
-            copy.deepcopy(layers).layers[0](x_ND, ids_N1, ones_N1)
         elif kind == "twice":
             ExpertShards(layers, dist.group.WORLD, CPU)
         elif rank == 0:
@@ -201,12 +199,34 @@ def mismatch(kind: str) -> str:
         ("layers", "computes layer"),
         ("types", "bfloat16"),
         ("gradients", "equally many training batches"),
-        ("copy", "holds one rank's share"),
         ("twice", "divided already"),
     ],
 )
 def test_what_would_hang_or_be_wrong_is_said(pool: RankPool, kind: str, message: str) -> None:
     assert all(message in said for said in pool.run(mismatch, kind))
+
+
+def copied() -> float:
+    """A copy of divided layers that goes its own way, and the layers themselves; largest difference from whole ones."""
+    torch.manual_seed(7)
+    whole, layers = Layers(torch.float32), Layers(torch.float32)
+    layers.load_state_dict(whole.state_dict())
+    ExpertShards(layers, dist.group.WORLD, CPU).divide()
+    other = copy.deepcopy(layers)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    other_whole = copy.deepcopy(whole)
+    with torch.no_grad():
+        for parameter in other_whole.parameters():
+            parameter.mul_(2)
+    given = Case((5, 3), dtype=torch.float32).tokens(dist.get_rank())
+    pairs = ((other, other_whole), (layers, whole))
+    return max(float((a.layers[0](*given) - b.layers[0](*given)).abs().max()) for a, b in pairs)
+
+
+def test_a_copy_has_weights_of_its_own(pool: RankPool) -> None:
+    assert max(pool.run(copied)) < 1e-4
 
 
 def unite() -> bool:
