@@ -11,6 +11,8 @@ from datamodules.latents import CachedLatents
 from datamodules.preferences import Preferences
 from datamodules.text import CharacterText as CharacterText
 from datamodules.text import Shakespeare, Text8
+from datamodules.tokenizer import ByteTokenizer as ByteTokenizer
+from datamodules.tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
     "CIFAR10",

@@ -55,6 +55,18 @@ def test_data_of_your_own():
     assert Path("runs/bfn/checkpoints/last.ckpt").exists()
 
 
+def test_a_language_model_of_your_own():
+    import my_language_model
+
+    Path("texts").mkdir()
+    Path("texts/one.md").write_text("the cat sat on the mat. " * 200)
+    Path("texts/two.md").write_text("the dog lay on the log. " * 200)
+    for number in range(30):
+        Path(f"texts/more_{number}.md").write_text(f"the cat and the dog, number {number}. " * 20)
+    text = my_language_model.main("texts", max_steps=6)
+    assert text.startswith("The model is ")
+
+
 def test_pictures_to_fill_in(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["half_pictures.py", "digits"])
     exec(compile((EXAMPLES / "half_pictures.py").read_text(), "half_pictures.py", "exec"), {"__name__": "__main__"})

@@ -260,7 +260,7 @@ class Ling(ZooModule):
         assert output.loss is not None and output.loss_BT is not None
         valid_N = self._valid(batch)
         self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
-        aux, z = self._router_losses(output, valid_N)
+        aux, z = self.router_losses(output, valid_N)
         loss = output.loss + self.aux_coef * aux + self.z_coef * z
         count_B = (self._labels(batch)[:, 1:] != -100).sum(1).clamp(min=1)
         self.last_losses = {
@@ -280,7 +280,7 @@ class Ling(ZooModule):
         mask = batch.get("valid_mask", batch.get("attention_mask"))
         return None if mask is None else mask.reshape(-1).bool()
 
-    def _router_losses(self, output: LingOutput, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    def router_losses(self, output: LingOutput, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Balance and z-loss, summed or averaged over the layers."""
         if not output.routings:
             zero = torch.zeros((), device=self.device)
