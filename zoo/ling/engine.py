@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ling.decode_step import Attend, CPUStep
-from zoo.ling.generation import cache_dtype, check_ids, check_number, evaluating, stop_tokens, token_uniforms
+from zoo.ling.generation import cache_dtype, check_ids, check_number, stop_tokens, token_uniforms
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
 from zoo.ling.token_choice import TokenChoice
+from zoo.nn.evaluation_mode import evaluation_mode
 from zoo.random import SampleRandom
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ class Engine:
     def _prefill(self, request: _Request) -> Tensor:
         """Scores (1, V) after all tokens of a request, whose keys and values are stored."""
         new_1T = torch.tensor([request.tokens[request.stored :]], device=self.both.device)
-        with evaluating(self.network):
+        with evaluation_mode(self.network):
             logits = self.network(new_1T, cache=_Reading(self.both, request), last_only=True).logits
         assert logits is not None
         return logits[:, -1]
@@ -333,7 +334,7 @@ class Engine:
                 request.stored += 1
             return logits_RV
         gathered = _Gathered(self.both, requests)
-        with evaluating(self.network):
+        with evaluation_mode(self.network):
             logits = self.network(token_R[:, None], gathered.mask_RS, cache=gathered, last_only=True).logits
         assert logits is not None
         return logits[:, -1]

@@ -5,36 +5,24 @@ Shape suffixes: B sequences, T tokens of the prompts, S slots of the cache, V vo
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.ling.cache import KVCache
 from zoo.ling.decode_step import CPUStep, lockstep, static_step
 from zoo.ling.token_choice import TokenChoice
+from zoo.nn.evaluation_mode import evaluation_mode
 from zoo.random import SampleRandom
 
 if TYPE_CHECKING:
     from zoo.ling.network import LingForCausalLM
 
-__all__ = ["cache_dtype", "check_ids", "check_number", "evaluating", "generate", "stop_tokens", "stream", "token_uniforms"]
+__all__ = ["cache_dtype", "check_ids", "check_number", "generate", "stop_tokens", "stream", "token_uniforms"]
 
 Step = Callable[[Tensor], Tensor]
 """From the newest tokens (B,) to the scores (B, V) of the next."""
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode, and each of its modules back into its own afterwards."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def cache_dtype(network: "LingForCausalLM") -> torch.dtype:
@@ -168,7 +156,7 @@ def stream(
     running_B = torch.ones(B, dtype=torch.bool, device=device)
 
     length = T + max_new_tokens - 1  # the last token is not read
-    with evaluating(network):
+    with evaluation_mode(network):
         logits_BV, step = _begin(network, input_ids, attention_mask, padding_B, length, cache, compile)
         for number in range(max_new_tokens):
             token_B = choice.choose(logits_BV, seen_BV, None if uniform_BT is None else uniform_BT[:, number])
