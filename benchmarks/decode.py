@@ -73,7 +73,7 @@ def library_model(ours: LingForCausalLM, family: str) -> Any:
     """The library's model of a class that computes what ours does.
 
     Args:
-        ours: Without biases, with a NormHead; with a shared expert as wide as a routed one for Qwen2-MoE, without for Mixtral.
+        ours: Without biases, with a NormHead; with shared experts for Qwen2-MoE, without for Mixtral.
         family: The class, a key of `SHARED`.
     """
     config = ours.config
@@ -96,7 +96,8 @@ def library_model(ours: LingForCausalLM, family: str) -> Any:
         model = transformers.Qwen2MoeForCausalLM(
             transformers.Qwen2MoeConfig(
                 **options, num_experts=config.num_experts, moe_intermediate_size=config.moe_intermediate_size, qkv_bias=False,
-                shared_expert_intermediate_size=config.moe_intermediate_size, norm_topk_prob=True,
+                shared_expert_intermediate_size=config.num_shared_experts * config.moe_intermediate_size,
+                norm_topk_prob=True,
             )
         )  # fmt: skip
     rows = [config.num_attention_heads * config.head_width, *[config.num_key_value_heads * config.head_width] * 2]
