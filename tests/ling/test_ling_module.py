@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
-from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, z_loss
+from zoo.callbacks import EMA
+from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, normalized_weight, z_loss
 from zoo.random import SampleRandom
 
 SMALL = LingConfig(
@@ -149,6 +150,24 @@ def test_the_loss_is_cross_entropy_and_router_losses_of_valid_tokens(tmp_path: P
     assert (ce, seen_aux, seen_z) == pytest.approx((output.loss.item(), aux.item(), z.item()), rel=1e-5)
     assert loss == pytest.approx(ce + 0.1 * seen_aux + 0.01 * seen_z, rel=1e-6)
     assert model.last_losses["ce_per_sample"].shape == (4,)
+
+
+def test_the_head_follows_the_weights_that_an_average_takes_the_place_of(tmp_path: Path) -> None:
+    heads: list[Tensor] = []
+
+    class Look(Callback):
+        @torch.no_grad()
+        def look(self, trainer: Any, pl_module: Any) -> None:
+            head = pl_module.network.lm_head
+            assert torch.equal(head.effective_weight(), normalized_weight(head.weight))
+            heads.append(head.effective_weight())
+
+        on_validation_epoch_end = on_validation_end = on_fit_end = look
+
+    options = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    fitting = trainer(tmp_path, callbacks=[EMA(0.5), Look()], **options)
+    fitting.fit(Ling(SMALL, optimizer=partial(torch.optim.SGD, lr=1.0)), Periods(batch_size=8))
+    assert not torch.equal(heads[0], heads[1])  # the average, then the weights
 
 
 class Skip(Callback):
