@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from zoo.ling import Experts, KVCache, LingConfig, LingForCausalLM, RopeScaling, TokenChoice, generate, stream
+from zoo.ling import Experts, Generation, KVCache, LingConfig, LingForCausalLM, RopeScaling, TokenChoice, generate, stream
 from zoo.ling import decode_step as steps
 from zoo.ling.decode_step import CPUStep, StaticStep
 from zoo.ling.token_choice import draw
@@ -290,6 +290,14 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     arguments = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "max_new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         network_of().generate(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"repetition_penalty": 0.0},
+                                    {"max_new_tokens": 0}])  # fmt: skip
+def test_options_of_a_configuration_are_checked_before_the_run(change: dict[str, float]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must"):
+        Generation(**change)
 
 
 @given(

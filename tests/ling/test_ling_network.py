@@ -219,6 +219,8 @@ def test_padding_has_an_embedding_of_zero(tied):
         ({"eos_token_id": 50}, "eos_token_id=50 is outside"),
         ({"first_k_dense_replace": 1, "intermediate_size": None}, "need intermediate_size"),
         ({"vocab_size": 0}, "vocab_size=0"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1 must not be negative"),
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type='ntk'"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
     ],
