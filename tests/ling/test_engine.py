@@ -197,6 +197,8 @@ def test_weights_may_change_between_queues(network: LingForCausalLM) -> None:
     [
         ([], {}, "The prompt is empty"),
         ([37], {}, "holds the id 37"),
+        (torch.zeros(1, 3, dtype=torch.long), {}, r"ids as integers \(T,\), got torch.int64 of shape \(1, 3\)"),
+        ([1.5], {}, "got torch.float32"),
         (list(range(8)), {"max_new_tokens": 4}, "A prompt of 8 and max_new_tokens=4 need 11 slots, .* max_tokens=10"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([1], {"top_p": 2.0, "max_new_tokens": 4}, "top_p=2.0"),

@@ -93,6 +93,20 @@ def test_no_token_at_all(backend: Backend) -> None:
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_any_layout(backend: Backend, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LARGE_BYTES", 0 if blocked else 1 << 30)
+    experts, (x_ND, ids_Nk, weights_Nk) = build(backend), routed(12)
+    inputs = [x_ND, weights_Nk, *experts.parameters()]
+    seed = torch.randn(D, 12, generator=torch.Generator().manual_seed(5))
+    for layout in (seed.T, seed[:1, :1].expand(12, D)):
+        found, expected = (
+            torch.autograd.grad(experts(x_ND, ids_Nk, weights_Nk), inputs, gradient) for gradient in (layout, layout.contiguous())
+        )
+        close(list(found), list(expected), 1e-6)
+
+
 @pytest.mark.parametrize("function", ["loop", "_Blocked"])
 def test_gradients_in_float64_and_odd_sizes(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = build("auto" if function == "loop" else "grouped", torch.float64, width=3 if function == "loop" else 4, hidden=8)
@@ -215,3 +229,7 @@ def test_wrong_backends_are_refused() -> None:
         Experts(4, 8, 8, "fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="moe_intermediate_size=6 to be multiples of 4"):
         Experts(4, 8, 6, "grouped")
+    for dtype in (torch.float64, torch.bfloat16):  # in bfloat16 12 numbers are 24 bytes
+        experts, routing = build("grouped", dtype, width=12, hidden=12), routed(5, dtype, hidden=12)
+        with pytest.raises(ValueError, match=f"not {dtype} with hidden_size=12 and moe_intermediate_size=12"):
+            experts(*routing)

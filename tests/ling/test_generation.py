@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from zoo.ling import Experts, KVCache, LingConfig, LingForCausalLM, RopeScaling, TokenChoice, generate, stream
+from zoo.ling import Experts, Generation, KVCache, LingConfig, LingForCausalLM, RopeScaling, TokenChoice, generate, stream
 from zoo.ling import decode_step as steps
 from zoo.ling.decode_step import CPUStep, StaticStep
 from zoo.ling.token_choice import draw
@@ -205,6 +205,13 @@ def test_step_of_fixed_shapes_is_the_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made) == 3
 
 
+def test_no_compiled_step_where_rotations_depend_on_the_length() -> None:
+    network = network_of(CONFIGS["dynamic positions"].replace(max_position_embeddings=8))
+    assert CPUStep.supports(network, 8) and not CPUStep.supports(network, 9)
+    with pytest.raises(ValueError, match="dynamic to 9 tokens, beyond max_position_embeddings=8"):
+        network.generate(torch.stack(prompts_of(6)), max_new_tokens=4, compile=True)
+
+
 def test_sequences_are_padded_after_their_end_and_generation_stops_with_the_last() -> None:
     network = network_of()
     ids, mask = padded(prompts_of(4, 7, 2))
@@ -240,6 +247,13 @@ def test_tokens_come_one_by_one_and_the_network_keeps_its_mode() -> None:
     assert not tokens.is_inference() and torch.equal(tokens, network.eval().generate(prompts, max_new_tokens=6))
 
 
+def test_ids_of_any_integer_type_are_taken() -> None:
+    network, prompts = network_of(), torch.stack(prompts_of(5, 5))
+    options = {"max_new_tokens": 6, "repetition_penalty": 1.3}
+    tokens = network.generate(prompts.int(), **options)
+    assert tokens.dtype == torch.int64 and torch.equal(tokens, network.generate(prompts, **options))
+
+
 def test_cache_can_be_used_again() -> None:
     network, prompts = network_of(), torch.stack(prompts_of(5, 5))
     cache = KVCache(BASE, 2, 12, torch.float64)
@@ -258,6 +272,7 @@ def test_cache_can_be_used_again() -> None:
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
         ({"eos_token_id": 61}, "eos_token_id=61 is outside of the vocabulary of 61"),
+        ({"pad_token_id": 61}, "pad_token_id=61 is outside of the vocabulary of 61"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "at least one token"),
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids as integers \(B, T\)"),
         ({"input_ids": torch.tensor([[1, 61]])}, "holds the id 61, but the model's vocabulary has the ids 0 to 60"),
@@ -275,6 +290,14 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     arguments = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "max_new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         network_of().generate(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"repetition_penalty": 0.0},
+                                    {"max_new_tokens": 0}])  # fmt: skip
+def test_options_of_a_configuration_are_checked_before_the_run(change: dict[str, float]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must"):
+        Generation(**change)
 
 
 @given(

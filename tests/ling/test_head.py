@@ -106,6 +106,14 @@ def test_the_kept_weight_follows_every_change() -> None:
     assert head.state_dict().keys() == {"weight"}
 
 
+def test_a_head_made_in_inference_mode_follows_its_weight_too() -> None:
+    with torch.inference_mode():
+        head, x_ND = build(), inputs()[0]
+        for _ in range(2):
+            assert torch.equal(head(x_ND), x_ND @ normalized_weight(head.weight).T)
+            head.weight[0] += 1
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, N, 100])
 def test_chunks_give_the_plain_loss_and_gradients(chunk: int) -> None:
     head, (x_ND, label_N) = build(), inputs()

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
-from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, z_loss
+from zoo.callbacks import EMA
+from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, normalized_weight, z_loss
 from zoo.random import SampleRandom
 
 SMALL = LingConfig(
@@ -151,6 +153,24 @@ def test_the_loss_is_cross_entropy_and_router_losses_of_valid_tokens(tmp_path: P
     assert model.last_losses["ce_per_sample"].shape == (4,)
 
 
+def test_the_head_follows_the_weights_that_an_average_takes_the_place_of(tmp_path: Path) -> None:
+    heads: list[Tensor] = []
+
+    class Look(Callback):
+        @torch.no_grad()
+        def look(self, trainer: Any, pl_module: Any) -> None:
+            head = pl_module.network.lm_head
+            assert torch.equal(head.effective_weight(), normalized_weight(head.weight))
+            heads.append(head.effective_weight())
+
+        on_validation_epoch_end = on_validation_end = on_fit_end = look
+
+    options = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    fitting = trainer(tmp_path, callbacks=[EMA(0.5), Look()], **options)
+    fitting.fit(Ling(SMALL, optimizer=partial(torch.optim.SGD, lr=1.0)), Periods(batch_size=8))
+    assert not torch.equal(heads[0], heads[1])  # the average, then the weights
+
+
 class Skip(Callback):
     """Leaves out the optimizer's second step, as the spike guard does."""
 
@@ -252,6 +272,8 @@ def test_bad_batches_are_refused_before_they_reach_the_network(tmp_path: Path) -
     model = Ling(SMALL)
     with pytest.raises(ValueError, match="id 24, but the vocabulary has 24 entries"):
         trainer(tmp_path).fit(model, DataLoader([{"input_ids": torch.tensor([1, 24])}]))
+    with pytest.raises(ValueError, match="id 24, but the vocabulary has 24 entries"):
+        trainer(tmp_path).fit(model, DataLoader([{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([-100, 24])}]))
     with pytest.raises(ValueError, match="id -1, but"):
         trainer(tmp_path).fit(model, DataLoader([{"input_ids": torch.tensor([1, -1])}]))
     with pytest.raises(ValueError, match="dictionaries with input_ids"):
@@ -264,6 +286,37 @@ def test_a_mask_reaches_attention_only_where_padding_is_on_the_left() -> None:
     for mask, kept in (([1, 1, 1], set()), ([1, 1, 0], {"valid_mask"}), ([0, 1, 1], {"attention_mask"})):
         batch = model.on_before_batch_transfer({"input_ids": ids, "attention_mask": torch.tensor([mask])}, 0)
         assert batch.keys() - {"input_ids"} == kept
+
+
+def test_labels_are_the_ids_that_a_token_of_the_same_document_precedes() -> None:
+    model = Ling(SMALL)
+    ids = torch.arange(1, 7)[None]
+    for mask, positions, counted in (
+        (None, None, [1, 2, 3, 4, 5, 6]),
+        ([1, 1, 1, 1, 0, 0], None, [1, 2, 3, 4, -100, -100]),
+        ([0, 0, 1, 1, 1, 1], None, [-100, -100, -100, 4, 5, 6]),
+        (None, [0, 1, 2, 0, 1, 2], [-100, 2, 3, -100, 5, 6]),
+        ([1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 2, 3], [-100, 2, -100, 4, 5, -100]),
+    ):
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        batch = {name: torch.as_tensor(value).view(1, -1) for name, value in given.items() if value is not None}
+        assert model._labels(model.on_before_batch_transfer(batch, 0)).tolist() == [counted]
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6]]  # the batch is as it was
+
+
+def test_prompts_padded_on_the_right_are_refused_not_continued_after_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Ling(SMALL)
+    tokenizer = SimpleNamespace(eos_id=22, decode=lambda ids: " ".join(map(str, ids)))
+    monkeypatch.setattr(model, "_tokenizer", lambda: tokenizer)
+
+    def predict(rows: list[list[int]]) -> list[str]:
+        ids = torch.tensor(rows)
+        batch = {"input_ids": ids, "attention_mask": (ids != 23).long(), "index": torch.arange(2), "prompt": ["", ""]}
+        return model.predict_step(model.on_before_batch_transfer(batch, 0), 0)["text"]
+
+    assert predict([[1, 2, 3], [23, 23, 4]])[0] == predict([[1, 2, 3], [23, 4, 5]])[0]
+    with pytest.raises(ValueError, match="Row 1 of attention_mask has padding after a token"):
+        predict([[1, 2, 3], [4, 23, 23]])
 
 
 @pytest.mark.parametrize(

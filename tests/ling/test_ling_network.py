@@ -123,6 +123,14 @@ def test_activation_checkpointing_changes_nothing():
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_cache_with_gradients_is_refused_and_never_passed_over(saving):
+    model, ids = network(), tokens()
+    model.model.activation_checkpointing = saving
+    with pytest.raises(ValueError, match="KVCache keeps no gradients"):
+        model(ids, cache=KVCache(model.config, 2, 12, torch.float64))
+
+
 def noise_of(model: LingForCausalLM, ids: Tensor, seed: int = 3) -> RouterNoise:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(model.config.num_hidden_layers, ids.numel(), model.config.num_experts, generator=generator)
@@ -194,6 +202,12 @@ def test_tied_embeddings_are_one_parameter():
     assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_has_an_embedding_of_zero(tied):
+    weight = network(tie_word_embeddings=tied).model.word_embeddings.weight
+    assert not weight[49].any() and bool(weight[:49].any(1).all())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -205,6 +219,8 @@ def test_tied_embeddings_are_one_parameter():
         ({"eos_token_id": 50}, "eos_token_id=50 is outside"),
         ({"first_k_dense_replace": 1, "intermediate_size": None}, "need intermediate_size"),
         ({"vocab_size": 0}, "vocab_size=0"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be above 1"),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1 must not be negative"),
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type='ntk'"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
     ],
@@ -218,7 +234,10 @@ def test_inputs_that_do_not_fit_are_named():
     model, ids = network(), tokens()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="3 columns"):
-        model(ids, attention_mask=torch.ones(2, 3))
+    for shape in ((2, 3), (3, 12), (12,)):
+        with pytest.raises(ValueError, match=rf"shape \({str(shape)[1:-1]}\), but there are 2 sequences of 0 cached and 12 new"):
+            model(ids, attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 11\) do not fit tokens of shape \(2, 12\)"):
+        model(ids, labels=ids[:, 1:])
     with pytest.raises(ValueError, match="There is no preset"):
         preset("ling_huge")

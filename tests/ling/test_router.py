@@ -150,6 +150,15 @@ def test_running_statistics_change_in_update_alone() -> None:
     assert other.running_mean.item() == 2.5
 
 
+def test_running_statistics_stay_accurate_in_half_precision() -> None:
+    router = build().bfloat16()
+    for step in range(500):  # by a hundredth of 0.1, which bfloat16 would round away
+        router.update(torch.tensor(1.1 if step else 1.0), torch.tensor(1.5), 0.99, first=step == 0)
+    assert router.running_mean.dtype == router.running_std.dtype == torch.float32 and router.weight.dtype == torch.bfloat16
+    assert router.running_mean.item() == pytest.approx(1.1, abs=1e-3)
+    assert build().double().running_mean.dtype == torch.float64
+
+
 def test_scores_are_accurate_under_autocast_and_in_half_precision() -> None:
     router, x_ND = build(), tokens()
     exact = router(x_ND)

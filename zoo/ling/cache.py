@@ -68,8 +68,10 @@ class KVCache:
         """Store the new tokens of a layer; return all keys and values up to them.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not fit, or have gradients.
         """
+        if key_BKTW.requires_grad:
+            raise ValueError("KVCache keeps no gradients: call the network under torch.no_grad() or torch.inference_mode().")
         end = self.length + key_BKTW.shape[2]
         self.check_room(key_BKTW.shape[2])
         keys, values = self._both[layer].unbind(0)

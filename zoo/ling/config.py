@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from zoo.ling.token_choice import TokenChoice
+
 __all__ = ["Generation", "LingConfig", "Preset", "RopeScaling", "preset"]
 
 Preset = Literal["ling_tiny", "ling_lite", "ling_plus"]
@@ -70,15 +72,9 @@ class Generation:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.top_k < 0:
-            raise ValueError(
-                f"Generation: max_new_tokens={self.max_new_tokens} must be at least 1, top_k={self.top_k} not negative."
-            )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError(
-                f"Generation: temperature={self.temperature} must not be negative, top_p={self.top_p} must lie in (0, 1], "
-                f"repetition_penalty={self.repetition_penalty} must be positive."
-            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Generation: max_new_tokens={self.max_new_tokens} must be at least 1.")
+        TokenChoice(self.temperature, self.top_k, self.top_p, self.repetition_penalty)  # which checks them
 
 
 @dataclass
@@ -176,6 +172,11 @@ class LingConfig:
             )
         if self.first_k_dense_replace and not self.intermediate_size:
             raise ValueError("LingConfig: dense layers (first_k_dense_replace > 0) need intermediate_size.")
+        if not self.rope_theta > 1 or self.rms_norm_eps < 0 or self.initializer_range < 0:
+            raise ValueError(
+                f"LingConfig: rope_theta={self.rope_theta} must be above 1, rms_norm_eps={self.rms_norm_eps} and "
+                f"initializer_range={self.initializer_range} must not be negative."
+            )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"LingConfig: attention_dropout={self.attention_dropout} must lie in [0, 1).")
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):

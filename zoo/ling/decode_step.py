@@ -163,9 +163,8 @@ class CPUStep:
         weight = network.model.word_embeddings.weight
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
             return False
-        scaling = network.config.rope_scaling
-        if scaling is not None and scaling.type == "dynamic" and max_length > network.config.max_position_embeddings:
-            return False  # rotations depend on the length
+        if _turns_by_length(network, max_length):
+            return False
         return all(map(_is_plain, network.modules())) and all(
             type(parameter) is nn.Parameter and parameter.device == weight.device and parameter.dtype == weight.dtype
             for parameter in network.parameters()
@@ -348,7 +347,15 @@ def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype:
         batch_size: sequences.
         length: tokens of prompt and continuation.
         dtype: of keys and values.
+
+    Raises:
+        ValueError: rotations would depend on the length, or too many sequences for `StaticStep`.
     """
+    if _turns_by_length(network, length):
+        raise ValueError(
+            f"compile=True cannot follow rope_scaling of type dynamic to {length} tokens, beyond max_position_embeddings="
+            f"{network.config.max_position_embeddings}: leave compile out, or make the prompt or max_new_tokens shorter."
+        )
     slots = -(-length // _SLOTS) * _SLOTS
     kept = _STEPS.setdefault(network, {})
     autocast = torch.is_autocast_enabled(network.lm_head.weight.device.type)
@@ -359,6 +366,12 @@ def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype:
         del kept[next(iter(kept))]
     step.cache.reset()
     return step
+
+
+def _turns_by_length(network: "LingForCausalLM", max_length: int) -> bool:
+    """Whether rotations change while a sequence grows to ``max_length``: with dynamic scaling, beyond the trained length."""
+    scaling = network.config.rope_scaling
+    return scaling is not None and scaling.type == "dynamic" and max_length > network.config.max_position_embeddings
 
 
 def _layer(block: Any, scale: float) -> _Layer:

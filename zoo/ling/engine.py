@@ -86,7 +86,8 @@ class Engine:
     values, without a copy.
 
     Each request's tokens are those that `generate` makes of its prompt alone, whatever else runs (up to rounding, which in low
-    precision can turn the scales between two tokens of nearly the same score). The weights must not change while requests run.
+    precision can turn the scales between two tokens of nearly the same score; and but for ``dynamic`` rotary scaling beyond the
+    trained length, where rotations depend on the longest sequence that runs). The weights must not change while requests run.
 
     Args:
         network: the model.
@@ -163,14 +164,17 @@ class Engine:
             on_token: called with each new token.
 
         Raises:
-            ValueError: a number out of range, an empty prompt, an id outside of the vocabulary, or more tokens than the memory
-                could ever hold.
+            ValueError: a number out of range, a prompt that is empty or no row of integers, an id outside of the vocabulary, or
+                more tokens than the memory could ever hold.
         """
         tokens = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
         check_number(max_new_tokens)
         if not tokens:
             raise ValueError("The prompt is empty, it has no token: begin it with the bos or eos token.")
-        check_ids(self.network, torch.tensor(tokens))
+        ids_T = torch.tensor(tokens)
+        if ids_T.dim() != 1 or ids_T.is_floating_point():
+            raise ValueError(f"A prompt is ids as integers (T,), got {ids_T.dtype} of shape {tuple(ids_T.shape)}.")
+        check_ids(self.network, ids_T)
         if len(tokens) + max_new_tokens - 1 > self.max_tokens:
             raise ValueError(
                 f"A prompt of {len(tokens)} and max_new_tokens={max_new_tokens} need {len(tokens) + max_new_tokens - 1} slots,"

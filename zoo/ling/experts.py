@@ -45,6 +45,11 @@ def sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return order_M, inverse_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device)), offset_E
 
 
+def _fits_grouped(hidden_size: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether grouped products take the type, and rows of these sizes: whole multiples of 16 bytes."""
+    return dtype in _GROUPED_TYPES and not (hidden_size * dtype.itemsize % 16 or width * dtype.itemsize % 16)
+
+
 def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype, device_type: str = "cuda") -> Backend:
     """What ``auto`` takes: ``batched`` for a few assignments on a GPU, ``grouped`` where its rules allow, else ``loop``.
 
@@ -59,10 +64,10 @@ def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: to
         dtype: of the products.
         device_type: where they are computed.
     """
-    odd = (hidden_size * dtype.itemsize) % 16 or (width * dtype.itemsize) % 16
-    if torch.compiler.is_compiling() and num_assignments <= FEW_COMPILED and (odd or dtype != torch.bfloat16):
+    fits = _fits_grouped(hidden_size, width, dtype)
+    if torch.compiler.is_compiling() and num_assignments <= FEW_COMPILED and not (fits and dtype == torch.bfloat16):
         return "batched"
-    if dtype not in _GROUPED_TYPES or odd:
+    if not fits:
         return "loop"
     return "batched" if num_assignments <= _FEW_ASSIGNMENTS and device_type != "cpu" else "grouped"
 
@@ -86,7 +91,7 @@ class Experts(nn.Module):
         super().__init__()
         if backend not in get_args(Backend):
             raise ValueError(f"experts={backend!r} must be one of {', '.join(get_args(Backend))}.")
-        if backend == "grouped" and choose_backend(1 << 20, hidden_size, width, torch.float32) == "loop":
+        if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.float32):
             raise ValueError(
                 f"experts='grouped' needs hidden_size={hidden_size} and moe_intermediate_size={width} to be multiples of 4"
                 " (8 in half precision): choose such sizes, or experts='auto'."
@@ -108,6 +113,9 @@ class Experts(nn.Module):
             x_ND: tokens.
             ids_Nk: their experts.
             weights_Nk: weights of the sum, floating point.
+
+        Raises:
+            ValueError: ``grouped`` with a type or sizes that it cannot take.
         """
         dtype = x_ND.dtype
         if torch.is_autocast_enabled(x_ND.device.type):
@@ -124,6 +132,11 @@ class Experts(nn.Module):
                 return _loop(x_ND, weights_Nk, order_M, inverse_M, offset_E, gate_up, down)
             large = order_M.numel() * gate_up.shape[1] * dtype.itemsize > _LARGE_BYTES
             blocked = large and x_ND.device.type == "cpu" and not torch.compiler.is_compiling()
+            if not (blocked or torch.compiler.is_compiling() or _fits_grouped(x_ND.shape[-1], down.shape[-1], dtype)):
+                raise ValueError(
+                    f"experts='grouped' takes float32, bfloat16 or float16 and rows of whole 16 bytes, not {dtype} with"
+                    f" hidden_size={x_ND.shape[-1]} and moe_intermediate_size={down.shape[-1]}: choose experts='auto'."
+                )
             function = _Blocked if blocked else _Grouped
             result: Tensor = function.apply(x_ND, weights_Nk, order_M, inverse_M, offset_E, gate_up, down)
             return result

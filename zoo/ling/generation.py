@@ -134,6 +134,7 @@ def stream(
     check_number(max_new_tokens)
     padding_B = _padding(input_ids, attention_mask)
     check_ids(network, input_ids)
+    input_ids = input_ids.long()
     eos = stop_tokens(network, eos_token_id)
     B, T = input_ids.shape
     device = network.lm_head.weight.device
@@ -145,6 +146,8 @@ def stream(
     if pad_token_id is None:
         pad_token_id = network.config.pad_token_id
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0  # where nothing ends, nothing is padded
+    if not 0 <= pad < network.config.vocab_size:
+        raise ValueError(f"pad_token_id={pad} is outside of the vocabulary of {network.config.vocab_size}.")
     if padding_B is None:
         attention_mask = None
     seen_BV = None
@@ -189,7 +192,8 @@ def generate(
 ) -> Tensor:
     """Continue prompts until each has ended or has ``max_new_tokens`` more tokens.
 
-    What a sequence becomes does not depend on its batch: padding is seen by nobody, and its draws are its own.
+    What a sequence becomes does not depend on its batch: padding is seen by nobody, and its draws are its own. (Only with
+    ``dynamic`` rotary scaling beyond the trained length do rotations depend on the longest sequence.)
 
     Args:
         network: the model.
@@ -213,7 +217,7 @@ def generate(
 
     Raises:
         ValueError: a number out of range, an empty prompt, padding elsewhere than on the left, an id outside of the vocabulary,
-            or more tokens than ``cache`` has room for.
+            more tokens than ``cache`` has room for, or what a compiled step cannot do.
     """
     tokens = []
     for token_B in stream(

@@ -50,6 +50,8 @@ class Head(nn.Module):
             return self.weight
         if torch.compiler.is_compiling():
             return normalized_weight(self.weight)
+        if self.weight.is_inference():  # it has no version that would tell of a change
+            return normalized_weight(self.weight)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             self._kept = None  # some optimizers change `weight.data` without a new version, but never without a forward before
             return normalized_weight(self.weight)

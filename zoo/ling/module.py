@@ -54,7 +54,8 @@ class Ling(ZooModule):
     router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139.
 
     Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
-    where nothing is learned (absent: ``input_ids`` without padding); ``attention_mask`` (B, T), 0 for padding (absent: none);
+    where nothing is learned (absent: ``input_ids`` but for padding and each document's first token); ``attention_mask`` (B, T),
+    0 for padding (absent: none);
     ``position_ids`` (B, T) that start at 0 with each document, which then do not see one another (absent: one document);
     ``num_bytes`` (B,), the bytes of text that the labels stand for (absent: no bits per byte).
 
@@ -204,7 +205,7 @@ class Ling(ZooModule):
         """Check ids, and drop a mask that attention does not need (Lightning hook), before the batch leaves the CPU.
 
         Raises:
-            ValueError: an id that the vocabulary does not have, or no ``input_ids``.
+            ValueError: an id or label that the vocabulary does not have, or no ``input_ids``.
         """
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise ValueError(
@@ -213,6 +214,8 @@ class Ling(ZooModule):
             )
         batch = dict(batch)
         self._check_ids(batch["input_ids"])
+        if "labels" in batch:
+            self._check_ids(batch["labels"][batch["labels"] != -100])
         return self._drop_mask(batch)
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -235,8 +238,14 @@ class Ling(ZooModule):
     def _labels(batch: Batch) -> Tensor:
         if "labels" in batch:
             return batch["labels"]
+        labels = batch["input_ids"]
         valid = batch.get("valid_mask", batch.get("attention_mask"))
-        return batch["input_ids"] if valid is None else batch["input_ids"].masked_fill(valid == 0, -100)
+        if valid is not None:
+            labels = labels.masked_fill(valid == 0, -100)
+            labels[:, 1:].masked_fill_(valid[:, :-1] == 0, -100)  # no token precedes the first one after padding
+        if "position_ids" in batch:
+            labels = labels.masked_fill(batch["position_ids"] == 0, -100)
+        return labels
 
     # Training
 
@@ -400,12 +409,12 @@ class Ling(ZooModule):
         """Continue the prompts (Lightning hook): ``index``, ``prompt`` and ``text`` for `JSONLWriter`.
 
         Raises:
-            ValueError: the DataModule has no tokenizer.
+            ValueError: the DataModule has no tokenizer, or prompts are padded elsewhere than on the left.
         """
         tokenizer = self._tokenizer()
         ids_BT = self.network.generate(
             batch["input_ids"],
-            batch.get("attention_mask"),
+            batch.get("attention_mask", batch.get("valid_mask")),
             **dataclasses.asdict(self.generation),
             eos_token_id=tokenizer.eos_id,
             random=self.eval_random(len(batch["input_ids"])),

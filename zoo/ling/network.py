@@ -8,7 +8,7 @@ Source: "Every FLOP Counts", arXiv 2503.05139, and the modelling file released w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -222,7 +222,7 @@ class Model(nn.Module):
         routings = []
         for layer, block in enumerate(self.layers):
             noise_NE = noise(layer) if noise is not None and layer >= self.num_dense else None
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
                 x_BTD, routing = checkpoint(block, x_BTD, cos_BTW, sin_BTW, mask, None, noise_NE, share, use_reentrant=False)
             else:
                 x_BTD, routing = block(x_BTD, cos_BTW, sin_BTW, mask, cache, noise_NE, share)
@@ -279,11 +279,14 @@ def positions_and_mask(
         Positions (B or 1, T), and the mask (B or 1, 1, T, past + T); None: causal.
 
     Raises:
-        ValueError: the mask has another length, or documents are given with cached tokens.
+        ValueError: the mask has another shape, or documents are given with cached tokens.
     """
-    T = given.shape[1]
-    if attention_mask is not None and attention_mask.shape[1] != past + T:
-        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, but there are {past} cached and {T} new tokens.")
+    B, T = given.shape[:2]
+    if attention_mask is not None and attention_mask.shape not in ((B, past + T), (1, past + T)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {B} sequences of {past} cached and {T} new"
+            " tokens."
+        )
     if document_ids is not None and past:
         raise ValueError("document_ids cannot be given with a cache that holds tokens.")
     if position_ids is None:
@@ -350,8 +353,9 @@ class LingForCausalLM(nn.Module):
                     parameter.zero_()
                 elif not parameter.is_meta:
                     parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
+        embedding = self.model.word_embeddings
+        if embedding.padding_idx is not None:  # last, because a tied head draws its row again
+            embedding.weight[embedding.padding_idx].zero_()
 
     def forward(
         self,
@@ -387,12 +391,14 @@ class LingForCausalLM(nn.Module):
             last_only: logits of the last token only, (B, 1, V).
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, documents with a cache, or a sequence that is
-                longer than the cache.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, a mask or labels of another shape, documents with
+                a cache, or a sequence that is longer than the cache.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("LingForCausalLM needs either input_ids or inputs_embeds.")
+        if labels is not None and labels.shape != given.shape[:2]:
+            raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit tokens of shape {tuple(given.shape[:2])}.")
         past = cache.length if cache is not None else 0
         position_ids, mask = positions_and_mask(given, past, attention_mask, position_ids, document_ids)
         hidden_BTD, routings = self.model(
@@ -427,8 +433,3 @@ class LingForCausalLM(nn.Module):
 def expected_initial_loss(config: LingConfig) -> float:
     """Loss of an untrained NormHead: ``ln V + D / (2 V)``, 11.756 for Ling-Lite, whatever the scale of the weights."""
     return math.log(config.vocab_size) + config.hidden_size / (2 * config.vocab_size)
-
-
-def router_noise(noise_LNE: Sequence[Tensor], num_dense: int) -> RouterNoise:
-    """Noise of all layers with experts as a function of the layer's number."""
-    return lambda layer: noise_LNE[layer - num_dense]

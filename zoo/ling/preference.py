@@ -62,7 +62,7 @@ class LingDPO(Ling):
         """Check ids and what the batch holds (Lightning hook).
 
         Raises:
-            ValueError: entries are missing, or an id is not in the vocabulary.
+            ValueError: entries are missing, or an id or label is not in the vocabulary.
         """
         if not isinstance(batch, Mapping) or "chosen_input_ids" not in batch:
             return super().on_before_batch_transfer(batch, dataloader_idx)
@@ -73,6 +73,8 @@ class LingDPO(Ling):
             raise ValueError(f"LingDPO: the batch lacks {', '.join(missing)}; the DataModule Preferences gives them.")
         for side in _SIDES:
             self._check_ids(batch[f"{side}_input_ids"])
+            labels = batch[f"{side}_labels"]
+            self._check_ids(labels[labels != -100])
         return batch
 
     def on_fit_start(self) -> None:

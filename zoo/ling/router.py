@@ -4,8 +4,8 @@ Shape suffixes: N tokens, D width, E experts, k experts of a token.
 Source: arXiv 2503.05139, section 3; balance loss as in Megatron-LM, z-loss as in ST-MoE.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -129,8 +129,9 @@ class Router(nn.Module):
     """Scores ``W x``, softmax in float32, the k largest; weights divided by their sum if ``normalize`` and k > 1.
 
     During the stochastic warm-up (`forward` with noise) the scores are mixed with balanced noise of the same mean and
-    standard deviation, kept as running averages in ``running_mean`` and ``running_std``. They change in `update` alone, which
-    the training calls once per applied step, so that a skipped step leaves no trace.
+    standard deviation, kept as running averages in ``running_mean`` and ``running_std``, float32 also where weights are of half
+    precision. They change in `update` alone, which the training calls once per applied step, so that a skipped step leaves no
+    trace.
 
     Args:
         num_experts: E.
@@ -153,6 +154,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("running_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("running_std", torch.ones((), dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as any module, but keep the averages in float32 at least: half precision would lose small changes."""
+        averages = {"running_mean": self.running_mean, "running_std": self.running_std}
+        super()._apply(fn, recurse)
+        for name, exact in averages.items():
+            converted = getattr(self, name)
+            if converted.dtype.itemsize < exact.dtype.itemsize == 4:
+                setattr(self, name, exact.to(converted.device))
+        return self
 
     def forward(self, x_ND: Tensor, noise_NE: Tensor | None = None, share: float | Tensor = 1.0) -> Routing:
         """Choose experts.
