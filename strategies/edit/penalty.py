@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from strategies.edit.consensus import Consensus
 from zoo.anomaly import EWMADetector
 
 __all__ = ["Detectors", "Outer", "Penalty", "clip_factor", "replica_weights"]
@@ -38,6 +39,7 @@ class Penalty:
         detector_update: whether norms that were found anomalous enter the detector's averages.
         clip_scope: clip block by block, or by the norm over all blocks.
         step_weight: share r of the weight that goes by the number of local steps (A-EDiT): ``(1-r) w_i + r steps_i / steps``.
+        consensus: thin pseudo-gradients out and bring them to one sign; None for the plain weighted sum.
 
     Raises:
         ValueError: a number or word out of range.
@@ -54,6 +56,7 @@ class Penalty:
     detector_update: DetectorUpdate = "exclude"
     clip_scope: ClipScope = "module"
     step_weight: float = 0.0
+    consensus: Consensus | None = None
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

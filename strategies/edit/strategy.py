@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from strategies.edit.blocks import split_blocks
+from strategies.edit.consensus import Consensus
 from strategies.edit.penalty import ClipScope, DetectorUpdate, Granularity, Outer, Penalty
 from strategies.edit.round_clock import RoundClock
 from strategies.edit.synchronizer import Synchronizer, SyncReport
@@ -70,6 +71,8 @@ class EDiTStrategy(DDPStrategy):
         granularity: what has a norm and a detector of its own: a block, a parameter, or everything.
         detector_update: whether outliers enter the detector's averages.
         clip_scope: clip block by block, or by the norm over all blocks (which leaves nothing to overlap).
+        consensus: thin the pseudo-gradients out and let only those of the majority's sign count (`Consensus`); null: the plain
+            weighted sum.
         overlap: synchronise block by block during the forward pass; false: all at once before it. Same result.
         cpu_offload: keep anchor and outer momentum in host memory.
         kwargs: of Lightning's DDPStrategy, for the warm-up.
@@ -98,6 +101,7 @@ class EDiTStrategy(DDPStrategy):
         granularity: Granularity = "block",
         detector_update: DetectorUpdate = "exclude",
         clip_scope: ClipScope = "module",
+        consensus: Consensus | None = None,
         overlap: bool = True,
         cpu_offload: bool = False,
         **kwargs: Any,
@@ -123,7 +127,7 @@ class EDiTStrategy(DDPStrategy):
         self.outer = Outer(outer_lr, outer_momentum, nesterov)
         self.penalty = Penalty(
             weighted, temperature, skip_anomaly, ewma_alpha, ewma_warmup, ewma_threshold, clip, granularity, detector_update,
-            clip_scope, step_weight,
+            clip_scope, step_weight, consensus,
         )  # fmt: skip
         #: Seconds that only grow; tests put their own here.
         self.clock: Callable[[], float] = time.monotonic
@@ -369,6 +373,7 @@ class EDiTStrategy(DDPStrategy):
 
     def _synchronize(self, finish: bool) -> None:
         assert self._fit is not None and self.synchronizer is not None
+        self._check_trained()
         report = self.synchronizer.begin(self.local_steps, self._asked)
         if finish:
             self.synchronizer.finish()
@@ -387,6 +392,16 @@ class EDiTStrategy(DDPStrategy):
             self._rounds.start_round(taken)
             if self._rounds.is_spent(taken + self._rounds.num_replicas):
                 self._fit.should_stop = True
+
+    def _check_trained(self) -> None:
+        assert self.lightning_module is not None and self.synchronizer is not None
+        known = set(self.synchronizer.parameters)
+        late = [name for name, p in self.lightning_module.named_parameters() if p.requires_grad and p not in known]
+        if late:
+            raise RuntimeError(
+                f"{type(self).__name__}: {', '.join(late[:5])} ({len(late)} in all) were frozen when the warm-up ended and are"
+                " trained now, each replica for itself: unfreeze them before, with a longer warmup_steps."
+            )
 
     def _meet(self) -> None:
         """Synchronise now, unless all replicas hold the anchor already; all ranks come here at the same time."""
@@ -418,6 +433,7 @@ class EDiTStrategy(DDPStrategy):
                 vars(loop).pop(name, None)
             if self._max_steps is not None:
                 loop.max_steps, self._max_steps = self._max_steps, None
+        self._restored = None  # of a checkpoint that was tested, say: nothing for the run after
         super().teardown()
 
     @property
@@ -443,6 +459,15 @@ class EDiTStrategy(DDPStrategy):
         """
         self._check_together("a broadcast")
         return super().broadcast(obj, src)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather, where all ranks are at the same place (Lightning hook).
+
+        Raises:
+            RuntimeError: A-EDiT, in the middle of a round.
+        """
+        self._check_together("a gathering of tensors")
+        return super().all_gather(tensor, group, sync_grads)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks, where all of them come (Lightning hook).
@@ -475,7 +500,8 @@ class EDiTStrategy(DDPStrategy):
         """Add what EDiT keeps, and every rank's own states, and write on rank 0 (Lightning hook).
 
         ``checkpoint["edit"]`` holds ``momentum``, ``anchor`` (where it is more precise than the weights), ``detectors``,
-        ``shards`` (ranks a replica) and ``ranks``: of each rank, everything in its checkpoint but the weights.
+        ``syncs`` (how many there were), ``shards`` (ranks a replica) and ``ranks``: of each rank, everything in its checkpoint
+        but the weights.
         """
         if "optimizer_states" in checkpoint and self._is_fitting:
             assert self.mesh is not None
@@ -594,6 +620,13 @@ class EDiTShardedStrategy(EDiTStrategy):
             return result
 
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of this replica's whole gradient, 0-dim; a collective of the ranks that share the replica."""
+        gradients = [p.grad for group in self.optimizers[0].param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def _average_gradients(self) -> None:

@@ -1,5 +1,6 @@
 """Synchronises replicas block by block: norms once, then a block's weighted sum while the block before it computes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
 from strategies.edit.blocks import Block
+from strategies.edit.consensus import Consensus, ballot, elect, kept_at_random, magnitude_limit
 from strategies.edit.penalty import Detectors, Outer, Penalty, clip_factor, replica_weights
 
 __all__ = ["SyncReport", "Synchronizer"]
@@ -61,6 +63,16 @@ class _Slot:
         start = start.to(local.dtype).to(start.dtype) if local.dtype in _HALF else start
         return start - local
 
+    def thinned_out(self, delta: Tensor, consensus: Consensus, sync: int, replica: int) -> Tensor:
+        """A pseudo-gradient with zeros for what is dropped; collective where magnitudes of a sharded parameter are compared."""
+        if consensus.density == 1:
+            return delta
+        if consensus.sparsify == "magnitude":
+            size = delta.abs()
+            return delta.where(size >= magnitude_limit(self.whole(size), consensus.density), 0)
+        kept = kept_at_random(self.parameter.shape, consensus, sync, self.name, replica, delta.device)
+        return delta.where(self.part(kept), 0)
+
     def step(self, outer: Outer, delta: Tensor) -> None:
         outer.step(self.anchor, self.momentum, delta.to(self.anchor.device))
 
@@ -71,10 +83,10 @@ class _Slot:
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a tensor of which this rank holds a part as of the parameter; collective where the parameter is sharded."""
         if not isinstance(self.parameter, DTensor):
-            return tensor.detach().cpu()
+            return tensor.detach()
         p = self.parameter
         part = DTensor.from_local(tensor.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        return part.full_tensor().cpu()
+        return part.full_tensor()
 
     def part(self, tensor: Tensor) -> Tensor:
         """This rank's part of a whole tensor."""
@@ -88,15 +100,17 @@ class Synchronizer:
     """Holds the anchor, the outer momentum and the detectors, and brings the replicas together.
 
     A synchronisation exchanges one list of norms (a few numbers), then sums the weighted pseudo-gradients, one collective a
-    block: as many bytes as the parameters have, once. With ``overlap`` the sum of block l+1 is on its way while block l
-    computes, and block l takes its new weights when it is called. All ranks start the collectives in the same order, whatever
-    they call, and do the same arithmetic without overlap: the result is the same, bit for bit.
+    block: as many bytes as the parameters have, once, or with a `Consensus` ``num_rows`` times. With ``overlap`` the sum of
+    block l+1 is on its way while block l computes, and block l takes its new weights when it is called. All ranks start the
+    collectives in the same order, whatever they call, and do the same arithmetic without overlap: the result is the same, bit
+    for bit.
 
     Anchor and momentum of half-precision parameters are kept, and summed, in float32.
 
     Args:
         blocks: of `split_blocks`; the network must hold the anchor now, the same on all replicas.
-        buffers: floating-point buffers to be averaged, and others, which become those of the first replica.
+        buffers: floating-point buffers to be averaged, and others, which become those of the first replica; replicas whose
+            pseudo-gradient is not finite have no part in either.
         penalty: what is done to pseudo-gradients.
         outer: the outer optimizer.
         replicas: this rank's group across replicas.
@@ -136,6 +150,7 @@ class Synchronizer:
         self.num_units = 1 + max(slot.unit for slots in self._slots for slot in slots)
         self.detectors = Detectors(penalty, self.num_replicas, self.num_units)
         self.report: SyncReport | None = None
+        self._num_syncs = 0
         self._pending: dict[int, tuple[Tensor, Work | None]] = {}
         self._next_launch = 0
         self._left: set[int] = set()  # blocks that wait for their new weights
@@ -143,6 +158,11 @@ class Synchronizer:
         self._handles: list[RemovableHandle] = []
         if overlap and penalty.clip_scope == "module":
             self._register_hooks()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters that are synchronised."""
+        return [slot.parameter for slots in self._slots for slot in slots]
 
     def close(self) -> None:
         """Take the hooks off the network."""
@@ -181,7 +201,8 @@ class Synchronizer:
             for unit in range(self.num_units)
         ]
         self.report = SyncReport(taken, asked, G, anomalous, weights)
-        self._average_buffers()
+        self._num_syncs += 1
+        self._average_buffers([all(map(math.isfinite, row)) for row in G])
         self._next_launch = 0
         self._left.update(range(len(self.blocks)))
         if self.penalty.clip_scope == "global" and self.penalty.clip is not None:
@@ -221,18 +242,24 @@ class Synchronizer:
         """Start the sums of the blocks up to this one, in order."""
         assert self.report is not None
         while self._next_launch <= position:
-            parts = []
-            for slot in self._slots[self._next_launch]:
-                weights = self.report.weights[slot.unit]
-                weight = 0.0 if weights is None else weights[self.index]
-                # Not a product with zero: what is left out may be infinite.
-                part = slot.delta().mul_(weight) if weight else torch.zeros_like(slot.local, dtype=slot.anchor.dtype)
-                parts.append(part.flatten())
-            flat = torch.cat(parts)
+            flat = torch.cat([self._handed_in(slot) for slot in self._slots[self._next_launch]], -1)
             travels = self.num_replicas > 1 and flat.numel()
             work = dist.all_reduce(flat, group=self.replicas, async_op=True) if travels else None
             self._pending[self._next_launch] = (flat, work)
             self._next_launch += 1
+
+    def _handed_in(self, slot: _Slot) -> Tensor:
+        """What this replica adds to the sum for a parameter: (M,), with a consensus (R, M)."""
+        assert self.report is not None
+        weights, consensus = self.report.weights[slot.unit], self.penalty.consensus
+        weight = 0.0 if weights is None else weights[self.index]
+        # Not a product with zero: what is left out may be infinite.
+        part = slot.delta() if weight else torch.zeros_like(slot.local, dtype=slot.anchor.dtype)
+        if consensus is None:
+            return part.mul_(weight).flatten()
+        if weight:
+            part = slot.thinned_out(part, consensus, self._num_syncs, self.index)
+        return ballot(part * weight, weight, consensus)
 
     def _summed(self, position: int) -> list[Tensor]:
         """The averaged pseudo-gradients of a block."""
@@ -240,6 +267,8 @@ class Synchronizer:
         flat, work = self._pending.pop(position)
         if work is not None:
             work.wait()
+        if self.penalty.consensus is not None:
+            flat = elect(flat, self.penalty.consensus)
         sizes = [slot.local.numel() for slot in self._slots[position]]
         return [part.view_as(slot.local) for part, slot in zip(flat.split(sizes), self._slots[position], strict=True)]
 
@@ -275,20 +304,26 @@ class Synchronizer:
         return square.sqrt()
 
     @torch.no_grad()
-    def _average_buffers(self) -> None:
+    def _average_buffers(self, sound: list[bool]) -> None:
+        """Average over the replicas whose pseudo-gradients are finite: the others' buffers need not be. If none is, over all."""
+        first, count = (sound.index(True), sum(sound)) if any(sound) else (0, self.num_replicas)
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.buffers:
             kinds.setdefault(buffer.dtype, []).append(buffer)
         for dtype, buffers in kinds.items():
             flat = torch.cat([buffer.flatten() for buffer in buffers])
-            for group in (self.replicas, self.shards):
-                if group is None:
-                    continue
-                if dtype.is_floating_point:
-                    dist.all_reduce(flat, group=group)
-                    flat /= dist.get_world_size(group)
-                else:
-                    dist.broadcast(flat, group=group, group_src=0)
+            if dtype.is_floating_point:
+                if any(sound) and not sound[self.index]:
+                    flat.zero_()
+                dist.all_reduce(flat, group=self.replicas)
+                flat /= count
+                if self.shards is not None:
+                    dist.all_reduce(flat, group=self.shards)
+                    flat /= dist.get_world_size(self.shards)
+            else:
+                dist.broadcast(flat, group=self.replicas, group_src=first)
+                if self.shards is not None:
+                    dist.broadcast(flat, group=self.shards, group_src=0)
             for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
@@ -317,16 +352,18 @@ class Synchronizer:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Outer momentum, detectors, and the anchor where it is more precise than the weights; whole tensors on the CPU.
+        """Outer momentum, detectors, number of synchronisations, and the anchor where it is more precise than the weights.
 
-        A collective call where parameters are sharded; outside of a synchronisation the weights are the anchor.
+        Tensors are whole, on the CPU. A collective call where parameters are sharded; outside of a synchronisation the weights
+        are the anchor.
         """
         slots = [slot for slots in self._slots for slot in slots]
         precise = [slot for slot in slots if slot.anchor.dtype != slot.parameter.dtype]
         return {
-            "momentum": {slot.name: slot.whole(slot.momentum) for slot in slots if slot.momentum is not None},
-            "anchor": {slot.name: slot.whole(slot.anchor) for slot in precise},
+            "momentum": {slot.name: slot.whole(slot.momentum).cpu() for slot in slots if slot.momentum is not None},
+            "anchor": {slot.name: slot.whole(slot.anchor).cpu() for slot in precise},
             "detectors": self.detectors.state_dict(),
+            "syncs": self._num_syncs,
         }
 
     @torch.no_grad()
@@ -349,6 +386,7 @@ class Synchronizer:
                 slot.momentum.copy_(slot.part(state["momentum"][slot.name]))
             if slot.name in state["anchor"]:
                 slot.anchor.copy_(slot.part(state["anchor"][slot.name]))
+        self._num_syncs = state["syncs"]
         stored = state["detectors"]
         if (len(stored), len(stored[0])) != (self.num_replicas, self.num_units):
             return False

@@ -83,10 +83,20 @@ class Dispatcher:
         for layer in self._given:
             layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
 
-    def remove(self) -> None:
-        """Give the layers their own ``forward`` back."""
-        for layer in self._given:
+    def remove(self) -> list[ExpertLayer]:
+        """Give the layers, and their copies, their own ``forward`` back; a collective of the group.
+
+        Returns:
+            All of them; without copies, and these left as they are, where ranks made unequally many.
+        """
+        device = self._given[0].gate_up_proj.device
+        counts = torch.tensor([len(self._layers), -len(self._layers)], device=device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self.group)
+        layers = list(self._layers) if counts.sum() == 0 else self._given
+        self._layers.clear()
+        for layer in layers:
             del layer.forward
+        return layers
 
     def add(self, layer: ExpertLayer) -> int:
         """Take a layer in; its number, by which ranks tell which one they compute."""

@@ -89,20 +89,25 @@ class ExpertShards:
 
     @torch.no_grad()
     def unite(self) -> None:
-        """Give every rank all experts again, and the layers their own ``forward``."""
+        """Give every rank all experts again, and the layers their own ``forward``; copies made of them meanwhile too."""
         if self.dispatcher is None:
             return
-        self.dispatcher.remove()
+        layers = self.dispatcher.remove()
         self.dispatcher = None
-        for layer in self.layers:
+        while layers:
+            layer = layers.pop()  # so that a copy which nobody else holds is gone before the next one is made whole
             layer.num_experts *= self.size
-        for parameter in self.parameters:
-            place = parameter.device
-            part = parameter.detach().to(self.device).contiguous()
-            whole = part.new_empty(self.size * len(part), *part.shape[1:])
-            dist.all_gather_into_tensor(whole, part, group=self.group)
-            parameter.grad = None
-            parameter.data = whole.to(place)
+            for parameter in (layer.gate_up_proj, layer.down_proj):
+                if len(parameter) < layer.num_experts:
+                    self._unite(parameter)
+
+    def _unite(self, parameter: nn.Parameter) -> None:
+        place = parameter.device
+        part = parameter.detach().to(self.device).contiguous()
+        whole = part.new_empty(self.size * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part, group=self.group)
+        parameter.grad = None
+        parameter.data = whole.to(place)
 
     def part_of_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with this rank's part of the experts, wherever it has weights by name, of the module or a part of it."""

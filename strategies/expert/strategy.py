@@ -13,13 +13,14 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from strategies.expert.shards import ExpertShards
+from strategies.mesh import axis_group, named_mesh
 
 __all__ = ["ExpertParallelStrategy"]
 
@@ -78,10 +79,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if size == 1:
             return
         if self._mesh is None:
-            shape = (self.world_size // size, size)
-            self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "expert"))
+            self._mesh = named_mesh(self.root_device.type, data=-1, expert=size)
         assert self.lightning_module is not None
-        shards = ExpertShards(self.lightning_module, self._mesh.get_group("expert"), self.root_device)
+        shards = ExpertShards(self.lightning_module, axis_group(self._mesh, "expert"), self.root_device)
         shards.divide()
         self._shards = shards
 
@@ -150,7 +150,7 @@ class ExpertParallelStrategy(DDPStrategy):
         for other in trained:
             assert other.grad is not None
             other.grad.div_(num_groups)
-            work = dist.all_reduce(other.grad, group=self._mesh.get_group("data"), async_op=True)
+            work = dist.all_reduce(other.grad, group=axis_group(self._mesh, "data"), async_op=True)
             assert work is not None
             self._reductions.append(work)
 

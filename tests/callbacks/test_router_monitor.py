@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from zoo.callbacks import RouterMonitor
@@ -45,7 +45,7 @@ def monitored(batches, **options) -> tuple[RouterMonitor, Trainer]:
     monitor = RouterMonitor(every_n_steps=options.pop("every", 1))
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        max_epochs=1, callbacks=[monitor], **options,
+        max_epochs=1, callbacks=[monitor, *options.pop("callbacks", [])], **options,
     )  # fmt: skip
     trainer.fit(Routed(), torch.utils.data.DataLoader(batches, batch_size=None))
     return monitor, trainer
@@ -107,6 +107,29 @@ def test_ranks_are_counted_together(pool):
     both = pool.run(on_ranks, world_size=2)
     everything = torch.cat([logits(2 * step + rank, 6 + rank) for step in range(2) for rank in range(2)], 1)
     assert both[0] == both[1] == pytest.approx(expected(everything), rel=1e-5)
+
+
+class Alone(Callback):
+    """Gives the strategy replicas of one rank each, which train on their own."""
+
+    def on_fit_start(self, trainer, module):
+        groups = [torch.distributed.new_group([rank]) for rank in range(trainer.world_size)]
+        trainer.strategy.spike_group = lambda: groups[trainer.global_rank]
+
+
+def on_replicas() -> dict[str, float]:
+    """Rank 1 logs at other times than rank 0: it must not wait for it."""
+    rank = torch.distributed.get_rank()
+    every = 2 if rank == 0 else 1
+    batches = [logits(2 * step + rank, 6 + rank) for step in range(2)]
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "callbacks": [Alone()]}
+    return monitored(batches, every=every, **options)[0].latest
+
+
+def test_replicas_that_train_on_their_own_are_counted_apart(pool):
+    first, second = pool.run(on_replicas, world_size=2)
+    assert first == pytest.approx(expected(torch.cat([logits(0, 6), logits(2, 6)], 1)), rel=1e-5)
+    assert second == pytest.approx(expected(logits(3, 7)), rel=1e-5)
 
 
 def test_a_module_without_routers_and_a_wrong_interval_are_refused():

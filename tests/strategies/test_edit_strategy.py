@@ -19,7 +19,7 @@ from datamodules import ZooDataModule
 from strategies import EDiTShardedStrategy, EDiTStrategy
 from strategies.traffic import Traffic
 from zoo import ZooModule
-from zoo.callbacks import RunCheckpoint
+from zoo.callbacks import RunCheckpoint, SpikeGuard
 from zoo.checkpoint import read_checkpoint
 
 WIDTH = 4
@@ -254,6 +254,9 @@ def disturbed(ranks: list[int], value: float, at: int) -> Run:
                 with torch.no_grad():
                     if dist.get_rank() in ranks:
                         [parameter.add_(value) for parameter in own]
+                    if [dist.get_rank()] == ranks:  # what is broken on one replica only must not reach the others
+                        pl_module.layers[1].level.add_(value)
+                        pl_module.layers[1].count.add_(1000)
             elif trainer.global_step == at + 1:
                 extra["report"] = strategy.last_sync
                 extra["after"] = strategy.synchronizer.state_dict()["momentum"]["layers.1.linear.weight"]
@@ -277,7 +280,8 @@ def test_all_anomalous_roll_back_that_block_only(pool: RankPool) -> None:
 @pytest.mark.parametrize("value", [1e4, float("nan")])
 def test_one_replica_that_went_far_counts_for_nothing(pool: RankPool, value: float) -> None:
     runs = pool.run(disturbed, [1], value, 6)
-    assert apart(*runs) == 0
+    assert apart(*runs) == 0 and all(value.isfinite().all() for value in runs[0].weights.values())
+    assert runs[0].weights["layers.1.count"] == 7
     for run in runs:
         assert run.extra["report"].weights[2] == [1.0, 0.0]
         assert 0.3 < run.extra["report"].weights[1][0] < 0.7
@@ -643,3 +647,73 @@ def test_all_stop_after_the_same_step_and_save(pool: RankPool, tmp_path: Path) -
     assert first == second and first[:2] == (10, True)  # the synchronisation before the tenth step told rank 0
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 10
     assert first[2] == [2, 2] + [1] * 8  # whom a spike guard asks: all in the warm-up, then itself
+
+
+class BreaksOnce(Residual):
+    """The loss of the last rank is not finite at one step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        last = self.trainer.global_step == 6 and dist.get_rank() == dist.get_world_size() - 1
+        return loss * float("nan") if last else loss
+
+
+def guarded(kind: Callable[..., Any]) -> dict[str, Any]:
+    strategy, model, guard = kind(), model_of(BreaksOnce), SpikeGuard(warmup=100)
+    trainer_of(strategy, 9, callbacks=[guard]).fit(model, loader(2))
+    return {"guard": guard.state_dict(), "applied": model.applied_steps, "weights": weights_of(model)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [(partial(EDiTStrategy, sync_interval=3, warmup_steps=2, **FULL), 2), (SHARDED, 4)]
+)
+def test_a_spike_is_skipped_by_its_replica_alone(pool: RankPool, kind: Callable[..., Any], world_size: int) -> None:
+    ranks = pool.run(guarded, kind, world_size=world_size)
+    hit = [rank >= world_size // 2 for rank in range(world_size)]
+    assert [seen["guard"]["skipped"] for seen in ranks] == [int(each) for each in hit]
+    assert [seen["applied"] for seen in ranks] == [9 - each for each in hit]
+    assert all(seen["guard"]["norm_detector"]["mean"] > 0 for seen in ranks)
+    assert ranks[0]["guard"]["norm_detector"] == ranks[world_size // 2 - 1]["guard"]["norm_detector"]
+    assert all(equal(seen["weights"], ranks[0]["weights"]) for seen in ranks)
+    assert all(value.isfinite().all() for value in ranks[0]["weights"].values())
+
+
+def after_a_test(path: Path | None) -> dict[str, Tensor]:
+    """Train from the start, with a strategy that has tested a checkpoint before."""
+    model = model_of()
+    trainer = trainer_of(EDiTStrategy(3, warmup_steps=1, **FULL), 7)
+    if path is not None:
+        trainer.test(model_of(), loader(), ckpt_path=path, verbose=False, weights_only=True)
+    trainer.fit(model, loader(2))
+    return weights_of(model)
+
+
+def test_a_tested_checkpoint_leaves_nothing_for_the_next_run(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(resumed, tmp_path, 4, 5, partial(EDiTStrategy, sync_interval=4, warmup_steps=1, **FULL))
+    assert equal(pool.run(after_a_test, tmp_path / "middle.ckpt"), pool.run(after_a_test, None))
+
+
+def misused(kind: Callable[..., Any]) -> str:
+    class Misuse(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.layers[0].requires_grad_(True)
+                if trainer.strategy.asynchronous:  # type: ignore[attr-defined]
+                    trainer.strategy.all_gather(torch.zeros(1))
+
+    model = model_of()
+    model.layers[0].requires_grad_(False)
+    with pytest.raises(RuntimeError) as error:
+        trainer_of(kind(), 9, callbacks=[Misuse()]).fit(model, loader(2))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sync_interval": 3}, "layers.0.linear.weight, layers.0.linear.bias (2 in all) were frozen when the warm-up ended"),
+        ({"sync_seconds": 1e9}, "a gathering of tensors was asked for in training, while ranks are at different steps"),
+    ],
+)
+def test_what_would_drift_or_hang_is_an_error(pool: RankPool, options: dict[str, Any], said: str) -> None:
+    assert said in pool.run(misused, partial(EDiTStrategy, warmup_steps=1, **options), world_size=1)[0]

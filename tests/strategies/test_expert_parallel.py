@@ -311,6 +311,8 @@ def prefer(folder: Path, strategy: str, resume: bool = False) -> tuple[dict[str,
     trainer = trainer_of(folder, strategy, setting)
     trainer.callbacks.append(RunCheckpoint(every_n_steps=2, minutes=None, folder=folder))
     trainer.fit(model, Pairs(GLOBAL_BATCH // get_world_size()), ckpt_path=folder / "last.ckpt" if resume else None)
+    if not resume:  # the reference is whole again in every process, as the module is
+        assert all(torch.equal(value, start[name]) for name, value in model._reference[0].state_dict().items())
     return start, weights_of(model)
 
 

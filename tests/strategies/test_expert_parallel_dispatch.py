@@ -229,7 +229,7 @@ def test_a_copy_has_weights_of_its_own(pool: RankPool) -> None:
     assert max(pool.run(copied)) < 1e-4
 
 
-def unite() -> bool:
+def unite(alone: bool) -> bool:
     torch.manual_seed(7 + dist.get_rank())  # ranks begin with other weights: those of rank 0 count
     layers = Layers(torch.float32)
     torch.manual_seed(7)
@@ -237,11 +237,20 @@ def unite() -> bool:
     shards = ExpertShards(layers, dist.group.WORLD, CPU)
     shards.divide()
     assert [len(p) for p in layers.parameters()] == [E // 2] * 2
+    other = copy.deepcopy(layers)
+    if dist.get_rank() == 0 and alone:
+        copy.deepcopy(layers)  # by one rank only: copies can no more be told from one another
     shards.unite()
+    if not alone:  # the copy needs no other rank any more
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), first.parameters(), strict=True))
+        if dist.get_rank() == 0:
+            given = torch.randn(3, D), torch.tensor([[0], [5], [7]]), torch.ones(3, 1)
+            assert torch.equal(other.layers[0](*given), first.layers[0](*given))
     same = all(torch.equal(a, b) for a, b in zip(layers.parameters(), first.parameters(), strict=True))
     x_ND, ids_N1 = torch.randn(3, D), torch.tensor([[0], [5], [7]])
     return same and torch.equal(layers.layers[0](x_ND, ids_N1, torch.ones(3, 1)), first.layers[0](x_ND, ids_N1, torch.ones(3, 1)))
 
 
-def test_united_again_the_module_is_as_before(pool: RankPool) -> None:
-    assert pool.run(unite) == [True, True]
+@pytest.mark.parametrize("alone", [False, True])
+def test_united_again_the_module_is_as_before(pool: RankPool, alone: bool) -> None:
+    assert pool.run(unite, alone) == [True, True]

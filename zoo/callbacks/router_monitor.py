@@ -41,6 +41,8 @@ class ReportsRouters(Protocol):
 class RouterMonitor(Callback):
     """Logs how evenly experts are used, over all micro-batches and ranks since the last time.
 
+    Where replicas train on their own (a strategy with ``spike_group``), the ranks are those of one replica.
+
     ==========================  =============================================================================================
     name                        meaning
     ==========================  =============================================================================================
@@ -98,7 +100,7 @@ class RouterMonitor(Callback):
         self._seen_step = trainer.global_step
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 and self._counts_LE is not None:
-            self.latest = self._summary(trainer.world_size)
+            self.latest = self._summary(trainer)
             for name, value in self.latest.items():
                 pl_module.log(name, value)
 
@@ -116,13 +118,16 @@ class RouterMonitor(Callback):
             self._counts_LE += counts_LE
             self._sums += sums
 
-    def _summary(self, world_size: int) -> dict[str, float]:
+    def _summary(self, trainer: Trainer) -> dict[str, float]:
         assert self._counts_LE is not None and self._sums is not None
         counts_LE, sums = self._counts_LE, self._sums
         self._counts_LE = self._sums = None
-        if world_size > 1:
-            distributed.all_reduce(counts_LE)
-            distributed.all_reduce(sums)
+        if trainer.world_size > 1:
+            # Replicas that train on their own need not come here at the same time: only ranks that step together are asked.
+            spike_group = getattr(trainer.strategy, "spike_group", None)
+            group = None if spike_group is None else spike_group()
+            distributed.all_reduce(counts_LE, group=group)
+            distributed.all_reduce(sums, group=group)
         num_experts = counts_LE.shape[1]
         loads_LE = counts_LE.float()
         violation_L = loads_LE.amax(1) / loads_LE.mean(1).clamp(min=1e-9) - 1
