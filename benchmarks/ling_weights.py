@@ -1,9 +1,9 @@
 """What the shipped language model reaches: bits per byte of held-out text beside counting, and the curves of its training.
 
-``python -m benchmarks.ling_weights --run runs/ling/tiny_long`` evaluates ``ling-tiny`` on the held-out text of each of its sources
-(``configs/ling/tiny_long.yaml``: Python's standard library, and reference prose in English), sets interpolated Kneser-Ney byte
-n-grams of the same training text beside it (:mod:`benchmarks.byte_ngram`), and draws the training and validation loss that the run
-which made the weights has logged.
+``python -m benchmarks.ling_weights --run runs/ling/tiny_long`` evaluates ``ling-tiny`` on the held-out text of each of its
+sources (``configs/ling/tiny_long.yaml``: Python's standard library, and reference prose in English), sets interpolated Kneser-Ney
+byte n-grams of the same training text beside it (:mod:`benchmarks.byte_ngram`), and draws the training and validation loss that
+the run which made the weights has logged.
 """
 
 from __future__ import annotations

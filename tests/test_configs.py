@@ -1,5 +1,6 @@
 """Every configuration that comes with the package parses, builds, and does its first steps."""
 
+import dataclasses
 import importlib.util
 import sys
 
@@ -11,6 +12,7 @@ from datamodules.assets import list_assets
 from zoo.__main__ import main
 from zoo.cli import packaged_configs
 from zoo.hyperparameters import build
+from zoo.ling import Ling, LingForCausalLM, preset, save_hf
 from zoo.module import ZooModule
 
 CONFIGS = packaged_configs()
@@ -36,12 +38,17 @@ PUBLISHED = {
     "emigm/imagenet512_base": 244_150_592,
     "emigm/imagenet512_large": 478_403_136,
     "ling/lite_pretrain": 16_801_974_272,
-    "ling/lite_pretrain_anneal": 16_801_974_272,
-    "ling/lite_pretrain_long": 16_801_974_272,
     "ling/plus_pretrain": 290_602_910_976,
 }
-#: Recipes that start from a folder of released weights, which is not here.
-NEEDS_WEIGHTS = ["ling/chat", "ling/lite_deepspeed", "ling/lite_dpo", "ling/lite_sft"]
+#: Recipes that start from a folder of weights in the released format, which is not here.
+NEEDS_WEIGHTS = {
+    "ling/chat": "data/ling-lite",
+    "ling/lite_deepspeed": "data/ling-lite",
+    "ling/lite_dpo": "data/ling-lite-sft",
+    "ling/lite_pretrain_anneal": "data/ling-stage-2",
+    "ling/lite_pretrain_long": "data/ling-stage-1",
+    "ling/lite_sft": "data/ling-lite",
+}
 
 
 STEPPED = [name for name in WHOLE if name not in PUBLISHED and name not in (*NEEDS_WEIGHTS, "emigm/cache_latents")]
@@ -104,7 +111,35 @@ def says(merged, value):
 def test_recipes_for_released_weights_say_what_is_missing(name, capsys):
     """The data module and the trainer are parsed; the model names the folder that it wants."""
     assert main(["fit" if name != "ling/chat" else "predict", "-c", name, *QUIET]) != 0
-    assert "data/ling-lite" in capsys.readouterr().err
+    assert f"There is no {NEEDS_WEIGHTS[name]}: give the folder" in capsys.readouterr().err
+
+
+def test_recipes_for_deepspeed_have_no_spike_guard():
+    """DeepSpeed steps by itself, and the guard refuses it."""
+    texts = {name: CONFIGS[name].read_text() for name in WHOLE}
+    meant = [name for name, text in texts.items() if "deepspeed" in text]
+    assert {"ling/lite_deepspeed", "ling/lite_dpo", "ling/lite_sft"} <= set(meant)
+    assert not [name for name in meant if "class_path: SpikeGuard" in texts[name]]
+
+
+def test_one_number_of_an_architecture_can_be_typed(capsys):
+    """The recipe spells its preset out: a single number typed beside the preset's name would make a Ling-Lite of it."""
+    for name, known in (("ling/tiny", "ling_tiny"), ("ling/tiny_long", "ling_tiny"), ("ling/plus_pretrain", "ling_plus")):
+        with pytest.raises(SystemExit):
+            main(["fit", "-c", name, "--model.config.num_hidden_layers", "2", "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["config"]
+        assert config == dataclasses.asdict(preset(known).replace(num_hidden_layers=2))
+
+
+def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_before(tmp_path):
+    arguments = yaml.safe_load(CONFIGS["ling/lite_pretrain_long"].read_text())["model"]["init_args"]
+    assert arguments["checkpoint"] == "data/ling-stage-1"
+    before = preset("ling_tiny").replace(num_hidden_layers=1)
+    save_hf(LingForCausalLM(before), tmp_path / "stage-1")
+    changes = arguments["config_changes"]
+    model = Ling(checkpoint=str(tmp_path / "stage-1"), config_changes=changes)
+    assert model.config.rope_theta == 6e5 and model.config.max_position_embeddings == 16384
+    assert model.config.replace(**{name: getattr(before, name) for name in changes}) == before.replace(head_dim=32)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("strategies/")])

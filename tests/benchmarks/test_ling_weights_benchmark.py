@@ -29,7 +29,9 @@ def test_bits_per_byte_are_those_of_validation(data: Text) -> None:
     model = Ling(preset("ling_tiny").replace(num_hidden_layers=1, num_experts=4))
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     (metrics,) = trainer.validate(model, data, verbose=False)
-    assert ling_weights.evaluate(model.eval(), data.val_dataloader(), None) == pytest.approx(metrics["val/bits_per_byte"], rel=1e-5)
+    assert ling_weights.evaluate(model.eval(), data.val_dataloader(), None) == pytest.approx(
+        metrics["val/bits_per_byte"], rel=1e-5
+    )
 
 
 def test_it_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Text) -> None:

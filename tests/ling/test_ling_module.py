@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
 from zoo.callbacks import EMA
-from zoo.ling import Ling, LingConfig, LingDPO, balance_loss, normalized_weight, z_loss
+from zoo.ling import Ling, LingConfig, LingDPO, LingForCausalLM, balance_loss, load_hf, normalized_weight, save_hf, z_loss
 from zoo.random import SampleRandom
 
 SMALL = LingConfig(
@@ -332,6 +332,24 @@ def test_arguments_that_do_not_fit_are_named(options: dict[str, Any], words: str
 # Preferences
 
 
+def test_entries_of_an_architecture_can_be_changed_and_are_kept(tmp_path: Path) -> None:
+    save_hf(LingForCausalLM(SMALL), tmp_path / "released")
+    long = {"rope_theta": 5e4, "max_position_embeddings": 64}
+    model = Ling(checkpoint=str(tmp_path / "released"), config_changes=long)
+    assert model.config == load_hf(tmp_path / "released").config.replace(**long)
+    assert all(map(torch.equal, model.network.parameters(), load_hf(tmp_path / "released").parameters()))
+    fitting = trainer(tmp_path, max_steps=1)
+    fitting.fit(model, Periods())
+    fitting.save_checkpoint(tmp_path / "long.ckpt")
+    again = Ling.load_from_checkpoint(tmp_path / "long.ckpt")
+    assert again.config == model.config and again.hparams["config_changes"] is None
+    assert Ling(SMALL, config_changes=long).config == SMALL.replace(**long)
+    with pytest.raises(ValueError, match="LingConfig has no rope_base; it has vocab_size"):
+        Ling(checkpoint=str(tmp_path / "released"), config_changes={"rope_base": 5e4})
+    with pytest.raises(ValueError, match="do not fit its configuration"):
+        Ling(checkpoint=str(tmp_path / "released"), config_changes={"moe_intermediate_size": 4})
+
+
 class Pairs(Dataset[dict[str, Tensor]]):
     """The answer that repeats the prompt is preferred to another."""
 
@@ -350,7 +368,8 @@ class Pairs(Dataset[dict[str, Tensor]]):
 
 def test_preferences_start_at_ln_2_are_learned_and_keep_their_reference(tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
-    model = LingDPO(config=SMALL, nll_weight=0.0, optimizer=partial(torch.optim.AdamW, lr=3e-3))
+    # Without the routers' losses, so that the loss is that of the preferences alone.
+    model = LingDPO(config=SMALL, nll_weight=0.0, aux_coef=0.0, z_coef=0.0, optimizer=partial(torch.optim.AdamW, lr=3e-3))
     start = {name: value.clone() for name, value in model.network.state_dict().items()}
     losses: list[float] = []
 
@@ -373,9 +392,72 @@ def test_preferences_start_at_ln_2_are_learned_and_keep_their_reference(tmp_path
     assert not any("reference" in name for name in again.state_dict())
 
 
+def test_routers_losses_count_in_preference_training_without_padding(tmp_path: Path) -> None:
+    batch = next(iter(DataLoader(Pairs(), batch_size=8)))
+    masks = {f"{side}_attention_mask": torch.ones_like(batch[f"{side}_labels"]) for side in ("chosen", "rejected")}
+    model = LingDPO(config=SMALL, aux_coef=0.5, z_coef=0.25)
+    fitting = trainer(tmp_path, max_steps=1)
+    seen = []
+    model.training_step = lambda *args: seen.append(LingDPO.training_step(model, *args)) or seen[-1]  # type: ignore[method-assign]
+    fitting.fit(model, DataLoader([batch | masks], batch_size=None))
+    values = fitting.callback_metrics
+    parts = values["train/preference"] + 0.05 * values["train/nll"] + 0.5 * values["train/aux"] + 0.25 * values["train/z"]
+    assert seen[0].item() == pytest.approx(parts.item()) and values["train/aux"] > 1.5
+    assert model.router_stats is not None and model.router_stats.counts.sum() == 2 * 2 * 16 * 12  # layers, k, answers, tokens
+    padding = {name: torch.nn.functional.pad(mask, (0, 3)) for name, mask in masks.items()}
+    wider = {name: torch.nn.functional.pad(batch[name], (0, 3), value=-100 if "labels" in name else 23) for name in batch
+             if name != "index"}  # fmt: skip
+    again = LingDPO(config=SMALL, aux_coef=0.5, z_coef=0.25)
+    again.network.load_state_dict(model._reference[0].state_dict())  # the weights of before the step
+    fitting = trainer(tmp_path, max_steps=1)
+    fitting.fit(again, DataLoader([batch | wider | padding], batch_size=None))
+    for name in ("train/preference", "train/nll", "train/aux", "train/z"):
+        assert fitting.callback_metrics[name].item() == pytest.approx(values[name].item(), abs=1e-6)
+
+
+def test_preferences_are_judged_by_the_reference_that_is_named_in_every_stage(tmp_path: Path) -> None:
+    seed_everything(1, verbose=False)
+    save_hf(LingForCausalLM(SMALL), tmp_path / "reference")
+    model = LingDPO(config=SMALL, reference=str(tmp_path / "reference"))
+    loader = DataLoader(Pairs(), batch_size=8)
+    (values,) = trainer(tmp_path).validate(model, loader, verbose=False)
+    (tested,) = trainer(tmp_path).test(LingDPO(config=SMALL, reference=str(tmp_path / "reference")), loader, verbose=False)
+    assert abs(values["val/margin"]) > 1e-5 and abs(tested["test/margin"]) > 1e-5  # not by itself, which would be 0
+    assert tested.keys() == {"test/loss", "test/accuracy", "test/margin"}
+    save_hf(LingForCausalLM(SMALL.replace(vocab_size=30)), tmp_path / "other")
+    with pytest.raises(ValueError, match="has a vocabulary of 30, the model one of 24"):
+        trainer(tmp_path).fit(LingDPO(config=SMALL, reference=str(tmp_path / "other")), loader)
+    with pytest.raises(FileNotFoundError, match="There is no nowhere: give the folder"):
+        trainer(tmp_path).fit(LingDPO(config=SMALL, reference="nowhere"), loader)
+
+
+def test_the_reference_is_what_training_goes_on_from(tmp_path: Path) -> None:
+    """A checkpoint of plain training has no reference: its weights are, and not those that it replaced."""
+    loader = DataLoader(Pairs(), batch_size=8)
+    plain = LingDPO(config=SMALL, reference="precomputed")
+    fitting = trainer(tmp_path, max_steps=1)
+    logps = [
+        sample | {f"reference_{side}_logps": torch.tensor(-9.0) for side in ("chosen", "rejected")}
+        for sample in map(Pairs().__getitem__, range(16))
+    ]
+    fitting.fit(plain, DataLoader(logps, batch_size=8))
+    fitting.save_checkpoint(tmp_path / "plain.ckpt")
+    model = LingDPO(config=SMALL)
+    trainer(tmp_path, max_steps=2).fit(model, loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    known = plain.network.state_dict()
+    assert all(torch.equal(value, known[name]) for name, value in model._reference[0].state_dict().items())
+
+
 def test_preferences_need_their_entries(tmp_path: Path) -> None:
     model = LingDPO(config=SMALL, reference="precomputed")
-    with pytest.raises(ValueError, match="lacks reference_chosen_logps, reference_rejected_logps"):
+    with pytest.raises(ValueError, match=r"lacks reference_chosen_logps, reference_rejected_logps, which .* the data file gives"):
         trainer(tmp_path).fit(model, DataLoader(Pairs(), batch_size=8))
+    with pytest.raises(ValueError, match="as the DataModule Preferences gives them: set data: Preferences"):
+        trainer(tmp_path).fit(LingDPO(config=SMALL), DataLoader(Sequences(), batch_size=8))
+    narrow = [{**sample, "chosen_input_ids": sample["chosen_input_ids"][:-1]} for sample in map(Pairs().__getitem__, range(16))]
+    with pytest.raises(ValueError, match="pad all answers of a batch to one width"):
+        trainer(tmp_path).fit(LingDPO(config=SMALL), DataLoader(narrow, batch_size=8))
+    with pytest.raises(ValueError, match=r"with input_ids, .* not a dictionary with chosen_input_ids, rejected_input_ids"):
+        trainer(tmp_path).fit(Ling(SMALL), DataLoader(Pairs(), batch_size=8))
     with pytest.raises(ValueError, match="beta=0"):
         LingDPO(config=SMALL, beta=0)

@@ -206,6 +206,11 @@ def test_questions_are_read(tmp_path):
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
     assert read_questions(path) == [ChoiceQuestion("q", ("x", "é"), 1), ChoiceQuestion("r", ("x", "y", "z"), 2, "c")]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    assert len(read_questions(path)) == 2
+    path.write_bytes(path.read_bytes() + '{"question": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="1 lines that are no questions: line 4: 'utf-8' codec"):
+        read_questions(path)
     with pytest.raises(FileNotFoundError, match="no file of questions"):
         read_questions(tmp_path / "other")
 

@@ -195,7 +195,14 @@ class LingConfig:
         return self.num_hidden_layers - self.first_k_dense_replace
 
     def replace(self, **changes: Any) -> "LingConfig":
-        """A copy with other values."""
+        """A copy with other values.
+
+        Raises:
+            ValueError: there is no such value, or they do not fit one another.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := [name for name in changes if name not in known]:
+            raise ValueError(f"LingConfig has no {', '.join(unknown)}; it has {', '.join(known)}.")
         return dataclasses.replace(self, **changes)
 
     def num_parameters(self, active: bool = False) -> int:

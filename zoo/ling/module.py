@@ -63,6 +63,8 @@ class Ling(ZooModule):
         config: the architecture, or the name of a preset.
         checkpoint: folder of released weights (Hugging Face layout) to start from; its ``config.json`` decides the
             architecture. A run that is continued does not need it any more.
+        config_changes: entries of ``config`` or of the checkpoint's architecture that are other ones from here on, such as
+            ``rope_theta`` and ``max_position_embeddings`` where training on long texts begins.
         experts: how routed experts are computed: one ``grouped`` product, a ``loop`` over experts, ``batched`` products of
             gathered weights, or what fits each call.
         aux_coef: coefficient of the balance loss.
@@ -94,6 +96,7 @@ class Ling(ZooModule):
         self,
         config: LingConfig | Preset = "ling_tiny",
         checkpoint: str | None = None,
+        config_changes: dict[str, Any] | None = None,
         experts: Backend = "auto",
         aux_coef: float = 0.015,
         z_coef: float = 1e-4,
@@ -126,13 +129,15 @@ class Ling(ZooModule):
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
         accurate = router_dtype == "float32"
         if checkpoint is not None:
-            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate).train()
+            self.network = load_hf(checkpoint, experts=experts, accurate_router=accurate, config_changes=config_changes).train()
+        else:
+            config = preset(config) if isinstance(config, str) else config
+            self.network = LingForCausalLM(config.replace(**(config_changes or {})), experts, accurate)
+        if checkpoint is not None or config_changes:
             # Plain data that need no folder: the weights are in every checkpoint of the run.
             architecture = dataclasses.asdict(self.network.config)
             for hyperparameters in (self._hparams, self._hparams_initial):
-                hyperparameters.update(config=architecture, checkpoint=None)
-        else:
-            self.network = LingForCausalLM(preset(config) if isinstance(config, str) else config, experts, accurate)
+                hyperparameters.update(config=architecture, checkpoint=None, config_changes=None)
         self.network.model.activation_checkpointing = activation_checkpointing
         self.aux_coef = aux_coef
         self.z_coef = z_coef
@@ -208,9 +213,10 @@ class Ling(ZooModule):
             ValueError: an id or label that the vocabulary does not have, or no ``input_ids``.
         """
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            found = f"a dictionary with {', '.join(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
                 f"{type(self).__name__} needs batches that are dictionaries with input_ids, as the DataModule Text gives"
-                f" them, not {type(batch).__name__}."
+                f" them, not {found}."
             )
         batch = dict(batch)
         self._check_ids(batch["input_ids"])

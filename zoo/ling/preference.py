@@ -1,6 +1,6 @@
 """Preference training of the language model.
 
-Shape suffixes: B pairs, T tokens.
+Shape suffixes: B pairs, T tokens; 2B both answers of each pair, all chosen ones first.
 """
 
 import copy
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.module import Ling
-from zoo.ling.network import LingForCausalLM
+from zoo.ling.network import LingForCausalLM, LingOutput
+from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
 
 __all__ = ["LingDPO"]
@@ -24,8 +25,9 @@ class LingDPO(Ling):
     """Direct preference optimisation of a language model, with a share of the chosen answers' likelihood.
 
     Batches hold, for ``chosen`` and ``rejected`` each, ``<side>_input_ids`` and ``<side>_labels`` (B, T), -100 outside of the
-    answer, padded on the right; with ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule
-    Preferences gives them. Source: Rafailov et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report.
+    answer, padded on the right to one width, and ``<side>_attention_mask`` (B, T), 0 for padding (absent: none); with
+    ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule Preferences gives them. Source: Rafailov
+    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report.
 
     Args:
         beta: how much a difference of likelihoods to the reference counts.
@@ -33,7 +35,9 @@ class LingDPO(Ling):
         reference: ``copy`` takes the weights at the start of the training (kept in checkpoints, so that a continued run has
             the same reference), ``precomputed`` the log-likelihoods that the data hold, anything else is the folder of a
             model in the released format.
-        kwargs: as for `Ling`; the routers' losses count as there, the warm-up of the router is off by default.
+        router_warmup_steps: must be 0, since the router has learned already.
+        kwargs: as for `Ling`; the routers' losses count as there, over both answers. ``loss_chunk`` has no effect: the logits
+            of whole answers are in memory.
 
     Raises:
         ValueError: numbers out of range.
@@ -58,19 +62,51 @@ class LingDPO(Ling):
         # In a list, so that it is no part of the module: not trained, not averaged, not in what is shared.
         self._reference: list[LingForCausalLM] = []
 
+    def setup(self, stage: str) -> None:
+        """Make the reference, before a strategy takes the weights apart (Lightning hook).
+
+        Raises:
+            FileNotFoundError: there is no folder of that name.
+            ValueError: its weights are damaged, or its vocabulary is another.
+        """
+        super().setup(stage)
+        if stage == "predict" or self._reference or self.reference == "precomputed":
+            return
+        if self.reference != "copy":
+            self._keep(load_hf(self.reference))
+            if (size := self._reference[0].config.vocab_size) != self.config.vocab_size:
+                raise ValueError(
+                    f"LingDPO: the reference {self.reference} has a vocabulary of {size}, the model one of"
+                    f" {self.config.vocab_size}: take a reference that has the model's tokenizer."
+                )
+        elif stage == "fit":
+            self._keep(copy.deepcopy(self.network))
+
+    def _keep(self, network: LingForCausalLM) -> None:
+        self._reference = [network.requires_grad_(False).eval()]
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check ids and what the batch holds (Lightning hook).
 
         Raises:
-            ValueError: entries are missing, or an id or label is not in the vocabulary.
+            ValueError: these are no pairs, entries are missing, the answers are not of one width, or an id or label is
+                not in the vocabulary.
         """
-        if not isinstance(batch, Mapping) or "chosen_input_ids" not in batch:
+        if self.trainer.predicting:
             return super().on_before_batch_transfer(batch, dataloader_idx)
+        if not isinstance(batch, Mapping) or "chosen_input_ids" not in batch:
+            raise ValueError(
+                f"{type(self).__name__} needs batches with chosen_input_ids and rejected_input_ids, as the DataModule Preferences"
+                f" gives them: set data: Preferences, or take the model Ling for other data."
+            )
         wanted = [f"{side}_{name}" for side in _SIDES for name in ("input_ids", "labels")]
-        if self.reference == "precomputed":
-            wanted += [f"reference_{side}_logps" for side in _SIDES]
-        if missing := [name for name in wanted if name not in batch]:
-            raise ValueError(f"LingDPO: the batch lacks {', '.join(missing)}; the DataModule Preferences gives them.")
+        references = [f"reference_{side}_logps" for side in _SIDES] if self.reference == "precomputed" else []
+        if missing := [name for name in (*wanted, *references) if name not in batch]:
+            where = ", which reference: precomputed needs: the data file gives them in each row" if missing == references else ""
+            raise ValueError(f"LingDPO: the batch lacks {', '.join(missing)}{where}.")
+        if len({batch[name].shape for name in wanted}) > 1:
+            shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in wanted)
+            raise ValueError(f"LingDPO: pad all answers of a batch to one width ({shapes}).")
         for side in _SIDES:
             self._check_ids(batch[f"{side}_input_ids"])
             labels = batch[f"{side}_labels"]
@@ -78,15 +114,22 @@ class LingDPO(Ling):
         return batch
 
     def on_fit_start(self) -> None:
-        """Make the reference (Lightning hook)."""
-        if self.reference == "precomputed":
-            return
-        if not self._reference:
-            if self.reference == "copy":
-                self._reference = [copy.deepcopy(self.network)]
-            else:
-                self._reference = [load_hf(self.reference)]
-        self._reference[0].requires_grad_(False).eval().to(self.network.lm_head.weight)
+        """Put the reference where the model is (Lightning hook)."""
+        if self.reference == "copy" and not self._reference:  # continued from weights that were trained without one
+            self._keep(copy.deepcopy(self.network))
+        self._place_reference()
+
+    def on_validation_start(self) -> None:
+        """Put the reference where the model is (Lightning hook)."""
+        self._place_reference()
+
+    def on_test_start(self) -> None:
+        """Put the reference where the model is (Lightning hook)."""
+        self._place_reference()
+
+    def _place_reference(self) -> None:
+        for network in self._reference:
+            network.to(self.network.lm_head.weight)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the copied reference (Lightning hook)."""
@@ -97,41 +140,59 @@ class LingDPO(Ling):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the reference of the run that is continued (Lightning hook)."""
         super().on_load_checkpoint(checkpoint)
-        if self.reference == "copy" and "ling_reference" in checkpoint:
-            self._reference = [copy.deepcopy(self.network)]
-            self._reference[0].load_state_dict(checkpoint["ling_reference"])
+        if self.reference != "copy":
+            return
+        if "ling_reference" not in checkpoint:
+            self._reference = []  # what `setup` copied are not the weights that are loaded now
+            return
+        if not self._reference:
+            self._keep(copy.deepcopy(self.network))
+        self._reference[0].load_state_dict(checkpoint["ling_reference"])
 
-    def _logps(self, network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods (B,) of chosen and of rejected answers."""
-        return tuple(
-            sequence_logps(token_losses(network(batch[f"{side}_input_ids"]).logits, batch[f"{side}_labels"])) for side in _SIDES
-        )  # type: ignore[return-value]
+    @staticmethod
+    def _run(network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LingOutput]:
+        """Log-likelihoods (B,) of chosen and of rejected answers, and what the network says of all of them (2B)."""
+        output = network(torch.cat([batch[f"{side}_input_ids"] for side in _SIDES]))
+        labels_2BT = torch.cat([batch[f"{side}_labels"] for side in _SIDES])
+        chosen_B, rejected_B = sequence_logps(token_losses(output.logits, labels_2BT)).chunk(2)
+        return chosen_B, rejected_B, output
 
-    def preferences(self, batch: Mapping[str, Tensor]) -> DPOLoss:
-        """Loss and rewards of a batch."""
+    def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
+        """Loss and rewards of a batch, and what the model says of its answers (2B)."""
         if self.reference == "precomputed":
             references = batch["reference_chosen_logps"], batch["reference_rejected_logps"]
         else:
             with torch.no_grad():
-                references = self._logps(self._reference[0] if self._reference else self.network, batch)
+                references = self._run(self._reference[0] if self._reference else self.network, batch)[:2]
         num_chosen_B = (batch["chosen_labels"][:, 1:] != -100).sum(1)
-        chosen_B, rejected_B = self._logps(self.network, batch)
-        return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight)
+        chosen_B, rejected_B, output = self._run(self.network, batch)
+        return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch of pairs (Lightning hook)."""
-        result = self.preferences(batch)
-        self.last_losses = {"ce": result.loss.detach()}
-        self.log_dict(
-            {"train/preference": result.preference.detach(), "train/nll": result.nll.detach(), "train/accuracy": result.accuracy}
-        )
-        self.log("train/loss", result.loss.detach(), prog_bar=True)
-        return result.loss
+        result, output = self.preferences(batch)
+        masks = [batch[name] for side in _SIDES if (name := f"{side}_attention_mask") in batch]
+        valid_N = torch.cat(masks).reshape(-1).bool() if len(masks) == 2 else None
+        self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
+        aux, z = self.router_losses(output, valid_N)
+        loss = result.loss + self.aux_coef * aux + self.z_coef * z
+        self.last_losses = {"ce": result.loss.detach(), "aux": aux.detach(), "z": z.detach()}
+        values = {"preference": result.preference, "nll": result.nll, "accuracy": result.accuracy, "aux": aux, "z": z}
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss, accuracy and margin of the rewards (Lightning hook)."""
-        result = self.preferences(batch)
+        """Loss without the routers' part, accuracy and margin of the rewards (Lightning hook)."""
+        self._log_preferences("val", batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step` (Lightning hook)."""
+        self._log_preferences("test", batch)
+
+    def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        result, _ = self.preferences(batch)
         values = {"loss": result.loss, "accuracy": result.accuracy,
                   "margin": (result.chosen_reward_B - result.rejected_reward_B).mean()}  # fmt: skip
         size = len(batch["chosen_input_ids"])
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=size, sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=size, sync_dist=True)

@@ -227,6 +227,7 @@ def load_hf(
     device: torch.device | str = "cpu",
     experts: Backend = "auto",
     accurate_router: bool = True,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> LingForCausalLM:
     """Build the network that a released folder describes, with its weights; memory holds them once.
 
@@ -236,6 +237,7 @@ def load_hf(
         device: where they go.
         experts: how routed experts are computed, see `Experts`.
         accurate_router: scores of the router in float32 whatever the weights' type.
+        config_changes: values of the `LingConfig` that are other ones than in the folder, such as ``rope_theta``.
 
     Returns:
         The network in evaluation mode; `save_hf` writes the same files again.
@@ -246,7 +248,7 @@ def load_hf(
     """
     config, entries = read_hf_config(path)
     with torch.device("meta"):
-        network = LingForCausalLM(config, experts, accurate_router)
+        network = LingForCausalLM(config.replace(**(config_changes or {})), experts, accurate_router)
     network.hf_config = entries
     load_weights(network, path, dtype, device)
     return network.eval()

@@ -62,13 +62,13 @@ def read_questions(path: str | Path) -> list[ChoiceQuestion]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of questions {path}.")
     questions, errors = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                questions.append(_question(json.loads(line)))
-            except ValueError as error:
+                questions.append(_question(json.loads(line.decode("utf-8-sig"))))
+            except (ValueError, RecursionError) as error:  # not UTF-8 and no JSON among them
                 errors.append(f"line {number}: {error}")
     if errors:
         raise ValueError(f"{path} has {len(errors)} lines that are no questions: " + "; ".join(errors[:_SHOWN_ERRORS]))
