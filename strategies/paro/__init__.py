@@ -1,0 +1,7 @@
+"""PaRO: parameters, gradients and optimizer state, each whole, divided inside groups of ranks, or divided among all."""
+
+from strategies.paro.collectives import Collectives
+from strategies.paro.grid import RankGrid, Work
+from strategies.paro.partition import CODES, Granularity, Partition
+
+__all__ = ["CODES", "Collectives", "Granularity", "Partition", "RankGrid", "Work"]

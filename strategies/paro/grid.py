@@ -1,0 +1,215 @@
+"""Ranks as a grid of groups and places, and the process groups that run along it.
+
+Of n ranks in groups of m, rank r is place ``j = r % m`` of group ``i = r // m``. Links inside a group are fast (a node), those
+between groups slow.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Direction", "Lane", "RankGrid", "Work"]
+
+Direction = Literal["gather", "reduce"]
+
+
+class RankGrid:
+    """The grid of ``num_groups`` x ``group_size`` ranks; making one is a collective call of all ranks.
+
+    Args:
+        group_size: m, ranks of a group; consecutive ranks belong together.
+        device_type: ``cpu`` or ``cuda``; where the tensors lie that travel.
+        timeout: of every process group; None: that of torch.
+
+    Attributes:
+        n: number of ranks.
+        m: ranks of a group.
+        ng: number of groups.
+        rank: of this process.
+        i: its group.
+        j: its place in the group.
+        block: index of the block that it holds at granularity G, ``j * ng + i`` (see `Collectives`).
+        intra: process group of this group's ranks, for gathers.
+        inter: process group of the ranks in this place of all groups, for gathers.
+        intra_reduce: as `intra`, for reductions, so that these can be in flight beside gathers.
+        inter_reduce: as `inter`, for reductions.
+        gather, reduce: the `Lane` of either direction: these groups, and those of the rings between groups.
+        mesh: axes ``("intra", "inter")``, rank table ``arange(n).view(ng, m).T``. On it ``[Shard(0), Shard(0)]`` is
+            granularity G and ``[Shard(0), Replicate()]`` is I.
+
+    Raises:
+        RuntimeError: there is no process group yet.
+        ValueError: the group size does not divide the number of ranks; no backend serves the device.
+    """
+
+    def __init__(self, group_size: int, device_type: str = "cpu", timeout: timedelta | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("RankGrid: the process group is not initialised yet; call init_process_group first.")
+        self.n, self.rank = dist.get_world_size(), dist.get_rank()
+        if not isinstance(group_size, int) or group_size < 1 or self.n % group_size:
+            divisors = ", ".join(str(size) for size in range(1, self.n + 1) if self.n % size == 0)
+            raise ValueError(f"RankGrid: group_size={group_size!r} does not divide the {self.n} ranks; it may be {divisors}.")
+        self.backend = _backend(device_type)
+        self.device_type = device_type
+        self.timeout = timeout
+        self.m, self.ng = group_size, self.n // group_size
+        self.i, self.j = divmod(self.rank, self.m)
+        self.block = self.block_of(self.rank)
+        self.gather, self.reduce = (self._lane(direction) for direction in ("gather", "reduce"))
+        self.intra, self.inter = self.gather.intra, self.gather.inter
+        self.intra_reduce, self.inter_reduce = self.reduce.intra, self.reduce.inter
+        table = torch.arange(self.n).view(self.ng, self.m).T
+        self.mesh = DeviceMesh.from_group([self.intra, self.inter], device_type, mesh=table, mesh_dim_names=("intra", "inter"))
+
+    @property
+    def world_size(self) -> int:
+        """n, number of ranks."""
+        return self.n
+
+    @property
+    def group_size(self) -> int:
+        """m, ranks of a group."""
+        return self.m
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups, n / m."""
+        return self.ng
+
+    def block_of(self, rank: int) -> int:
+        """Index of the block that a rank holds at granularity G."""
+        i, j = divmod(rank, self.m)
+        return j * self.ng + i
+
+    def rank_at(self, i: int, j: int) -> int:
+        """Global rank of a place of a group; both count round."""
+        return i % self.ng * self.m + j % self.m
+
+    def link(self, rank: int, other: int) -> Literal["intra", "inter"]:
+        """The class of the link between two ranks."""
+        return "intra" if rank // self.m == other // self.m else "inter"
+
+    def subgroup(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A new process group; a collective call of its members, who must make their groups in the same order."""
+        group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def _lane(self, direction: Direction) -> "Lane":
+        members = [self.rank_at(self.i, j) for j in range(self.m)]
+        peers = [self.rank_at(i, self.j) for i in range(self.ng)]
+        intra, inter = self.subgroup(members), self.subgroup(peers)
+        # Over gloo one socket serves both directions of a pair, and with two groups the pair would wait for itself: each
+        # direction has a group, and so a socket, of its own.
+        edges = (self.subgroup(peers), self.subgroup(peers)) if self.ng > 1 else (inter, inter)
+        return Lane(direction, self.device_type, intra, inter, edges)
+
+
+class Work:
+    """An operation in flight.
+
+    Tensors that were handed to it must be left alone until `wait` returns.
+    """
+
+    def __init__(self, wait: Callable[[], object] | None = None) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Until the result is there: on the CPU blocks, on CUDA lets the current stream wait.
+
+        Raises:
+            RuntimeError: a peer failed, or did not answer within the timeout.
+        """
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            wait()
+
+
+@dataclass
+class Lane:
+    """The process groups of one direction, and the order in which operations take them.
+
+    Operations of a lane start in the order in which they are asked for, on every rank, whether they are asynchronous or not.
+    Those of the two lanes share no process group, so that they may overtake one another. On the CPU one thread performs what
+    is asynchronous; on CUDA a stream of the lane's own.
+
+    Attributes:
+        direction: ``gather`` or ``reduce``.
+        device_type: where the tensors lie.
+        intra: ranks of this group.
+        inter: ranks in this place of all groups.
+        edges: groups of the ring between groups, by the parity of the group that sends.
+        flat_edges: the same of the ring of all ranks, by the parity of the rank that sends; None until a `FlatRing` is made.
+    """
+
+    direction: Direction
+    device_type: str
+    intra: dist.ProcessGroup
+    inter: dist.ProcessGroup
+    edges: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    flat_edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+    def __post_init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def perform(self, operation: Callable[[], None], tensors: tuple[Tensor, ...], async_op: bool) -> Work | None:
+        """Do an operation after all earlier ones of this lane.
+
+        Args:
+            operation: issues collectives of this lane's groups.
+            tensors: what it reads and writes.
+            async_op: return at once.
+
+        Returns:
+            What to wait for, or None if it is done (on CUDA: if the current stream has it before it).
+        """
+        if self.device_type == "cuda":
+            return self._on_stream(operation, tensors) if async_op else self._now(operation)
+        if not async_op:
+            self.drain()
+            return self._now(operation)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"paro-{self.direction}")
+        self._last = self._thread.submit(self._now, operation)
+        return Work(self._last.result)
+
+    def drain(self) -> None:
+        """Until no operation of this lane is in flight on the CPU; errors are left to those who wait for the operation."""
+        if self._last is not None:
+            self._last.exception()
+
+    @staticmethod
+    @torch.no_grad()
+    def _now(operation: Callable[[], None]) -> None:
+        operation()
+
+    def _on_stream(self, operation: Callable[[], None], tensors: tuple[Tensor, ...]) -> Work:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._now(operation)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+        event = stream.record_event()
+        return Work(lambda: torch.cuda.current_stream().wait_event(event))
+
+
+def _backend(device_type: str) -> str:
+    served = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    if device_type not in served:
+        raise ValueError(
+            f"RankGrid: device_type={device_type!r}, but the process group serves only {', '.join(served)}; initialise it with a"
+            f" backend for it, such as cpu:gloo,cuda:nccl."
+        )
+    return served[device_type]
