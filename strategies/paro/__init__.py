@@ -2,6 +2,7 @@
 
 from strategies.paro.collectives import Collectives
 from strategies.paro.grid import RankGrid, Work
+from strategies.paro.ho_ring import FlatRing, HORing
 from strategies.paro.partition import CODES, Granularity, Partition
 
-__all__ = ["CODES", "Collectives", "Granularity", "Partition", "RankGrid", "Work"]
+__all__ = ["CODES", "Collectives", "FlatRing", "Granularity", "HORing", "Partition", "RankGrid", "Work"]

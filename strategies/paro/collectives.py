@@ -6,7 +6,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from strategies.paro.grid import RankGrid, Work
-from strategies.paro.link import Link, Meter
+from strategies.paro.ho_ring import FlatRing, HORing, WorldCollectives
+from strategies.paro.link import Meter
 from strategies.paro.partition import Granularity
 
 __all__ = ["Collectives", "Method"]
@@ -41,12 +42,14 @@ class Collectives:
         self.grid = grid
         self.method = method
         self._sent: Counter[tuple[str, str]] = Counter()
+        self._world: WorldCollectives = (
+            FlatRing(grid, sent=self._sent) if method == "flat" else HORing(grid, method, sent=self._sent)
+        )
 
     @property
     def sent(self) -> Counter[tuple[str, str]]:
         """Bytes that this rank has sent, by ``(operation, "intra" | "inter")``; waits for what is in flight on the CPU."""
-        self.grid.gather.drain()
-        self.grid.reduce.drain()
+        self.grid.drain()
         return self._sent
 
     def reset(self) -> None:
@@ -71,25 +74,21 @@ class Collectives:
         Raises:
             ValueError: the target is finer, or tensors have the wrong shape, type or device.
         """
-        if _FINENESS.index(target) > _FINENESS.index(source):
+        if _fineness(target) > _fineness(source):
             raise ValueError(f"all_gather from {source} to {target}: the target is finer; use reduce_scatter or a slice.")
-        grid = self.grid
+        if (source, target) == ("G", "N"):
+            return self._world.all_gather(out, shard, async_op)
+        lane, meter = self.grid.gather, Meter(self._sent, "all_gather")
+        self.grid.check_buffers(f"all_gather from {source} to {target}", out, shard, self._ratio(target, source))
 
         def gather() -> None:
-            meter, lane = Meter(self._sent, "all_gather"), grid.gather
-            intra, inter = Link(lane.intra, "intra", grid.backend), Link(lane.inter, "inter", grid.backend)
-            if source == target:
-                out.copy_(shard)
-            elif target == "I":
-                inter.all_gather(out, shard, meter).wait()
-            elif source == "I":
-                intra.all_gather(out, shard, meter).wait()
+            if source == target or not out.numel():
+                if out.data_ptr() != shard.data_ptr():
+                    out.copy_(shard)
             else:
-                mine = out.view(grid.m, -1)[grid.j]
-                inter.all_gather(mine, shard, meter).wait()
-                intra.all_gather(out, mine, meter).wait()
+                (lane.inter if target == "I" else lane.intra).all_gather(out, shard, meter).wait()
 
-        return grid.gather.perform(gather, (out, shard), async_op)
+        return lane.perform(gather, (out, shard), async_op)
 
     def reduce_scatter(
         self, out: Tensor, full: Tensor, source: Granularity, target: Granularity, async_op: bool = False
@@ -109,24 +108,21 @@ class Collectives:
         Raises:
             ValueError: the target is coarser, or tensors have the wrong shape, type or device.
         """
-        if _FINENESS.index(target) < _FINENESS.index(source):
+        if _fineness(target) < _fineness(source):
             raise ValueError(f"reduce_scatter from {source} to {target}: the target is coarser; use all_gather.")
-        grid = self.grid
+        if (source, target) == ("N", "G"):
+            return self._world.reduce_scatter(out, full, async_op)
+        lane, meter = self.grid.reduce, Meter(self._sent, "reduce_scatter")
+        self.grid.check_buffers(f"reduce_scatter from {source} to {target}", full, out, self._ratio(source, target), cast=True)
 
         def reduce() -> None:
-            meter, lane = Meter(self._sent, "reduce_scatter"), grid.reduce
-            intra, inter = Link(lane.intra, "intra", grid.backend), Link(lane.inter, "inter", grid.backend)
-            if source == target:
-                out.copy_(full)
-            elif target == "I":
-                out.copy_(intra.reduce_scatter(full, meter).wait())
-            elif source == "I":
-                out.copy_(inter.reduce_scatter(full, meter).wait())
+            if source == target or not full.numel():
+                if out.data_ptr() != full.data_ptr():
+                    out.copy_(full)
             else:
-                shard = intra.reduce_scatter(full, meter).wait().to(full.dtype)
-                out.copy_(inter.reduce_scatter(shard, meter).wait())
+                out.copy_((lane.intra if target == "I" else lane.inter).reduce_scatter(full, meter).wait())
 
-        return grid.reduce.perform(reduce, (out, full), async_op)
+        return lane.perform(reduce, (out, full), async_op)
 
     def all_reduce(self, tensor: Tensor, granularity: Granularity, async_op: bool = False) -> Work | None:
         """Sum, in place, over the ranks that hold the same shard: N over all, I over the ranks in this place, G nothing.
@@ -144,24 +140,27 @@ class Collectives:
         Raises:
             ValueError: the tensor has the wrong shape or device.
         """
-        grid = self.grid
+        if granularity == "N":
+            return self._world.all_reduce(tensor, async_op)
+        lane, meter = self.grid.reduce, Meter(self._sent, "all_reduce")
+        _fineness(granularity)
+        pieces = self._ratio(granularity, "G")
+        self.grid.check_buffers(f"all_reduce of {granularity}", tensor, tensor.reshape(-1)[: tensor.numel() // pieces], pieces)
 
         def reduce() -> None:
-            meter, lane = Meter(self._sent, "all_reduce"), grid.reduce
-            intra, inter = Link(lane.intra, "intra", grid.backend), Link(lane.inter, "inter", grid.backend)
-            if granularity == "G":
-                return
-            shard = tensor
-            if granularity == "N":
-                shard = tensor.view(grid.m, -1)[grid.j]
-                shard.copy_(intra.reduce_scatter(tensor, meter).wait())
-            block = shard.view(grid.ng, -1)[grid.i]
-            block.copy_(inter.reduce_scatter(shard, meter).wait())
-            inter.all_gather(shard, block, meter).wait()
-            if granularity == "N":
-                intra.all_gather(tensor, shard, meter).wait()
+            if pieces > 1 and tensor.numel():
+                block = lane.inter.reduce_scatter(tensor, meter).wait().to(tensor.dtype)
+                lane.inter.all_gather(tensor, block, meter).wait()
 
-        return grid.reduce.perform(reduce, (tensor,), async_op)
+        return lane.perform(reduce, (tensor,), async_op)
+
+    def _ratio(self, coarse: Granularity, fine: Granularity) -> int:
+        """How many times as long a buffer is at the coarser granularity."""
+        blocks = {"N": self.grid.n, "I": self.grid.ng, "G": 1}
+        return blocks[coarse] // blocks[fine]
 
 
-_FINENESS = "NIG"
+def _fineness(granularity: str) -> int:
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity {granularity!r} must be one of {', '.join(get_args(Granularity))}.")
+    return "NIG".index(granularity)

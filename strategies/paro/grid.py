@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from strategies.paro.link import LIBRARY_REDUCES, Link, LinkClass, Ring
+
 __all__ = ["Direction", "Lane", "RankGrid", "Work"]
 
 Direction = Literal["gather", "reduce"]
@@ -63,8 +65,8 @@ class RankGrid:
         self.i, self.j = divmod(self.rank, self.m)
         self.block = self.block_of(self.rank)
         self.gather, self.reduce = (self._lane(direction) for direction in ("gather", "reduce"))
-        self.intra, self.inter = self.gather.intra, self.gather.inter
-        self.intra_reduce, self.inter_reduce = self.reduce.intra, self.reduce.inter
+        self.intra, self.inter = self.gather.intra.group, self.gather.inter.group
+        self.intra_reduce, self.inter_reduce = self.reduce.intra.group, self.reduce.inter.group
         table = torch.arange(self.n).view(self.ng, self.m).T
         self.mesh = DeviceMesh.from_group([self.intra, self.inter], device_type, mesh=table, mesh_dim_names=("intra", "inter"))
 
@@ -92,7 +94,7 @@ class RankGrid:
         """Global rank of a place of a group; both count round."""
         return i % self.ng * self.m + j % self.m
 
-    def link(self, rank: int, other: int) -> Literal["intra", "inter"]:
+    def link(self, rank: int, other: int) -> LinkClass:
         """The class of the link between two ranks."""
         return "intra" if rank // self.m == other // self.m else "inter"
 
@@ -102,14 +104,60 @@ class RankGrid:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
+    def check_buffers(self, operation: str, whole: Tensor, part: Tensor, share: int, cast: bool = False) -> None:
+        """Say what is wrong with the two buffers of an operation.
+
+        Args:
+            operation: named in the message.
+            whole: the larger buffer.
+            part: the smaller one.
+            share: how many times the larger one is as long.
+            cast: whether the types may differ.
+
+        Raises:
+            ValueError: a buffer is not 1-D and contiguous, of this grid's device, of the right length or type.
+        """
+        for tensor in (whole, part):
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(f"{operation}: buffers must be 1-D and contiguous, got shape {tuple(tensor.shape)}.")
+            if tensor.device.type != self.device_type:
+                raise ValueError(f"{operation}: a buffer lies on {tensor.device}, but the grid was made for {self.device_type}.")
+        if whole.numel() != part.numel() * share:
+            raise ValueError(
+                f"{operation}: with {self.ng} groups of {self.m} ranks the larger buffer is {share} times the smaller one, got"
+                f" {whole.numel()} and {part.numel()} elements; pad the buffer to a multiple of {self.n}."
+            )
+        if whole.dtype != part.dtype and not cast:
+            raise ValueError(f"{operation}: the buffers are of different types, {whole.dtype} and {part.dtype}.")
+
+    def drain(self) -> None:
+        """Until nothing is in flight on the CPU; errors are left to those who wait for the operation."""
+        self.gather.drain()
+        self.reduce.drain()
+
+    def add_flat_rings(self) -> None:
+        """Give both lanes a ring of all ranks in the order of ranks; a collective call of all ranks."""
+        for lane in (self.gather, self.reduce):
+            if lane.flat is None:
+                lane.flat = self._ring([*range(self.n)], self.rank)
+
     def _lane(self, direction: Direction) -> "Lane":
         members = [self.rank_at(self.i, j) for j in range(self.m)]
         peers = [self.rank_at(i, self.j) for i in range(self.ng)]
         intra, inter = self.subgroup(members), self.subgroup(peers)
-        # Over gloo one socket serves both directions of a pair, and with two groups the pair would wait for itself: each
-        # direction has a group, and so a socket, of its own.
-        edges = (self.subgroup(peers), self.subgroup(peers)) if self.ng > 1 else (inter, inter)
-        return Lane(direction, self.device_type, intra, inter, edges)
+        return Lane(
+            direction,
+            self.device_type,
+            Link(intra, "intra", self.backend),
+            Link(inter, "inter", self.backend),
+            self._ring(peers, self.i),
+        )
+
+    def _ring(self, ranks: list[int], position: int) -> Ring:
+        even = self.subgroup(ranks)
+        odd = even if len(ranks) == 1 or self.backend in LIBRARY_REDUCES else self.subgroup(ranks)
+        neighbours = ranks[position - 1], ranks[(position + 1) % len(ranks)]
+        return Ring(len(ranks), position, neighbours, (even, odd), self.link(self.rank, neighbours[1]), self.backend)
 
 
 class Work:
@@ -127,9 +175,8 @@ class Work:
         Raises:
             RuntimeError: a peer failed, or did not answer within the timeout.
         """
-        wait, self._wait = self._wait, None
-        if wait is not None:
-            wait()
+        if self._wait is not None:
+            self._wait()
 
 
 @dataclass
@@ -145,16 +192,16 @@ class Lane:
         device_type: where the tensors lie.
         intra: ranks of this group.
         inter: ranks in this place of all groups.
-        edges: groups of the ring between groups, by the parity of the group that sends.
-        flat_edges: the same of the ring of all ranks, by the parity of the rank that sends; None until a `FlatRing` is made.
+        outer: the ring of the ranks in this place of all groups.
+        flat: the ring of all ranks; None until a `FlatRing` is made.
     """
 
     direction: Direction
     device_type: str
-    intra: dist.ProcessGroup
-    inter: dist.ProcessGroup
-    edges: tuple[dist.ProcessGroup, dist.ProcessGroup]
-    flat_edges: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    intra: Link
+    inter: Link
+    outer: Ring
+    flat: Ring | None = None
 
     def __post_init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None

@@ -1,6 +1,6 @@
-"""Sends between neighbours on the grid, each counted in bytes: gathers, sums and rings of one process group.
+"""What ranks of one process group, or neighbours on a ring, send one another, each counted in bytes.
 
-No ring or hierarchy is decided here; `HORing` and `Collectives` put these together.
+No hierarchy is decided here; `HORing` and `Collectives` put these together.
 """
 
 from collections import Counter
@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Link", "Meter", "sum_dtype"]
+__all__ = ["LIBRARY_REDUCES", "Link", "LinkClass", "Meter", "Pending", "Ring", "Summed", "sum_dtype"]
 
 LinkClass = Literal["intra", "inter"]
-_LIBRARY_REDUCES = ("nccl", "ucc", "xccl", "hccl")
+LIBRARY_REDUCES = ("nccl", "xccl", "hccl")
+"""Backends whose own reduce-scatter sends no more than it must; these also want the sends of a step in one call."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,60 @@ class Link:
         if self.size == 1:
             return Summed(Pending([]), [full])
         meter.add(self.name, (self.size - 1) * (_num_bytes(full) // self.size))
-        if self.backend in _LIBRARY_REDUCES:
+        if self.backend in LIBRARY_REDUCES:
             piece = full.new_empty(full.numel() // self.size)
             reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             return Summed(Pending([reduce(piece, full, group=self.group, async_op=True)], full), [piece])
         pieces = torch.empty_like(full)
         work = dist.all_to_all_single(pieces, full, group=self.group, async_op=True)
         return Summed(Pending([work], full), list(pieces.view(self.size, -1)))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """This rank's two neighbours on a ring of ranks.
+
+    Over gloo one socket serves both directions between two ranks, and a bulk transfer holds up the answers of the other way. So
+    the edges that leave even positions have a group, and hence sockets, of their own, as have those that leave odd ones.
+
+    Attributes:
+        size: ranks of the ring.
+        position: of this rank.
+        ranks: global ranks that this one receives from and sends to.
+        groups: process groups of edges, by the parity of the position that sends; one and the same for NCCL.
+        name: the class of the link that this rank sends over.
+        backend: of torch.
+    """
+
+    size: int
+    position: int
+    ranks: tuple[int, int]
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    name: LinkClass
+    backend: str
+
+    def count(self, piece: Tensor, times: int, meter: Meter) -> None:
+        """Note that this rank sends so many pieces to the next one."""
+        meter.add(self.name, times * _num_bytes(piece))
+
+    def shift(self, piece: Tensor, received: Tensor, meter: Meter) -> Pending:
+        """Start to send a piece to the next rank, and to receive the previous one's.
+
+        Args:
+            piece: (piece,), contiguous.
+            received: (piece,), contiguous; written.
+            meter: counts.
+        """
+        self.count(piece, 1, meter)
+        previous, following = self.ranks
+        inward, outward = self.groups[(self.position - 1) % self.size % 2], self.groups[self.position % 2]
+        if self.backend in LIBRARY_REDUCES:
+            receive = dist.P2POp(dist.irecv, received, previous, inward)
+            send = dist.P2POp(dist.isend, piece, following, outward)
+            return Pending([*dist.batch_isend_irecv([receive, send])], piece, received)
+        # The receive is posted first: the sender's data then has somewhere to go.
+        work = [dist.irecv(received, previous, group=inward), dist.isend(piece, following, group=outward)]
+        return Pending(work, piece, received)
 
 
 class Summed:
