@@ -172,11 +172,11 @@ def tables_of() -> tuple[list[Table], list[Plot]]:
         Table("Milliseconds", "grid", ["milliseconds"], columns="arm", digits=0),
         Table("MiB that leave a group, by its network card", "grid", ["egress_mib"], columns="arm"),
         Table("Relative difference of a group's network card to the formula", "case", ["card_off"], columns="way", digits=4),
-        Table("Relative difference of the collectives' counters to the formula", "case", ["payload_off"], columns="way", digits=4),
+        Table("Relative difference of their own counters to the formula", "case", ["payload_off"], columns="way", digits=4),
         Table("Overlapped HO-Ring", "bound", ["less_time_than_flat_ring", "time_over_link_bound"]),
         Table("All-gather by the model of times, not measured: milliseconds", "model", ["model_milliseconds"], columns="arm",
               digits=0),
-    ], [Plot("16 MiB all-gather by the model of times (not measured)", "devices", "model_milliseconds", "arm", log="xy")]  # fmt: skip
+    ], [Plot("All-gather by the model of times (not measured)", "devices", "model_milliseconds", "arm", log="xy")]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

@@ -2,9 +2,8 @@
 
 Processes of a group share a namespace, and the kernel carries what they send one another over its loopback; what leaves the group
 goes through one virtual network card whose rate ``tc`` limits, and a bridge. So the rate is shared by the group, as one network
-card of a node is. It needs root, ``ip`` and ``tc`` of Linux. A rank reads from `sent_bytes` what its group's card and loopback sent.
-
-Source: the recipe in the documentation of Linux' ``ip-netns`` and ``tc-tbf``.
+card of a node is. It needs root, and ``ip`` and ``tc`` of Linux. `sent_bytes` tells a rank what its group's card and loopback
+have sent.
 """
 
 from __future__ import annotations
