@@ -203,15 +203,15 @@ class HORing(WorldCollectives):
         i, ng = self.grid.i, self.grid.ng
         blocks = self._by_group(full)
         if self.method == "two_phase":
-            by_place = full if self.order == "block" else blocks.transpose(0, 1).reshape(-1)
+            by_place = full if self.order == "block" else blocks.transpose(0, 1).contiguous().view(-1)
             mine = lane.intra.reduce_scatter(by_place, meter).wait().to(full.dtype)
             out.copy_(lane.inter.reduce_scatter(mine, meter).wait())
             return
-        total = lane.intra.reduce_scatter(blocks[i - 1].reshape(-1), meter).wait()
+        total = lane.intra.reduce_scatter(blocks[i - 1].contiguous().view(-1), meter).wait()
         for step in range(ng - 1):
             received = full.new_empty(out.numel())
             transfer = lane.outer.shift(total.to(full.dtype), received, meter)
-            inside = lane.intra.reduce_scatter(blocks[(i - 2 - step) % ng].reshape(-1), meter).wait()
+            inside = lane.intra.reduce_scatter(blocks[(i - 2 - step) % ng].contiguous().view(-1), meter).wait()
             transfer.wait()
             total = received.to(sum_dtype(full.dtype)) + inside
         out.copy_(total)
