@@ -3,6 +3,9 @@
 The backend ``fake`` sends nothing and lets one process be a rank of any world, so that the counters can be seen at any size.
 """
 
+import gc
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +129,28 @@ def test_asynchronous_operations_send_the_same() -> None:
             collectives.reset()
             Step(collectives, Partition.of(code), 2, async_op=True)
             assert by_link(collectives.sent) == formula(code, 6, 3, 2)
+
+
+def test_threads_end_with_their_grid_and_keep_no_buffer() -> None:
+    def serving() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("paro ")}
+
+    others = serving()
+    with rank_of(4, 1):
+        grid = RankGrid(2)
+        out, shard = torch.zeros(8), torch.zeros(2)
+        work = HORing(grid).all_gather(out, shard, async_op=True)
+        assert work is not None
+        work.wait()
+        (thread,) = serving() - others
+        buffer = weakref.ref(out)
+        del out, shard, work
+        grid.gather.perform(lambda: None, (), async_op=True).wait()  # type: ignore[union-attr]
+        assert buffer() is None
+        del grid
+        gc.collect()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("method", ["overlapped", "two_phase", "flat"])
