@@ -6,6 +6,7 @@ from strategies.paro.grid import RankGrid, Work
 from strategies.paro.ho_ring import FlatRing, HORing
 from strategies.paro.partition import CODES, Granularity, Partition
 from strategies.paro.precision import StatePrecision
+from strategies.paro.strategy import PaROStrategy
 
 __all__ = [
     "CODES",
@@ -14,6 +15,7 @@ __all__ = [
     "Granularity",
     "HORing",
     "PaROEngine",
+    "PaROStrategy",
     "Partition",
     "RankGrid",
     "StatePrecision",

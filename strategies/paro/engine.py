@@ -192,10 +192,11 @@ class PaROEngine:
         self._release_if_done(block)
 
     def _release_if_done(self, block: _Block) -> None:
-        if block.module is not None and block.in_backward and block.pending_inputs <= 0:
-            if all(unit.complete for unit in block.units if unit.trained):
-                block.in_backward = False
-                self._release(block)
+        if block.module is None or not block.in_backward or block.pending_inputs > 0:
+            return
+        if all(unit.complete for unit in block.units if unit.trained):
+            block.in_backward = False
+            self._release(block)
 
     def _on_gradient(self, unit: FlatUnit, index: int, parameter: Tensor) -> None:
         if index in unit.arrived:  # another backward pass of the same micro-batch
@@ -454,7 +455,9 @@ class PaROEngine:
                 unit.expose()
 
     def close(self, restore: bool) -> None:
-        """End: remove all hooks and leave whole parameters in the module.
+        """End: remove all hooks; leave whole parameters in the module, on the CPU, and the optimizer with these.
+
+        The optimizer's state is dropped.
 
         Args:
             restore: gather them, a collective call; otherwise, when ranks may not be together, parameters that are not whole on
@@ -465,11 +468,15 @@ class PaROEngine:
         self._handles.clear()
         for unit in self.units:
             if restore:
-                unit.show(self.read(unit).to(unit.compute))
+                unit.show(self.read(unit).to("cpu", unit.compute))
             elif self.partition.parameters != "N":
                 for slot in unit.slots:
                     blank = float("nan") if unit.compute.is_floating_point else 0
-                    slot.parameter.data = torch.full((), blank, dtype=unit.compute).to(unit.full.device).expand(slot.shape)
+                    slot.parameter.data = torch.full((), blank, dtype=unit.compute).expand(slot.shape)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+            for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):
+                group["params"] = list(parameters)
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank keeps: ``parameters``, ``gathered``, ``gradients``, ``masters``, ``optimizer`` [spec 2.7].

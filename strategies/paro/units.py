@@ -126,7 +126,7 @@ def plan_units(
     unknown = len(group_of) - sum(id(parameter) in group_of for parameter in users)
     if unknown:
         raise ValueError(
-            f"The optimizer has {unknown} parameters that are no parameters of {type(root).__name__}: register them in the module."
+            f"{unknown} parameters of the optimizer are no parameters of {type(root).__name__}: register them in the module."
         )
     sizes: dict[nn.Module | None, int] = {}
     for parameter, of in users.items():

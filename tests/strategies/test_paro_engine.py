@@ -1,6 +1,5 @@
 """Every code of PaRO trains as one process does: parameters, norms, recomputation, tied, frozen and unused parameters."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,12 +154,7 @@ def many_processes(case: Case, grid: RankGrid) -> Outcome:
 
 def several(cases: list[Case]) -> list[Outcome]:
     grids = {group: RankGrid(group) for group in sorted({case.group for case in cases})}
-    outcomes = []
-    for case in cases:
-        import time,sys; t=time.time()
-        outcomes.append(many_processes(case, grids[case.group]))
-        print(case.code, case.micro, time.time()-t, file=sys.stderr)
-    return outcomes
+    return [many_processes(case, grids[case.group]) for case in cases]
 
 
 def assert_equal(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
@@ -179,7 +173,48 @@ def check(pool: RankPool, cases: list[Case], world_size: int, tolerance: float =
     return [list(ranks) for ranks in outcomes]
 
 
-@pytest.mark.parametrize(("world_size", "group"), [(4, 2), (4, 4), (4, 1), (6, 3), (6, 2), (1, 1)])
-def test_all_codes_train_as_one_process(pool: RankPool, world_size: int, group: int) -> None:
-    micros = (1, 3) if world_size == 4 else (2,) if world_size == 6 else (3,)
-    check(pool, [Case(code, group, micro, clip=0.8) for code in CODES for micro in micros if 12 % (micro * world_size) == 0], world_size)
+@pytest.mark.parametrize(("world_size", "groups"), [(4, (2, 4, 1)), (6, (3, 2)), (1, (1,))])
+def test_all_codes_train_as_one_process(pool: RankPool, world_size: int, groups: tuple[int, ...]) -> None:
+    cases = []
+    for group in groups:
+        for code in CODES:
+            micros = (1, 3) if (world_size, group) == (4, 2) else (2,) if world_size == 6 else (1,)
+            cases += [Case(code, group, micro, steps=2, clip=0.8) for micro in micros]
+    check(pool, cases, world_size)
+
+
+VARIANTS = {
+    "tied": {"network": {"tied": True}},
+    "recomputed": {"network": {"recompute": True}, "micro": 3},
+    "groups": {"groups": True},
+    "frozen": {"frozen": ("words", "layers.0", "layers.1.up", "layers.2.down")},
+    "tied, frozen, recomputed": {"network": {"tied": True, "recompute": True}, "frozen": ("layers.1",)},
+    "synchronous": {"engine": {"overlap": False}, "micro": 3},
+    "two ahead": {"engine": {"prefetch": 2}, "micro": 3},
+    "merged": {"engine": {"min_unit_params": 10**6}},
+}
+
+
+def test_variants_train_as_one_process(pool: RankPool) -> None:
+    check(pool, [Case(code, steps=2, **variant) for code in ("IIG", "GGG", "ING") for variant in VARIANTS.values()], 4)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": {"lr": 0.05, "amsgrad": True},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Adagrad": {"initial_accumulator_value": 0.3},
+    "Adadelta": {},
+    "ASGD": {},
+    "Rprop": {},
+}
+
+
+def test_elementwise_optimizers_are_exact(pool: RankPool) -> None:
+    cases = [Case("IIG", optimizer=name, options=options) for name, options in OPTIMIZERS.items()]
+    fused = Case("IIG", dtype=torch.float32, options={"lr": 0.05, "fused": True})
+    check(pool, cases, 4, 1e-8)
+    check(pool, [fused, Case("GIG", dtype=torch.float32)], 4, 2e-5)
