@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from strategies.paro.engine import PaROEngine
 from strategies.paro.partition import Granularity
 from strategies.paro.units import FlatUnit
+
+if TYPE_CHECKING:
+    from strategies.paro.engine import PaROEngine
 
 __all__ = [
     "META_FILE",
@@ -29,7 +31,7 @@ META_FILE = "meta.pt"
 _UNITS = "paro_units"
 
 
-def weights(engine: PaROEngine, keep: bool = True) -> dict[str, Any]:
+def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
     """The module's own ``state_dict()``, with whole parameters in the format of the masters, on the CPU.
 
     A collective call; units are gathered one after the other.
@@ -43,7 +45,7 @@ def weights(engine: PaROEngine, keep: bool = True) -> dict[str, Any]:
     return {name: _on_cpu(value) for name, value in state.items()}
 
 
-def optimizer_state(engine: PaROEngine, keep: bool = True) -> dict[str, Any]:
+def optimizer_state(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
     """The optimizer's ``state_dict()`` as one process would have it: whole tensors by number of the user's parameter.
 
     A collective call. A unit has one step count, which all of its parameters get.
@@ -74,7 +76,7 @@ def optimizer_state(engine: PaROEngine, keep: bool = True) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_optimizer_state(engine: PaROEngine, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(engine: "PaROEngine", state: Mapping[str, Any]) -> None:
     """Take this rank's part of an optimizer's whole state; no communication.
 
     Where parameters of one unit have different step counts (some were not used in every step), the largest is taken.
@@ -136,7 +138,7 @@ def _unit_state(unit: FlatUnit, parts: Mapping[str, Mapping[str, Any]]) -> dict[
     return result
 
 
-def _numbers(engine: PaROEngine) -> dict[int, int]:
+def _numbers(engine: "PaROEngine") -> dict[int, int]:
     """The number of each parameter of the optimizer in its ``state_dict()``, by identity."""
     return {id(parameter): number for number, parameter in enumerate(p for group in engine.groups for p in group)}
 
@@ -157,7 +159,7 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / META_FILE).is_file()
 
 
-def save_sharded(engine: PaROEngine, folder: str | Path, rest: dict[str, Any]) -> None:
+def save_sharded(engine: "PaROEngine", folder: str | Path, rest: dict[str, Any]) -> None:
     """Write every rank's own shards with ``torch.distributed.checkpoint``; a collective call.
 
     The folder holds ``weights/<unit>`` and ``optimizer/<unit>/<key>``, flat tensors, and a file `META_FILE` with ``rest`` and
@@ -192,7 +194,7 @@ def save_sharded(engine: PaROEngine, folder: str | Path, rest: dict[str, Any]) -
         torch.save({**rest, _UNITS: units}, folder / META_FILE)
 
 
-def _distributed(engine: PaROEngine, own: Tensor, granularity: Granularity) -> DTensor:
+def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) -> DTensor:
     """A shard as a tensor of all ranks: G is ``[Shard(0), Shard(0)]`` on (intra, inter), I ``[Shard(0), Replicate()]``."""
     placements: dict[str, tuple[Placement, Placement]] = {
         "N": (Replicate(), Replicate()), "I": (Shard(0), Replicate()), "G": (Shard(0), Shard(0)),
@@ -239,7 +241,7 @@ def read_whole(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[st
     return parameters, states
 
 
-def load_sharded(engine: PaROEngine, folder: str | Path) -> dict[str, Any]:
+def load_sharded(engine: "PaROEngine", folder: str | Path) -> dict[str, Any]:
     """The optimizer's state of a sharded checkpoint in the form of `optimizer_state`, for `load_optimizer_state`."""
     meta, (_, states) = read_meta(folder), read_whole(folder)
     numbers = _numbers(engine)

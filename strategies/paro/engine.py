@@ -14,6 +14,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from strategies.paro.checkpoint import load_optimizer_state
 from strategies.paro.collectives import Collectives
 from strategies.paro.grid import Work
 from strategies.paro.partition import Partition
@@ -126,8 +127,12 @@ class PaROEngine:
         for buffer in module.buffers() if self.grid.n > 1 else ():
             dist.broadcast(buffer, src=0)
         if optimizer is not None:
+            early = optimizer.state_dict()
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [unit.master for unit in self.units if unit.plan.group == index]
+            if early["state"]:  # some, such as Adagrad, make their state at once
+                optimizer.state.clear()
+                load_optimizer_state(self, early)
         self.last = True
         self._held = False
         self._handles: list[RemovableHandle] = []

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from strategies.edit.blocks import sync_blocks
+from strategies.paro.average import ShardAverage
 from strategies.paro.checkpoint import load_optimizer_state, optimizer_state, weights
 from strategies.paro.collectives import Collectives, Method
 from strategies.paro.engine import PaROEngine
@@ -112,6 +113,7 @@ class PaROStrategy(DDPStrategy):
         self.engine: PaROEngine | None = None
         self.grid: RankGrid | None = None
         self._trainer: Trainer | None = None
+        self._averages: list[ShardAverage] = []
 
     @property
     def shards_parameters(self) -> bool:
@@ -160,16 +162,11 @@ class PaROStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             optimizer = self._only_optimizer()
-        before = None if optimizer is None else optimizer.state_dict()
         blocks = find_blocks(module, self.block_classes) if self.block_classes else sync_blocks(module)
         self.engine = PaROEngine(
             module, optimizer, self.partition, Collectives(self.grid, self.collectives), blocks, precision, self.prefetch,
             self.overlap, self.min_unit_params, self.elementwise_optimizers,
         )  # fmt: skip
-        if before is not None and before["state"]:  # of an optimizer that makes its state at once, as Adagrad does
-            assert optimizer is not None
-            optimizer.state.clear()
-            load_optimizer_state(self.engine, before)
         self.setup_precision_plugin()
         plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
 
@@ -205,6 +202,7 @@ class PaROStrategy(DDPStrategy):
             if optimizer is not None and state is not None and self.is_global_zero:
                 optimizer.load_state_dict(state)  # for those who save a checkpoint now
             self.engine = None
+            self._averages.clear()
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         super().teardown()
 
@@ -259,6 +257,22 @@ class PaROStrategy(DDPStrategy):
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         masters = [p for p in self.precision_plugin.main_params(optimizer) if p.grad is not None]
         clip_grads_with_norm_(masters, clip_val, self.gradient_norm())
+
+    def average_shards(self, device: str | None = None) -> ShardAverage:
+        """An average of the weights that each rank keeps its shards of; the module has it when training has ended.
+
+        Args:
+            device: where it is kept; None: where the masters are.
+        """
+        assert self.engine is not None
+        self._averages.append(ShardAverage(self.engine, device))
+        return self._averages[-1]
+
+    def on_train_end(self) -> None:
+        """Leave the average, if there is one, in the module (Lightning hook)."""
+        for average in self._averages:
+            average.swap()
+        self._averages.clear()
 
     # Evaluation
 

@@ -11,7 +11,7 @@ from torch.distributed import get_rank, get_world_size
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from strategies.paro import CODES, Collectives, PaROEngine, Partition, RankGrid, StatePrecision
+from strategies.paro import CODES, Collectives, PaROEngine, Partition, RankGrid
 
 WIDTH, WORDS, SAMPLES, LENGTH = 9, 7, 12, 3
 AdamW = "AdamW"
@@ -167,7 +167,7 @@ def assert_equal(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
 
 
 def check(pool: RankPool, cases: list[Case], world_size: int, tolerance: float = 1e-10) -> list[list[Outcome]]:
-    outcomes = list(zip(*pool.run(several, cases, world_size=world_size, timeout=40), strict=True))
+    outcomes = list(zip(*pool.run(several, cases, world_size=world_size, timeout=200), strict=True))
     for case, ranks in zip(cases, outcomes, strict=True):
         assert_equal(list(ranks), one_process(case), tolerance)
     return [list(ranks) for ranks in outcomes]
