@@ -1,5 +1,6 @@
 """PaRO: parameters, gradients and optimizer state, each whole, divided inside groups of ranks, or divided among all."""
 
+from strategies.paro.checkpoint import consolidate
 from strategies.paro.collectives import Collectives
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid, Work
@@ -20,4 +21,5 @@ __all__ = [
     "RankGrid",
     "StatePrecision",
     "Work",
+    "consolidate",
 ]

@@ -21,14 +21,16 @@ __all__ = [
     "consolidate",
     "is_sharded",
     "load_optimizer_state",
-    "load_sharded",
+    "names_of_weights",
+    "optimizer_groups",
     "optimizer_state",
+    "read_sharded",
     "save_sharded",
     "weights",
 ]
 
 META_FILE = "meta.pt"
-_UNITS = "paro_units"
+_UNITS, _NUMBERS = "paro_units", "paro_numbers"
 
 
 def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
@@ -43,6 +45,16 @@ def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
     with engine.full_parameters(device=torch.device("cpu"), keep=keep):
         state = engine.module.state_dict()
     return {name: _on_cpu(value) for name, value in state.items()}
+
+
+def optimizer_groups(engine: "PaROEngine") -> list[dict[str, Any]]:
+    """The ``param_groups`` of the optimizer's ``state_dict()`` with the numbers of the user's parameters; no communication."""
+    assert engine.optimizer is not None
+    numbers = _numbers(engine)
+    groups = engine.optimizer.state_dict()["param_groups"]
+    for group, parameters in zip(groups, engine.groups, strict=True):
+        group["params"] = [numbers[id(parameter)] for parameter in parameters]
+    return groups
 
 
 def optimizer_state(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
@@ -69,10 +81,7 @@ def optimizer_state(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
                 if flat is not None:
                     own = flat[slot.start : slot.stop].view(slot.shape).cpu().clone()
                 of_parameter.setdefault(numbers[id(slot.parameter)], {})[key] = own
-    groups = engine.optimizer.state_dict()["param_groups"]
-    for group, parameters in zip(groups, engine.groups, strict=True):
-        group["params"] = [numbers[id(parameter)] for parameter in parameters]
-    return {"state": dict(sorted(of_parameter.items())), "param_groups": groups}
+    return {"state": dict(sorted(of_parameter.items())), "param_groups": optimizer_groups(engine)}
 
 
 @torch.no_grad()
@@ -155,11 +164,18 @@ def _on_cpu(value: Any) -> Any:
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Whether a checkpoint is a folder that `save_sharded` wrote."""
+    """Whether a checkpoint is a folder, as `save_sharded` writes."""
     return (Path(path) / META_FILE).is_file()
 
 
-def save_sharded(engine: "PaROEngine", folder: str | Path, rest: dict[str, Any]) -> None:
+def names_of_weights(engine: "PaROEngine") -> dict[str, Any]:
+    """The names of the module's ``state_dict()``, each with the name of its parameter, or a tensor that is none."""
+    first = {id(slot.parameter): slot.name for unit in engine.units for slot in unit.slots}
+    state = engine.module.state_dict(keep_vars=True)
+    return {name: first[id(value)] if id(value) in first else _on_cpu(value) for name, value in state.items()}
+
+
+def save_sharded(engine: "PaROEngine", folder: str | Path, rest: Mapping[str, Any]) -> None:
     """Write every rank's own shards with ``torch.distributed.checkpoint``; a collective call.
 
     The folder holds ``weights/<unit>`` and ``optimizer/<unit>/<key>``, flat tensors, and a file `META_FILE` with ``rest`` and
@@ -168,30 +184,36 @@ def save_sharded(engine: "PaROEngine", folder: str | Path, rest: dict[str, Any])
     Args:
         engine: holds the states.
         folder: where; what it held of an earlier save is overwritten.
-        rest: everything else, plain data and tensors; that of rank 0 is written.
+        rest: everything else, plain data and tensors, with `names_of_weights` as ``state_dict``; that of rank 0 is written.
     """
     tensors: dict[str, Any] = {}
     units: list[dict[str, Any]] = []
+    partition = engine.partition
     for unit in engine.units:
-        partition = engine.partition
         own, granularity = (unit.shard, partition.parameters) if unit.master is None else (unit.master, partition.optimizer)
         tensors[f"weights/{unit.plan.name}"] = _distributed(engine, own.detach(), granularity)
         state = engine.optimizer.state.get(unit.master, {}) if engine.optimizer is not None and unit.master is not None else {}
-        for key, value in state.items():
-            if _is_flat(value, unit):
-                tensors[f"optimizer/{unit.plan.name}/{key}"] = _distributed(engine, value.detach(), partition.optimizer)
+        flat = {key: value for key, value in state.items() if _is_flat(value, unit)}
+        for key, value in flat.items():
+            tensors[f"optimizer/{unit.plan.name}/{key}"] = _distributed(engine, value.detach(), partition.optimizer)
         units.append({
             "name": unit.plan.name,
             "size": unit.size,
-            "slots": [(slot.name, tuple(slot.shape), slot.start, slot.stop) for slot in unit.slots],
-            "flat": [key for key, value in state.items() if _is_flat(value, unit)],
-            "other": {key: _on_cpu(value) for key, value in state.items() if not _is_flat(value, unit)},
             "dtype": unit.master_dtype,
+            "slots": [(slot.name, tuple(slot.shape), slot.start, slot.stop) for slot in unit.slots],
+            "flat": list(flat),
+            "other": {key: _on_cpu(value) for key, value in state.items() if key not in flat},
         })  # fmt: skip
     folder = Path(folder)
-    dcp.save(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    if engine.grid.rank == 0 and folder.is_file():
+        folder.unlink()
+    if engine.grid.n > 1:
+        dist.barrier()
+    dcp.save(tensors, checkpoint_id=folder)
     if engine.grid.rank == 0:
-        torch.save({**rest, _UNITS: units}, folder / META_FILE)
+        numbers = _numbers(engine)
+        named = {slot.name: numbers[id(slot.parameter)] for unit in engine.units if unit.trained for slot in unit.slots}
+        torch.save({**rest, _UNITS: units, _NUMBERS: named}, folder / META_FILE)
 
 
 def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) -> DTensor:
@@ -202,51 +224,37 @@ def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) ->
     return DTensor.from_local(own, engine.grid.mesh, placements[granularity], run_check=False)
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
-    """Everything in a sharded checkpoint but the shards.
+def read_sharded(folder: str | Path) -> dict[str, Any]:
+    """A sharded checkpoint in the form of an ordinary one, on the CPU; any process reads it, for itself.
+
+    Args:
+        folder: what `save_sharded` wrote, under any partition, number of ranks and division into units.
 
     Raises:
         FileNotFoundError: the folder is no such checkpoint.
     """
+    folder = Path(folder)
     if not is_sharded(folder):
         raise FileNotFoundError(f"{folder} is no sharded checkpoint: it has no {META_FILE}.")
-    return torch.load(Path(folder) / META_FILE, map_location="cpu", weights_only=True)
-
-
-def _read_flat(folder: Path, name: str, size: int, dtype: torch.dtype) -> Tensor:
-    wanted = {name: torch.empty(size, dtype=dtype)}
-    dcp.load(wanted, checkpoint_id=folder, no_dist=True)
-    return wanted[name]
-
-
-def read_whole(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Whole parameters and optimizer states of a sharded checkpoint, by name of the parameter, on the CPU.
-
-    Units are read one after the other, by each rank for itself.
-
-    Args:
-        folder: what `save_sharded` wrote, under any partition, number of ranks and division into units.
-    """
-    folder = Path(folder)
+    meta: dict[str, Any] = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
+    if _UNITS not in meta:
+        raise ValueError(f"{folder} is a sharded checkpoint of another strategy: continue it under that one.")
+    units, numbers = meta.pop(_UNITS), meta.pop(_NUMBERS)
     parameters: dict[str, Tensor] = {}
-    states: dict[str, dict[str, Any]] = {}
-    for unit in read_meta(folder)[_UNITS]:
-        flat = _read_flat(folder, f"weights/{unit['name']}", unit["size"], unit["dtype"])
-        moments = {k: _read_flat(folder, f"optimizer/{unit['name']}/{k}", unit["size"], unit["dtype"]) for k in unit["flat"]}
+    states: dict[int, dict[str, Any]] = {}
+    for unit in units:
+        keys = {"": f"weights/{unit['name']}", **{key: f"optimizer/{unit['name']}/{key}" for key in unit["flat"]}}
+        whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in keys.values()}
+        dcp.load(whole, checkpoint_id=folder, no_dist=True)
         for name, shape, start, stop in unit["slots"]:
-            parameters[name] = flat[start:stop].view(shape).clone()
-            state = {key: value[start:stop].view(shape).clone() for key, value in moments.items()} | dict(unit["other"])
-            if state:
-                states[name] = state
-    return parameters, states
-
-
-def load_sharded(engine: "PaROEngine", folder: str | Path) -> dict[str, Any]:
-    """The optimizer's state of a sharded checkpoint in the form of `optimizer_state`, for `load_optimizer_state`."""
-    meta, (_, states) = read_meta(folder), read_whole(folder)
-    numbers = _numbers(engine)
-    named = {slot.name: numbers[id(slot.parameter)] for unit in engine.units if unit.trained for slot in unit.slots}
-    return {**meta["optimizer_states"][0], "state": {named[name]: state for name, state in states.items()}}
+            values = {key: whole[place][start:stop].view(shape).clone() for key, place in keys.items()}
+            parameters[name] = values.pop("")
+            if name in numbers and (values or unit["other"]):
+                states[numbers[name]] = {**unit["other"], **values}
+    meta["state_dict"] = {key: parameters[of] if isinstance(of, str) else of for key, of in meta["state_dict"].items()}
+    for optimizer in meta.get("optimizer_states", ()):
+        optimizer["state"] = dict(sorted(states.items()))
+    return meta
 
 
 def consolidate(folder: str | Path, path: str | Path) -> Path:
@@ -259,12 +267,5 @@ def consolidate(folder: str | Path, path: str | Path) -> Path:
     Returns:
         The path of the file.
     """
-    meta = read_meta(folder)
-    del meta[_UNITS]
-    names: dict[str, int] = meta.pop("paro_numbers", {})
-    parameters, states = read_whole(folder)
-    meta["state_dict"] = {name: parameters.get(alias, value) for name, (alias, value) in meta["state_dict"].items()}
-    for optimizer in meta.get("optimizer_states", ()):
-        optimizer["state"] = {names[name]: states[name] for name in sorted(states, key=names.__getitem__)}
-    torch.save(meta, path)
+    torch.save(read_sharded(folder), path)
     return Path(path)

@@ -15,9 +15,17 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from strategies.edit.blocks import sync_blocks
 from strategies.paro.average import ShardAverage
-from strategies.paro.checkpoint import load_optimizer_state, optimizer_state, weights
+from strategies.paro.checkpoint import (
+    is_sharded,
+    load_optimizer_state,
+    names_of_weights,
+    optimizer_groups,
+    optimizer_state,
+    read_sharded,
+    save_sharded,
+    weights,
+)
 from strategies.paro.collectives import Collectives, Method
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
@@ -40,9 +48,9 @@ class PaROStrategy(DDPStrategy):
     DDP. Source: "Rethinking Memory and Communication Costs for Efficient Data Parallel Training of Large Language Models",
     NeurIPS 2024 (arXiv 2310.06003).
 
-    Parameters are gathered block by block around the calls of the blocks. A block is an entry of an ``nn.ModuleList``, what the
-    module names in ``sync_blocks()``, or an instance of ``block_classes``; everything else is gathered for the whole step. All
-    ranks must call the same blocks in the same order in training. Parameters that take part in no loss get gradients of zeros
+    Parameters are gathered block by block around the calls of the blocks. A block is an entry of an ``nn.ModuleList``, or an
+    instance of ``block_classes``; everything else is gathered for the whole step. A block must be called: nothing may read its
+    weights from outside, where they have no memory. All ranks must call the same blocks in the same order in training. Parameters that take part in no loss get gradients of zeros
     (weight decay applies to them), as on flat shards all elements are updated. Blocks under activation checkpointing must use
     the non-reentrant kind. Buffers are those of rank 0 at the start, and each rank's own afterwards.
 
@@ -70,6 +78,9 @@ class PaROStrategy(DDPStrategy):
         gather_for_evaluation: hold all weights during validation, test and prediction, so that ranks may run the network as
             often as each likes. False: block by block, all ranks alike.
         elementwise_optimizers: names of optimizer classes outside of torch that work element by element, such as ``Lion``.
+        state_dict_type: write checkpoints as one file, gathered on rank 0 unit by unit, or as folders to which each rank writes
+            its shards (``torch.distributed.checkpoint``). Both are read, under any code and number of ranks;
+            `strategies.paro.consolidate` makes a file of a folder, for other strategies.
         kwargs: of Lightning's ``DDPStrategy``: process_group_backend, timeout, start_method, ...
 
     Raises:
@@ -91,10 +102,13 @@ class PaROStrategy(DDPStrategy):
         overlap: bool = True,
         gather_for_evaluation: bool = True,
         elementwise_optimizers: list[str] | None = None,
+        state_dict_type: Literal["full", "sharded"] = "full",
         **kwargs: Any,
     ) -> None:
         if group_size != "node" and (not isinstance(group_size, int) or group_size < 1):
             raise ValueError(f"PaROStrategy: group_size={group_size!r} must be at least 1, or 'node' for the ranks of a node.")
+        if state_dict_type not in ("full", "sharded"):
+            raise ValueError(f"PaROStrategy: state_dict_type={state_dict_type!r} must be 'full' or 'sharded'.")
         if min_unit_params < 0 or prefetch < 0:
             raise ValueError(f"PaROStrategy: min_unit_params={min_unit_params} and prefetch={prefetch} must not be negative.")
         for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
@@ -110,6 +124,7 @@ class PaROStrategy(DDPStrategy):
         self.prefetch, self.overlap = prefetch, overlap
         self.gather_for_evaluation = gather_for_evaluation
         self.elementwise_optimizers = elementwise_optimizers or []
+        self.state_dict_type = state_dict_type
         self.engine: PaROEngine | None = None
         self.grid: RankGrid | None = None
         self._trainer: Trainer | None = None
@@ -162,7 +177,7 @@ class PaROStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             optimizer = self._only_optimizer()
-        blocks = find_blocks(module, self.block_classes) if self.block_classes else sync_blocks(module)
+        blocks = find_blocks(module, self.block_classes)
         self.engine = PaROEngine(
             module, optimizer, self.partition, Collectives(self.grid, self.collectives), blocks, precision, self.prefetch,
             self.overlap, self.min_unit_params, self.elementwise_optimizers,
@@ -265,6 +280,8 @@ class PaROStrategy(DDPStrategy):
             device: where it is kept; None: where the masters are.
         """
         assert self.engine is not None
+        if self.state_dict_type == "sharded":
+            raise ValueError("PaROStrategy: checkpoints with an average (EMA) need state_dict_type 'full': change one of them.")
         self._averages.append(ShardAverage(self.engine, device))
         return self._averages[-1]
 
@@ -357,6 +374,8 @@ class PaROStrategy(DDPStrategy):
         """Whole weights on rank 0, names and shapes elsewhere (Lightning hook)."""
         if self.engine is None:
             return super().lightning_module_state_dict()
+        if self.state_dict_type == "sharded":
+            return names_of_weights(self.engine)
         return weights(self.engine, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -365,7 +384,22 @@ class PaROStrategy(DDPStrategy):
             optimizer = optimizer._optimizer
         if self.engine is None or optimizer is not self.engine.optimizer:
             return super().optimizer_state(optimizer)
+        if self.state_dict_type == "sharded":
+            return {"state": {}, "param_groups": optimizer_groups(self.engine)}
         return optimizer_state(self.engine, keep=self.is_global_zero)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write one file on rank 0, or a folder of shards (Lightning hook)."""
+        if self.engine is None or self.state_dict_type == "full":
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            save_sharded(self.engine, filepath, checkpoint)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file, of any strategy, or a folder of shards (Lightning hook)."""
+        if is_sharded(checkpoint_path):
+            return read_sharded(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each rank takes its part of whole weights (Lightning hook)."""

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from tiny import TinyData
 from torch import Tensor, nn
 from torch.distributed import get_world_size
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from strategies import PaROStrategy
-from zoo.callbacks import RunCheckpoint
+from strategies.paro import consolidate
+from zoo.callbacks import EMA, RunCheckpoint
 from zoo.checkpoint import read_checkpoint
 from zoo.module import ZooModule
 
 STEPS = 6
+Saved = tuple[Path, dict[str, Tensor], dict[str, Tensor]]
 
 
 class Layers(ZooModule):
@@ -51,6 +53,8 @@ class Layers(ZooModule):
 
 
 def strategy_of(name: str) -> Any:
+    if name.endswith(" sharded"):
+        return PaROStrategy(name[:3], group_size=2, state_dict_type="sharded", min_unit_params=10)
     if len(name) == 3 and name.isupper():
         return PaROStrategy(name, group_size=2)
     return {"one": "auto", "ddp": "ddp"}[name]
@@ -62,7 +66,9 @@ def fit(
     torch.set_default_dtype(torch.float64)
     seed_everything(1, verbose=False)
     model = Layers()
-    callbacks = [] if save is None else [RunCheckpoint(every_n_steps=3, minutes=None, folder=folder / save)]
+    callbacks: list[Callback] = [] if "sharded" in f"{save}{resume}" or resume == "file" else [EMA(decay=0.8)]
+    if save is not None:
+        callbacks.append(RunCheckpoint(every_n_steps=3, minutes=None, folder=folder / save))
     trainer = Trainer(
         accelerator="cpu",
         devices=get_world_size(),
@@ -72,7 +78,7 @@ def fit(
         accumulate_grad_batches=2,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=save is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -98,34 +104,36 @@ def compare(a: Any, b: Any, where: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Checkpoints after half of the steps, by one process and under two codes; and the weights of a whole run."""
+def saved(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Checkpoints after half of the steps, by one process and under two codes; and the averages and weights of a whole run."""
     folder = tmp_path_factory.mktemp("saved")
-    ((whole, _), _) = pool.run(
-        fits, folder, [{"name": "one", "steps": STEPS}, {"name": "one", "steps": 3, "save": "one"}], world_size=1
-    )[0]
-    pool.run(fits, folder, [{"name": code, "steps": 3, "save": code} for code in ("IIG", "GGG")], world_size=4)
-    return folder, whole
+    jobs: list[dict[str, Any]] = [{"steps": STEPS}, {"steps": 3, "save": "one"}, {"steps": STEPS, "save": "unsharded"}]
+    ((average, _), _, (whole, _)) = pool.run(fits, folder, [{"name": "one", **job} for job in jobs], world_size=1)[0]
+    pool.run(fits, folder, [{"name": code, "steps": 3, "save": code} for code in ("IIG", "GGG", "IIG sharded")], world_size=4)
+    return folder, average, whole
 
 
-def test_checkpoints_are_those_of_one_process(saved: tuple[Path, dict[str, Tensor]]) -> None:
+def test_checkpoints_are_those_of_one_process(saved: Saved) -> None:
     one = read_checkpoint(saved[0] / "one/last.ckpt")
     for code in ("IIG", "GGG"):
         ours = read_checkpoint(saved[0] / code / "last.ckpt")
         assert ours.keys() == one.keys()
-        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
             compare(one[key], ours[key], key)
 
 
-def test_runs_continue_exactly_anywhere(pool: RankPool, saved: tuple[Path, dict[str, Tensor]]) -> None:
-    folder, whole = saved
+def test_runs_continue_exactly_anywhere(pool: RankPool, saved: Saved) -> None:
+    folder, average, whole = saved
     four = [{"name": name, "steps": STEPS, "resume": resume} for name, resume in (
-        ("IIG", "IIG"), ("NIG", "IIG"), ("III", "GGG"), ("GGG", "one"), ("ddp", "IIG"),
+        ("IIG", "IIG"), ("NIG", "IIG"), ("III", "GGG"), ("GGG", "one"), ("ddp", "IIG"), ("GGG", "IIG sharded"),
     )]  # fmt: skip
-    two = [{"name": "NNG", "steps": STEPS, "resume": "GGG"}]
-    one = [{"name": "one", "steps": STEPS, "resume": "IIG"}]
+    two = [{"name": "NNG", "steps": STEPS, "resume": resume} for resume in ("GGG", "IIG sharded")]
+    (folder / "file").mkdir()
+    consolidate(folder / "IIG sharded" / "last.ckpt", folder / "file" / "last.ckpt")
+    one = [{"name": "one", "steps": STEPS, "resume": resume} for resume in ("IIG", "file")]
     for jobs, world_size in ((four, 4), (two, 2), (one, 1)):
         for rank in pool.run(fits, folder, jobs, world_size=world_size):
             for job, (weights, _) in zip(jobs, rank, strict=True):
+                expected = whole if job["resume"] in ("IIG sharded", "file") else average
                 for name, value in weights.items():
-                    torch.testing.assert_close(value, whole[name], rtol=1e-10, atol=1e-10, msg=f"{job} {name}")
+                    torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=f"{job} {name}")

@@ -116,6 +116,9 @@ class Outcome:
 
 def run(folder: Path, setting: Setting) -> Outcome:
     """Fit with validation inside, then validate, test and predict."""
+    import faulthandler
+
+    faulthandler.enable()
     torch.set_default_dtype(torch.float64 if setting.precision == "64-true" else torch.float32)
     seed_everything(3, verbose=False)
     model = Recording(
@@ -201,6 +204,8 @@ def test_runs_of_ling_are_those_of_one_process(pool: RankPool, tmp_path: Path) -
 
 
 class Two(BoringModel):
+    automatic_optimization = False
+
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.layer.parameters(), lr=0.1), torch.optim.SGD(self.layer.parameters(), lr=0.1)]
 
