@@ -1,0 +1,220 @@
+"""Every code of PaRO trains as one process does: parameters, norms, recomputation, tied, frozen and unused parameters."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from distributed import RankPool
+from torch import Tensor, nn
+from torch.distributed import get_rank, get_world_size
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from strategies.paro import CODES, Collectives, PaROEngine, Partition, RankGrid
+
+WIDTH, WORDS, SAMPLES, LENGTH = 9, 7, 12, 3
+AdamW = "AdamW"
+
+
+class Layer(nn.Module):
+    """A residual layer whose sizes no number of ranks divides; gives its activations as a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 11)
+        self.down = nn.Linear(11, WIDTH)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        inside = self.up(self.norm(x)).tanh()
+        return {"x": x + self.down(inside), "penalty": inside.square().mean()}
+
+
+class Network(nn.Module):
+    """An embedding, layers, and a head; ``tied`` heads are the embedding."""
+
+    def __init__(self, depth: int = 3, tied: bool = False, recompute: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(depth))
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.recompute = recompute
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, penalty = self.words(ids), torch.zeros((), dtype=self.scale.dtype)
+        for layer in self.layers:
+            output = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            x, penalty = output["x"], penalty + output["penalty"]
+        loss = nn.functional.cross_entropy((self.scale * self.head(x)).flatten(0, 1), ids.roll(1, 1).flatten())
+        return loss + 0.1 * penalty
+
+
+@dataclass
+class Case:
+    """What is trained, and how."""
+
+    code: str = "IIG"
+    group: int = 2
+    micro: int = 1
+    steps: int = 3
+    dtype: torch.dtype = torch.float64
+    optimizer: str = AdamW
+    options: dict[str, Any] = field(default_factory=lambda: {"lr": 0.05, "weight_decay": 0.1})
+    network: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    groups: bool = False
+    clip: float | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What a rank saw."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    memory: dict[str, int]
+
+
+def build(case: Case) -> tuple[Network, Optimizer]:
+    torch.manual_seed(5)
+    network = Network(**case.network).to(case.dtype)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.startswith(case.frozen) if case.frozen else True)
+    parameters = list(network.parameters())
+    groups: Any = parameters
+    if case.groups:
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.3},
+            {"params": [p for p in parameters if p.dim() == 1], "lr": 0.01},
+        ]
+    return network, getattr(torch.optim, case.optimizer)(groups, **case.options)
+
+
+def batches(case: Case) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(WORDS, (SAMPLES, LENGTH), generator=generator) for _ in range(case.steps)]
+
+
+def one_process(case: Case) -> Outcome:
+    network, optimizer = build(case)
+    losses, norms = [], []
+    for batch in batches(case):
+        for part in batch.chunk(case.micro):
+            loss = network(part) / case.micro
+            loss.backward()
+            losses.append(loss.item())
+        for parameter in network.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), case.clip)
+        norms.append(norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return Outcome(losses, norms, {name: p.detach().clone() for name, p in network.named_parameters()}, {})
+
+
+def many_processes(case: Case, grid: RankGrid) -> Outcome:
+    network, optimizer = build(case)
+    if get_rank():
+        for parameter in network.parameters():
+            parameter.data.zero_()  # the values are those of rank 0
+    engine = PaROEngine(network, optimizer, Partition.of(case.code), Collectives(grid), **case.engine)
+    losses, norms = [], []
+    for batch in batches(case):
+        for index, part in enumerate(batch.chunk(case.micro)):
+            engine.last = index == case.micro - 1
+            engine.begin_forward()
+            loss = network(part.chunk(get_world_size())[get_rank()]) / case.micro
+            loss.backward()
+            engine.finish_backward()
+            losses.append(loss.item())
+            assert all(parameter.grad is None for parameter in network.parameters())
+        norm = engine.gradient_norm()
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        if case.clip:
+            torch.nn.utils.clip_grads_with_norm_(masters, case.clip, norm)
+        norms.append(norm.item())
+        optimizer.step()
+        engine.sync_parameters()
+        memory = engine.memory()
+        optimizer.zero_grad()
+    with engine.full_parameters():
+        weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+    return Outcome(losses, norms, weights, memory)
+
+
+def several(cases: list[Case]) -> list[Outcome]:
+    grids = {group: RankGrid(group) for group in sorted({case.group for case in cases})}
+    return [many_processes(case, grids[case.group]) for case in cases]
+
+
+def assert_equal(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
+    losses = torch.tensor([rank.losses for rank in ranks], dtype=torch.float64).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(one.losses, dtype=torch.float64), rtol=0, atol=tolerance)
+    for rank in ranks:
+        torch.testing.assert_close(torch.tensor(rank.norms), torch.tensor(one.norms), rtol=tolerance, atol=tolerance)
+        for name, value in rank.weights.items():
+            torch.testing.assert_close(value, one.weights[name], rtol=0, atol=tolerance, msg=name)
+
+
+def check(pool: RankPool, cases: list[Case], world_size: int, tolerance: float = 1e-10) -> list[list[Outcome]]:
+    outcomes = list(zip(*pool.run(several, cases, world_size=world_size, timeout=200), strict=True))
+    for case, ranks in zip(cases, outcomes, strict=True):
+        assert_equal(list(ranks), one_process(case), tolerance)
+    return [list(ranks) for ranks in outcomes]
+
+
+@pytest.mark.parametrize(("world_size", "groups"), [(4, (2, 4, 1)), (6, (3, 2)), (1, (1,))])
+def test_all_codes_train_as_one_process(pool: RankPool, world_size: int, groups: tuple[int, ...]) -> None:
+    cases = []
+    for group in groups:
+        for code in CODES:
+            micros = (1, 3) if (world_size, group) == (4, 2) else (2,) if world_size == 6 else (1,)
+            cases += [Case(code, group, micro, steps=2, clip=0.8) for micro in micros]
+    check(pool, cases, world_size)
+
+
+VARIANTS = {
+    "tied": {"network": {"tied": True}},
+    "recomputed": {"network": {"recompute": True}, "micro": 3},
+    "groups": {"groups": True},
+    "frozen": {"frozen": ("words", "layers.0", "layers.1.up", "layers.2.down")},
+    "tied, frozen, recomputed": {"network": {"tied": True, "recompute": True}, "frozen": ("layers.1",)},
+    "synchronous": {"engine": {"overlap": False}, "micro": 3},
+    "two ahead": {"engine": {"prefetch": 2}, "micro": 3},
+    "merged": {"engine": {"min_unit_params": 10**6}},
+}
+
+
+def test_variants_train_as_one_process(pool: RankPool) -> None:
+    check(pool, [Case(code, steps=2, **variant) for code in ("IIG", "GGG", "ING") for variant in VARIANTS.values()], 4)
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": {"lr": 0.05, "amsgrad": True},
+    "Adamax": {},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Adagrad": {"initial_accumulator_value": 0.3},
+    "Adadelta": {},
+    "ASGD": {},
+    "Rprop": {},
+}
+
+
+def test_elementwise_optimizers_are_exact(pool: RankPool) -> None:
+    cases = [Case("IIG", optimizer=name, options=options) for name, options in OPTIMIZERS.items()]
+    fused = Case("IIG", dtype=torch.float32, options={"lr": 0.05, "fused": True})
+    check(pool, cases, 4, 1e-8)
+    check(pool, [fused, Case("GIG", dtype=torch.float32)], 4, 2e-5)
