@@ -14,6 +14,8 @@ from rich.table import Table
 
 from strategies.paro.collectives import Method
 from strategies.paro.cost_model import Cluster, Cost, Job, LinkSpeed, rank_partitions
+from strategies.edit.blocks import sync_blocks
+from strategies.paro.units import plan_units
 from zoo.hyperparameters import build
 from zoo.module import ZooModule
 
@@ -159,7 +161,11 @@ def _count(model: ModelPlan) -> ModelPlan:
         return model
     with torch.device("meta"):
         module = build(ZooModule, model.module)
-    raise NotImplementedError(module)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    units = plan_units(module, sync_blocks(module), [trained])
+    sizes = [sum(parameter.numel() for _, parameter in unit.parameters) for unit in units]
+    root = sum(size for size, unit in zip(sizes, units, strict=True) if unit.block is None)
+    return ModelPlan(sum(sizes), sum(parameter.numel() for parameter in trained), len(units), root)
 
 
 def _table(cluster: Cluster, costs: Sequence[Cost]) -> Table:
