@@ -10,9 +10,9 @@ Trainer with gradients accumulated over 4 micro-batches, float32, AdamW:
   are all-reduced between groups at the last micro-batch only.
 
 All arms run in the same processes, several rounds in turns; the first step of a round is not counted. Then the same at 1 Gbit/s
-and with 4 groups of 2. Time of a step: that of the slowest process; egress: bytes that a group's network card sent in a step, beside
-the closed formula; state: parameters, gradients and optimizer state that rest on a rank. (DeepSpeed's ZeRO is not in the table:
-Lightning's strategy for it runs on CUDA only.)
+and with 4 groups of 2. Time of a step: that of the slowest process; egress: bytes that a group's network card sent in a step,
+beside the closed formula; state: parameters, gradients and optimizer state that rest on a rank. (DeepSpeed's ZeRO is not in the
+table: Lightning's strategy for it runs on CUDA only.)
 
 The advisor is judged by pairs of codes whose times differ by more than their spread (least to most over the steps): the share of
 which it orders as measured. It is given the bandwidth and latency that its probe measures in the same processes, and the time of
@@ -48,7 +48,7 @@ from benchmarks.record import Record
 from benchmarks.slow_link import SlowLinks, sent_bytes, unavailable
 from benchmarks.tables import Table
 from datamodules import Text
-from strategies.paro import CODES, Partition, PaROStrategy, RankGrid
+from strategies.paro import CODES, PaROStrategy, Partition, RankGrid
 from strategies.paro.cost_model import Cluster, Job, LinkSpeed, predict
 from strategies.paro.probe import measure_cluster
 from strategies.paro.volume import volume

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from strategies.edit.blocks import sync_blocks
 from strategies.paro.collectives import Method
 from strategies.paro.cost_model import Cluster, Cost, Job, LinkSpeed, rank_partitions
-from strategies.edit.blocks import sync_blocks
 from strategies.paro.units import plan_units
 from zoo.hyperparameters import build
 from zoo.module import ZooModule
