@@ -16,8 +16,8 @@ from strategies.edit.blocks import sync_blocks
 from strategies.paro.collectives import Method
 from strategies.paro.cost_model import Cluster, Cost, Job, LinkSpeed, rank_partitions
 from strategies.paro.units import plan_units
+from zoo import cli  # which knows the classes by their names
 from zoo.hyperparameters import build
-from zoo.module import ZooModule
 
 __all__ = ["ClusterPlan", "JobPlan", "ModelPlan", "plan"]
 
@@ -160,7 +160,7 @@ def _count(model: ModelPlan) -> ModelPlan:
     if model.module is None:
         return model
     with torch.device("meta"):
-        module = build(ZooModule, model.module)
+        module = build(cli.ZooModule, model.module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     units = plan_units(module, sync_blocks(module), [trained])
     sizes = [sum(parameter.numel() for _, parameter in unit.parameters) for unit in units]
