@@ -4,10 +4,13 @@ Of n ranks in groups of m, rank r is place ``j = r % m`` of group ``i = r // m``
 between groups slow.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Literal
 
 import torch
@@ -204,7 +207,7 @@ class Lane:
     flat: Ring | None = None
 
     def __post_init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
+        self._tasks: _Tasks | None = None
         self._last: Future[None] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -224,9 +227,13 @@ class Lane:
         if not async_op:
             self.drain()
             return self._now(operation)
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"paro-{self.direction}")
-        self._last = self._thread.submit(self._now, operation)
+        if self._tasks is None:
+            self._tasks = SimpleQueue()
+            # Not one of concurrent.futures: the interpreter would wait at its end for peers that are gone.
+            threading.Thread(target=_serve, args=(self._tasks,), name=f"paro {self.direction}", daemon=True).start()
+            weakref.finalize(self, self._tasks.put, None)
+        self._last = Future()
+        self._tasks.put((operation, self._last))
         return Work(self._last.result)
 
     def drain(self) -> None:
@@ -250,6 +257,23 @@ class Lane:
             tensor.record_stream(stream)
         event = stream.record_event()
         return Work(lambda: torch.cuda.current_stream().wait_event(event))
+
+
+_Tasks = SimpleQueue[tuple[Callable[[], None], "Future[None]"] | None]
+
+
+def _serve(tasks: _Tasks) -> None:
+    """Perform operations one after another until None comes; hold none of their tensors in between."""
+    while (task := tasks.get()) is not None:
+        operation, future = task
+        del task
+        try:
+            Lane._now(operation)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        del operation, future
 
 
 def _backend(device_type: str) -> str:

@@ -182,20 +182,18 @@ class HORing(WorldCollectives):
             return
         if blocks[i, j].data_ptr() != shard.data_ptr():
             blocks[i, j].copy_(shard)
-        inside = []
+        before: _Inside | None = None
         for step in range(ng):
             k = (i - step) % ng
             transfer = lane.outer.shift(blocks[k, j], blocks[k - 1, j], meter) if step < ng - 1 else None
-            if self.grid.m > 1:
-                # Places of a group's blocks are apart in block order: gather them elsewhere first.
-                whole = blocks[k].view(-1) if blocks[k].is_contiguous() else out.new_empty(blocks[k].numel())
-                inside.append((k, whole, lane.intra.all_gather(whole, blocks[k, j], meter)))
+            inside = _Inside(lane, blocks[k], j, meter) if self.grid.m > 1 else None
             if transfer is not None:
                 transfer.wait()
-        for k, whole, pending in inside:
-            pending.wait()
-            if whole.data_ptr() != blocks[k].data_ptr():
-                blocks[k].copy_(whole.view_as(blocks[k]))
+            if before is not None:  # two at a time keep the links inside busy, and scratch at 2 / ng of the buffer
+                before.finish()
+            before = inside
+        if before is not None:
+            before.finish()
 
     def _reduce(self, lane: Lane, out: Tensor, full: Tensor, meter: Meter) -> None:
         if not full.numel():
@@ -203,18 +201,33 @@ class HORing(WorldCollectives):
         i, ng = self.grid.i, self.grid.ng
         blocks = self._by_group(full)
         if self.method == "two_phase":
-            by_place = full if self.order == "block" else blocks.transpose(0, 1).reshape(-1)
+            by_place = full if self.order == "block" else blocks.transpose(0, 1).contiguous().view(-1)
             mine = lane.intra.reduce_scatter(by_place, meter).wait().to(full.dtype)
             out.copy_(lane.inter.reduce_scatter(mine, meter).wait())
             return
-        total = lane.intra.reduce_scatter(blocks[i - 1].reshape(-1), meter).wait()
+        total = lane.intra.reduce_scatter(blocks[i - 1].contiguous().view(-1), meter).wait()
         for step in range(ng - 1):
             received = full.new_empty(out.numel())
             transfer = lane.outer.shift(total.to(full.dtype), received, meter)
-            inside = lane.intra.reduce_scatter(blocks[(i - 2 - step) % ng].reshape(-1), meter).wait()
+            inside = lane.intra.reduce_scatter(blocks[(i - 2 - step) % ng].contiguous().view(-1), meter).wait()
             transfer.wait()
             total = received.to(sum_dtype(full.dtype)) + inside
         out.copy_(total)
+
+
+class _Inside:
+    """The blocks (m, block) of one group, of which each place has one, on their way to all places of this group."""
+
+    def __init__(self, lane: Lane, blocks: Tensor, place: int, meter: Meter) -> None:
+        self._blocks = blocks
+        # In block order the blocks of a group lie apart: gather them elsewhere first.
+        self._whole = blocks.view(-1) if blocks.is_contiguous() else blocks.new_empty(blocks.numel())
+        self._pending = lane.intra.all_gather(self._whole, blocks[place], meter)
+
+    def finish(self) -> None:
+        self._pending.wait()
+        if self._whole.data_ptr() != self._blocks.data_ptr():
+            self._blocks.copy_(self._whole.view_as(self._blocks))
 
 
 class FlatRing(WorldCollectives):

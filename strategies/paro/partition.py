@@ -70,8 +70,8 @@ def _check(code: str) -> None:
             f"partition {code!r}: a code is three letters of N (whole), I (divided inside a group), G (divided among all ranks),"
             f" for parameters, gradients and optimizer state. {admissible}"
         )
-    *others, optimizer = code
-    for letter, state in zip(others, ("parameters", "gradients"), strict=True):
+    optimizer = code[2]
+    for letter, state in ((code[0], "parameters"), (code[1], "gradients")):
         if _FINENESS.index(optimizer) < _FINENESS.index(letter):
             raise ValueError(
                 f"partition {code!r}: the optimizer state ({optimizer}) is coarser than the {state} ({letter}); with the order"
