@@ -254,7 +254,8 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
             values = {key: whole[place][start:stop].view(shape).clone() for key, place in keys.items()}
             parameters[name] = values.pop("")
             if name in numbers and (values or unit["other"]):
-                states[numbers[name]] = {**unit["other"], **values}
+                other = {key: value.clone() if isinstance(value, Tensor) else value for key, value in unit["other"].items()}
+                states[numbers[name]] = {**other, **values}
     meta["state_dict"] = {key: parameters[of] if isinstance(of, str) else of for key, of in meta["state_dict"].items()}
     for optimizer in meta.get("optimizer_states", ()):
         optimizer["state"] = dict(sorted(states.items()))
