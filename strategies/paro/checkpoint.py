@@ -44,7 +44,7 @@ def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
     """
     with engine.full_parameters(device=torch.device("cpu"), keep=keep):
         state = engine.module.state_dict()
-    return {name: _on_cpu(value) for name, value in state.items()}
+    return {name: _on_cpu(value) if keep else _on_meta(value) for name, value in state.items()}
 
 
 def optimizer_groups(engine: "PaROEngine") -> list[dict[str, Any]]:
@@ -157,7 +157,11 @@ def _is_flat(value: Any, unit: FlatUnit) -> bool:
 
 
 def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) and value.device.type != "meta" else value
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _on_meta(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 # Sharded
@@ -250,7 +254,8 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
             values = {key: whole[place][start:stop].view(shape).clone() for key, place in keys.items()}
             parameters[name] = values.pop("")
             if name in numbers and (values or unit["other"]):
-                states[numbers[name]] = {**unit["other"], **values}
+                other = {key: value.clone() if isinstance(value, Tensor) else value for key, value in unit["other"].items()}
+                states[numbers[name]] = {**other, **values}
     meta["state_dict"] = {key: parameters[of] if isinstance(of, str) else of for key, of in meta["state_dict"].items()}
     for optimizer in meta.get("optimizer_states", ()):
         optimizer["state"] = dict(sorted(states.items()))

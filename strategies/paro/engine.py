@@ -445,11 +445,14 @@ class PaROEngine:
         Args:
             writeback: take the values that they have in the end, on each rank its part.
             device: where they lie; default: where the units do.
-            keep: False: only take part in gathering; parameters are then on the device ``meta``.
+            keep: False: only take part in gathering; parameters are then zeros, without memory.
         """
         for unit in self.units:
             flat = self.read(unit)
-            unit.show(flat.to(device) if keep else flat.to("meta"))
+            if keep:
+                unit.show(flat.to(device))
+            else:
+                unit.blank(0)
         try:
             yield
             if writeback:
@@ -475,9 +478,7 @@ class PaROEngine:
             if restore:
                 unit.show(self.read(unit).to("cpu", unit.compute))
             elif self.partition.parameters != "N":
-                for slot in unit.slots:
-                    blank = float("nan") if unit.compute.is_floating_point else 0
-                    slot.parameter.data = torch.full((), blank, dtype=unit.compute).expand(slot.shape)
+                unit.blank(float("nan") if unit.compute.is_floating_point else 0)
         if self.optimizer is not None:
             self.optimizer.state.clear()
             for group, parameters in zip(self.optimizer.param_groups, self.groups, strict=True):

@@ -50,9 +50,10 @@ class PaROStrategy(DDPStrategy):
 
     Parameters are gathered block by block around the calls of the blocks. A block is an entry of an ``nn.ModuleList``, or an
     instance of ``block_classes``; everything else is gathered for the whole step. A block must be called: nothing may read its
-    weights from outside, where they have no memory. All ranks must call the same blocks in the same order in training. Parameters that take part in no loss get gradients of zeros
-    (weight decay applies to them), as on flat shards all elements are updated. Blocks under activation checkpointing must use
-    the non-reentrant kind. Buffers are those of rank 0 at the start, and each rank's own afterwards.
+    weights from outside, where they have no memory. All ranks must call the same blocks in the same order in training.
+    Parameters that take part in no loss get gradients of zeros (weight decay applies to them), as on flat shards all elements
+    are updated. Blocks under activation checkpointing must use the non-reentrant kind. Buffers are those of rank 0 at the
+    start, and each rank's own afterwards.
 
     Gradients are in the masters, ``optimizer.param_groups``; ``parameter.grad`` is None outside of a backward pass. Where
     weights are needed outside of steps and evaluation, use `summon_full_params`. Precision is 32-true, 64-true, bf16-mixed, or

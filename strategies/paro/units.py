@@ -266,6 +266,11 @@ class FlatUnit:
         for slot in self.slots:
             slot.parameter.data = flat[slot.start : slot.stop].view(slot.shape).clone()
 
+    def blank(self, value: float) -> None:
+        """Let the parameters have one value everywhere, and no memory."""
+        for slot in self.slots:
+            slot.parameter.data = torch.full((), value, dtype=self.compute, device=self.full.device).expand(slot.shape)
+
     def collect(self) -> Tensor:
         """The values that the parameters have now, (size,), in the format of the masters."""
         flat = torch.zeros(self.size, dtype=self.master_dtype, device=self.full.device)

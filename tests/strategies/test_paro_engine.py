@@ -179,7 +179,7 @@ def test_all_codes_train_as_one_process(pool: RankPool, world_size: int, groups:
     for group in groups:
         for code in CODES:
             micros = (1, 3) if (world_size, group) == (4, 2) else (2,) if world_size == 6 else (1,)
-            cases += [Case(code, group, micro, steps=2, clip=0.8) for micro in micros]
+            cases += [Case(code, group, micro, steps=2, clip=0.8, network={"depth": 2}) for micro in micros]
     check(pool, cases, world_size)
 
 

@@ -116,9 +116,6 @@ class Outcome:
 
 def run(folder: Path, setting: Setting) -> Outcome:
     """Fit with validation inside, then validate, test and predict."""
-    import faulthandler
-
-    faulthandler.enable()
     torch.set_default_dtype(torch.float64 if setting.precision == "64-true" else torch.float32)
     seed_everything(3, verbose=False)
     model = Recording(
