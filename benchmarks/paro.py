@@ -252,13 +252,12 @@ def as_rank(group_size: int, rounds: int, steps: int, smoke: bool, arms: Sequenc
 
 def job_of(compute: float, smoke: bool) -> Job:
     """What is trained, for the advisor."""
-    from strategies.edit.blocks import sync_blocks
-    from strategies.paro.units import plan_units
+    from strategies.paro.units import find_blocks, plan_units
 
     with torch.device("meta"):
         model = Ling(SMOKE if smoke else CONFIG, **options())
     groups = [list(group["params"]) for group in model.parameter_groups()]
-    plans = plan_units(model, sync_blocks(model), groups)
+    plans = plan_units(model, find_blocks(model), groups)
     sizes = [sum(parameter.numel() for _, parameter in plan.parameters) for plan in plans]
     root = sum(size for size, plan in zip(sizes, plans, strict=True) if plan.block is None)
     return Job(

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from strategies.edit.blocks import sync_blocks
 from strategies.paro.collectives import Method
 from strategies.paro.cost_model import Cluster, Cost, Job, LinkSpeed, rank_partitions
-from strategies.paro.units import plan_units
+from strategies.paro.units import find_blocks, plan_units
 from zoo import cli  # which knows the classes by their names
 from zoo.hyperparameters import build
 
@@ -162,7 +161,7 @@ def _count(model: ModelPlan) -> ModelPlan:
     with torch.device("meta"):
         module = build(cli.ZooModule, model.module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    units = plan_units(module, sync_blocks(module), [trained])
+    units = plan_units(module, find_blocks(module), [trained])
     sizes = [sum(parameter.numel() for _, parameter in unit.parameters) for unit in units]
     root = sum(size for size, unit in zip(sizes, units, strict=True) if unit.block is None)
     return ModelPlan(sum(sizes), sum(parameter.numel() for parameter in trained), len(units), root)
