@@ -1,6 +1,8 @@
 """Runs of Lightning under PaRO are those of one process: accumulation, clipping, schedules, averages, guards, evaluation."""
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +12,9 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import get_world_size
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -288,6 +291,85 @@ def test_models_of_images_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
             assert ours.metrics == pytest.approx(one.metrics, rel=1e-8)
             for index, image in ours.images.items():
                 torch.testing.assert_close(image, one.images[index], rtol=1e-8, atol=1e-8)
+
+
+class Stack(LightningModule):
+    """Layers that are optimized by hand, in two backward passes a step, and that fail when told to."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.fail_at = fail_at
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == self.fail_at:
+            raise ArithmeticError("told to fail")
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self(batch).square().mean())
+        self.manual_backward(self(batch).abs().mean())
+        optimizer.step()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self(batch).square().mean(), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            strategy = self.trainer.strategy
+            summoned = strategy.summon_full_params(writeback=True) if isinstance(strategy, PaROStrategy) else nullcontext()
+            with summoned:
+                self.layers[0].bias.data.add_(0.5)
+                copied = copy.deepcopy(self.layers)  # has no hooks, so that nothing is gathered for it
+            assert copied[0](batch).shape == batch.shape
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Averaging(WeightAveraging):
+    """Reads whole weights, as Lightning's own do."""
+
+
+def by_hand(folder: Path, code: str | None, fail_at: int, callbacks: int = 0) -> tuple[dict[str, Tensor], float, str]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, said = Stack(fail_at), ""
+    strategy: Any = "auto" if code is None else PaROStrategy(code, group_size=1, gather_for_evaluation=False)
+    trainer = Trainer(
+        accelerator="cpu", devices=get_world_size(), strategy=strategy, precision="64-true", max_steps=8, logger=False,
+        callbacks=[Averaging()] * callbacks, default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
+        use_distributed_sampler=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = DataLoader(torch.randn(16, 32, generator=torch.Generator().manual_seed(1)), batch_size=4)
+    try:
+        trainer.fit(model, data, data)
+    except (ArithmeticError, ValueError) as error:
+        said = str(error)
+    return dict(model.state_dict()), float(trainer.callback_metrics.get("val_loss", 0.0)), said
+
+
+def several_by_hand(folder: Path, jobs: list[tuple[Any, ...]]) -> list[tuple[dict[str, Tensor], float, str]]:
+    return [by_hand(folder, *job) for job in jobs]
+
+
+def test_manual_optimization_evaluation_by_blocks_and_failures(pool: RankPool, tmp_path: Path) -> None:
+    """All ranks see the same samples here, so that the mean over ranks is what one process has."""
+    ((one, loss, _),) = pool.run(several_by_hand, tmp_path, [(None, -1)], world_size=1)[0]
+    jobs = [("GGG", -1), ("NNG", -1), ("GGG", 2), ("GGG", -1, 1)]
+    for rank in pool.run(several_by_hand, tmp_path, jobs):
+        for weights, seen, said in rank[:2]:
+            assert said == "" and seen == pytest.approx(loss, rel=1e-10)
+            for name, value in weights.items():
+                torch.testing.assert_close(value, one[name], rtol=1e-10, atol=1e-10, msg=name)
+        failed, refused = rank[2:]
+        assert failed[2] == "told to fail" and all(value.isnan().all() for value in failed[0].values())
+        assert "Averaging" in refused[2]
 
 
 class Two(BoringModel):
