@@ -240,11 +240,6 @@ class PaROStrategy(DDPStrategy):
         if self.engine is not None:
             self.engine.release_all()
 
-    def _hold_until_training(self) -> None:
-        """The module's own hooks may look at weights while a checkpoint is loaded."""
-        if self.engine is not None:
-            self.engine.gather_all()
-
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Inside, a backward pass is not the last one of a step (Lightning hook)."""
@@ -316,8 +311,11 @@ class PaROStrategy(DDPStrategy):
     # Evaluation
 
     def on_validation_start(self) -> None:
-        """Gather all weights (Lightning hook)."""
-        self._hold()
+        """Gather all weights, or none if they are to be gathered block by block (Lightning hook)."""
+        if self.engine is not None and self.gather_for_evaluation:
+            self.engine.gather_all()
+        elif self.engine is not None:
+            self.engine.release_all()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -327,10 +325,6 @@ class PaROStrategy(DDPStrategy):
             self.engine.release_all()
 
     on_test_end = on_predict_end = on_validation_end
-
-    def _hold(self) -> None:
-        if self.engine is not None and self.gather_for_evaluation:
-            self.engine.gather_all()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -419,7 +413,8 @@ class PaROStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, of any strategy, or a folder of shards (Lightning hook)."""
-        self._hold_until_training()
+        if self.engine is not None:
+            self.engine.gather_all()  # the module's own hooks may look at weights while it is loaded
         if is_sharded(checkpoint_path):
             return read_sharded(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only)
