@@ -1,5 +1,6 @@
 """Checkpoints of partitioned states: whole, in the form of one process, or sharded, read under any code and world size."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,9 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
     for unit in units:
         keys = {"": f"weights/{unit['name']}", **{key: f"optimizer/{unit['name']}/{key}" for key in unit["flat"]}}
         whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in keys.values()}
-        dcp.load(whole, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is wanted
+            dcp.load(whole, checkpoint_id=folder, no_dist=True)
         for name, shape, start, stop in unit["slots"]:
             values = {key: whole[place][start:stop].view(shape).clone() for key, place in keys.items()}
             parameters[name] = values.pop("")

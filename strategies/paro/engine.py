@@ -1,7 +1,7 @@
 """The training step of all codes: when parameters are gathered, gradients reduced, masters updated and spread again."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -54,6 +54,23 @@ class _Block:
         self.units = units
         self.in_backward = False
         self.pending_inputs = 0
+
+
+class _Hook:
+    """A hook of a module that copies of the module do not have."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(_nothing)
+
+
+def _nothing(*args: Any) -> None:
+    pass
 
 
 class PaROEngine:
@@ -157,7 +174,7 @@ class PaROEngine:
     def _install(self) -> None:
         for block in self._blocks:
             if block.module is not None and self.partition.parameters != "N":
-                before, after = partial(self._before_forward, block), partial(self._after_forward, block)
+                before, after = _Hook(partial(self._before_forward, block)), _Hook(partial(self._after_forward, block))
                 self._handles.append(block.module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(block.module.register_forward_hook(after))
         trained = set()

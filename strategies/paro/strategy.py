@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -157,6 +158,7 @@ class PaROStrategy(DDPStrategy):
         assert module is not None
         self._trainer = trainer
         self._check_precision(trainer)
+        self._check_callbacks(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.gather_for_evaluation:
             super().setup(trainer)
@@ -196,6 +198,15 @@ class PaROStrategy(DDPStrategy):
         if type(plugin) not in _OPTIMIZED:
             raise ValueError(f"PaROStrategy does not go with {type(plugin).__name__}: use bf16-mixed, bf16-true or 32-true.")
 
+    def _check_callbacks(self, trainer: Trainer) -> None:
+        for callback in trainer.callbacks if self.shards_parameters else ():  # type: ignore[attr-defined]
+            averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+            if averages and not getattr(callback, "averages_shards", False):
+                raise ValueError(
+                    f"PaROStrategy: {type(callback).__name__} reads whole weights, of which a rank holds a part only under"
+                    f" {self.partition}: use EMA of the zoo, or a code with whole parameters such as NIG."
+                )
+
     def _only_optimizer(self) -> Optimizer | None:
         if len(self.optimizers) > 1:
             names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
@@ -223,6 +234,11 @@ class PaROStrategy(DDPStrategy):
         super().teardown()
 
     # Training
+
+    def on_train_start(self) -> None:
+        """Release what was gathered while a checkpoint was loaded (Lightning hook)."""
+        if self.engine is not None:
+            self.engine.release_all()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -295,8 +311,11 @@ class PaROStrategy(DDPStrategy):
     # Evaluation
 
     def on_validation_start(self) -> None:
-        """Gather all weights (Lightning hook)."""
-        self._hold()
+        """Gather all weights, or none if they are to be gathered block by block (Lightning hook)."""
+        if self.engine is not None and self.gather_for_evaluation:
+            self.engine.gather_all()
+        elif self.engine is not None:
+            self.engine.release_all()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -306,10 +325,6 @@ class PaROStrategy(DDPStrategy):
             self.engine.release_all()
 
     on_test_end = on_predict_end = on_validation_end
-
-    def _hold(self) -> None:
-        if self.engine is not None and self.gather_for_evaluation:
-            self.engine.gather_all()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -398,6 +413,8 @@ class PaROStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, of any strategy, or a folder of shards (Lightning hook)."""
+        if self.engine is not None:
+            self.engine.gather_all()  # the module's own hooks may look at weights while it is loaded
         if is_sharded(checkpoint_path):
             return read_sharded(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only)

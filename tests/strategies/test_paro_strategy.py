@@ -1,5 +1,8 @@
-"""Runs of Lightning under PaRO are runs of one process: Ling with accumulation, clipping, schedules, guards, evaluation."""
+"""Runs of Lightning under PaRO are those of one process: accumulation, clipping, schedules, averages, guards, evaluation."""
 
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,15 +12,20 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import get_world_size
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
+from datamodules import Digits
 from datamodules.datamodule import ZooDataModule
 from strategies import PaROStrategy
-from zoo.callbacks import SpikeGuard
+from zoo.bfn.module import BFN
+from zoo.bfn.networks import ResidualMLP
+from zoo.callbacks import EMA, SpikeGuard
+from zoo.emigm import EMIGM, Architecture, Masking, MaskSampler, PixelCodec
 from zoo.ling import Ling, LingConfig
 
 GLOBAL_BATCH, LENGTH = 8, 6
@@ -198,6 +206,170 @@ def test_runs_of_ling_are_those_of_one_process(pool: RankPool, tmp_path: Path) -
     assert all(value.dtype != torch.float32 for value in every[4][0].weights.values() if value.is_floating_point())
     sharded, whole = every[1][0].stats[-1], every[3][0].stats[-1]
     assert sharded["gathered"] == 0 and sharded["optimizer"] * 4 == whole["optimizer"]
+
+
+def bfn() -> LightningModule:
+    return BFN(network=ResidualMLP(width=16, depth=2), likelihood_steps=(0, 5), optimizer=partial(torch.optim.AdamW, lr=1e-2))
+
+
+def emigm() -> LightningModule:
+    return EMIGM(
+        codec=PixelCodec((1, 8, 8), mean=0.3052, std=0.3761),
+        architecture=Architecture(width=16, encoder_depth=1, decoder_depth=2, num_heads=2, head_depth=1, head_width=16),
+        num_classes=10,
+        patch_size=2,
+        buffer_size=2,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+        masking=Masking(law="fixed_count"),
+        sampler=MaskSampler(num_iter=2, head_steps=2),
+        samples_per_class=1,
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+    )
+
+
+@dataclass
+class Images:
+    """What one process saw of a run of a model of images."""
+
+    weights: dict[str, Tensor]
+    metrics: dict[str, float]
+    images: dict[int, Tensor]
+
+
+def images(folder: Path, make: Callable[[], LightningModule], code: str | None) -> Images:
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    model = make()
+    draw = getattr(model, "masking", None) and model.masking.draw
+    if draw:  # times are each rank's own otherwise
+        model.masking.draw = lambda random, num_tokens, time=None: draw(random, num_tokens, 0.3 if time is None else time)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=get_world_size(),
+        strategy="auto" if code is None else PaROStrategy(code, group_size=2),
+        precision="64-true",
+        max_epochs=1,
+        limit_train_batches=5,
+        limit_val_batches=1,
+        limit_test_batches=1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        callbacks=[EMA(decay=0.9)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    data = Digits(batch_size=32 // get_world_size(), predict_samples=5)
+    trainer.fit(model, data)
+    inside = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
+    if draw:
+        del model.masking.draw
+    batches = trainer.predict(model, data)
+    assert batches is not None
+    return Images(
+        {name: value.detach().clone() for name, value in LightningModule.state_dict(model).items()},
+        inside,
+        {int(index): image for batch in batches for index, image in zip(batch["index"], batch["images"], strict=True)},
+    )
+
+
+def images_of(folder: Path, jobs: list[tuple[Callable[[], LightningModule], str | None]]) -> list[Images]:
+    return [images(folder, *job) for job in jobs]
+
+
+def test_models_of_images_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
+    """Averaged weights, validation of the average inside the run, and samples, one rank with more of them than others."""
+    ones = pool.run(images_of, tmp_path, [(bfn, None), (emigm, None)], world_size=1)[0]
+    for rank in pool.run(images_of, tmp_path, [(bfn, "IIG"), (emigm, "GGG")], world_size=4):
+        for ours, one in zip(rank, ones, strict=True):
+            assert ours.weights.keys() == one.weights.keys() and one.metrics
+            for name, value in ours.weights.items():
+                torch.testing.assert_close(value, one.weights[name], rtol=1e-10, atol=1e-10, msg=name)
+            assert ours.metrics == pytest.approx(one.metrics, rel=1e-8)
+            for index, image in ours.images.items():
+                torch.testing.assert_close(image, one.images[index], rtol=1e-8, atol=1e-8)
+
+
+class Stack(LightningModule):
+    """Layers that are optimized by hand, in two backward passes a step, and that fail when told to."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.fail_at = fail_at
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == self.fail_at:
+            raise ArithmeticError("told to fail")
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self(batch).square().mean())
+        self.manual_backward(self(batch).abs().mean())
+        optimizer.step()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self(batch).square().mean(), sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            strategy = self.trainer.strategy
+            summoned = strategy.summon_full_params(writeback=True) if isinstance(strategy, PaROStrategy) else nullcontext()
+            with summoned:
+                self.layers[0].bias.data.add_(0.5)
+                copied = copy.deepcopy(self.layers)  # has no hooks, so that nothing is gathered for it
+            assert copied[0](batch).shape == batch.shape
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Averaging(WeightAveraging):
+    """Reads whole weights, as Lightning's own do."""
+
+
+def by_hand(folder: Path, code: str | None, fail_at: int, callbacks: int = 0) -> tuple[dict[str, Tensor], float, str]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, said = Stack(fail_at), ""
+    strategy: Any = "auto" if code is None else PaROStrategy(code, group_size=1, gather_for_evaluation=False)
+    trainer = Trainer(
+        accelerator="cpu", devices=get_world_size(), strategy=strategy, precision="64-true", max_steps=8, logger=False,
+        callbacks=[Averaging()] * callbacks, default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
+        use_distributed_sampler=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = DataLoader(torch.randn(16, 32, generator=torch.Generator().manual_seed(1)), batch_size=4)
+    try:
+        trainer.fit(model, data, data)
+    except (ArithmeticError, ValueError) as error:
+        said = str(error)
+    return dict(model.state_dict()), float(trainer.callback_metrics.get("val_loss", 0.0)), said
+
+
+def several_by_hand(folder: Path, jobs: list[tuple[Any, ...]]) -> list[tuple[dict[str, Tensor], float, str]]:
+    return [by_hand(folder, *job) for job in jobs]
+
+
+def test_manual_optimization_evaluation_by_blocks_and_failures(pool: RankPool, tmp_path: Path) -> None:
+    """All ranks see the same samples here, so that the mean over ranks is what one process has."""
+    ((one, loss, _),) = pool.run(several_by_hand, tmp_path, [(None, -1)], world_size=1)[0]
+    jobs = [("GGG", -1), ("NNG", -1), ("GGG", 2), ("GGG", -1, 1)]
+    for rank in pool.run(several_by_hand, tmp_path, jobs):
+        for weights, seen, said in rank[:2]:
+            assert said == "" and seen == pytest.approx(loss, rel=1e-10)
+            for name, value in weights.items():
+                torch.testing.assert_close(value, one[name], rtol=1e-10, atol=1e-10, msg=name)
+        failed, refused = rank[2:]
+        assert failed[2] == "told to fail" and all(value.isnan().all() for value in failed[0].values())
+        assert "Averaging" in refused[2]
 
 
 class Two(BoringModel):

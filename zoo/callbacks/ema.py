@@ -62,6 +62,9 @@ class EMA(WeightAveraging):
         ValueError: decay outside [0, 1), or a strategy that shards the weights and does not average its own shards.
     """
 
+    #: Tells strategies that divide the weights that this callback asks them for an average (`AveragesShards`).
+    averages_shards = True
+
     def __init__(self, decay: float = 0.9999, warmup: bool = False, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay={decay} must lie in [0, 1); 0.999 or 0.9999 are usual.")
