@@ -2,5 +2,6 @@
 
 from strategies.edit import EDiTShardedStrategy, EDiTStrategy
 from strategies.expert import ExpertParallelStrategy
+from strategies.paro import PaROStrategy
 
-__all__ = ["EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy"]
+__all__ = ["EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy", "PaROStrategy"]

@@ -59,7 +59,7 @@ class Transfer:
         operation: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast``, ``all_to_all``, ...
         num_bytes: size of the whole tensor that it is about: what is reduced or broadcast, what is gathered, what is
             scattered; for ``all_to_all`` and ``gather``, what this process hands in. 0 for a barrier.
-        ranks: global ranks of the group.
+        ranks: global ranks of the group; for ``send`` and ``recv`` this rank and the other.
         link: ``self`` for a group of one process, ``intra`` if all of it lies in one group of neighbours, else ``inter``.
     """
 
@@ -80,6 +80,8 @@ class Transfer:
 @dataclass
 class Traffic:
     """Counts the collectives of this process while the context lasts, those of autograd and of DDP's reducer included.
+
+    It does not see those of threads that the program has started itself.
 
     Args:
         neighbours: so many consecutive ranks share the fast links (a node); None: all of them do.
@@ -150,11 +152,20 @@ class _Watch(TorchDispatchMode):
         if name not in _OPERATIONS:
             raise NotImplementedError(f"Traffic does not know the collective {func._schema.name}; add it to its table.")
         operation, which = _OPERATIONS[name]
-        ranks = tuple(dist.get_process_group_ranks(_group(func, args)))
+        ranks = _ranks(func, args)
         sizes = [size for arg in args if (size := _bytes(arg)) is not None]
         num_bytes = 0 if which is None else max(sizes) if which == -1 else sizes[which]
         num_bytes *= len(ranks) if name in _GATHERS_FROM_PIECE else 1
         self.traffic.transfers.append(Transfer(operation, num_bytes, ranks, self.traffic.link_of(ranks)))
+
+
+def _ranks(func: Any, args: list[Any]) -> tuple[int, ...]:
+    """Global ranks of the group, or of the two ends of a message that goes from one rank to another."""
+    group = _group(func, args)
+    for described, arg in zip(func._schema.arguments, args, strict=False):
+        if described.name in ("dst", "src"):
+            return dist.get_rank(), dist.get_global_rank(group, arg)
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _group(func: Any, args: list[Any]) -> dist.ProcessGroup:

@@ -53,6 +53,10 @@ def _run(argv: list[str]) -> None:
         from zoo.verbs import convert
 
         convert(argv[1:])
+    elif verb == "plan":
+        from zoo.planning import plan
+
+        plan(argv[1:])
     else:
         from zoo.cli import ZooCLI
 

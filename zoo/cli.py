@@ -125,7 +125,7 @@ class ZooCLI(LightningCLI):
             parser_class=ZooArgumentParser,
             parser_kwargs={
                 "prog": "zoo",
-                "description": "Research systems that people can actually run. More verbs: list, assets, convert.",
+                "description": "Research systems that people can actually run. More verbs: list, assets, convert, plan.",
             },
             args=args,
             **kwargs,

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +11,32 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "AveragesShards", "ShardedAverage"]
+
+
+class ShardedAverage(Protocol):
+    """An average of which each rank keeps a part; all methods but `update` and `restart` are collective calls."""
+
+    def update(self, decay: float) -> None:
+        """``average <- decay * average + (1 - decay) * weights``."""
+
+    def swap(self) -> None:
+        """Exchange average and weights."""
+
+    def restart(self) -> None:
+        """Begin again at the present weights."""
+
+    def weights(self, keep: bool) -> dict[str, Any]:
+        """The module's whole averaged ``state_dict``, where ``keep``; elsewhere names and shapes."""
+
+
+@runtime_checkable
+class AveragesShards(Protocol):
+    """A strategy that averages the shards it keeps, and leaves the average in the module when training has ended."""
+
+    def average_shards(self, device: str | None) -> ShardedAverage:
+        """A new average, once the strategy is set up; of one that is resumed, before weights are loaded."""
+        ...
 
 
 def _shards_weights(strategy: Strategy) -> bool:
@@ -44,6 +69,9 @@ class EMA(WeightAveraging):
         ValueError: decay outside [0, 1), or a strategy that shards the weights and does not average its own shards.
     """
 
+    #: Tells strategies that divide the weights that this callback asks them for an average (`AveragesShards`).
+    averages_shards = True
+
     def __init__(self, decay: float = 0.9999, warmup: bool = False, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay={decay} must lie in [0, 1); 0.999 or 0.9999 are usual.")
@@ -53,15 +81,21 @@ class EMA(WeightAveraging):
         self._applied = 0
         self._averaged = 0
         self._swapped = False
+        self._sharded: ShardedAverage | None = None
+        self._kept_on = device
 
     def _average(self, average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        decay = min(self.decay, (1 + self._averaged) / (10 + self._averaged)) if self.warmup else self.decay
-        update: Callable[..., None] = get_ema_multi_avg_fn(decay)
+        update: Callable[..., None] = get_ema_multi_avg_fn(self._decay_now())
         update(average, [tensor.to(average[0].device) for tensor in current], num_averaged)
+
+    def _decay_now(self) -> float:
+        return min(self.decay, (1 + self._averaged) / (10 + self._averaged)) if self.warmup else self.decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the weights (Lightning hook)."""
         strategy: Strategy = trainer.strategy
+        if isinstance(strategy, AveragesShards):
+            return
         if stage == "fit" and _shards_weights(strategy):
             raise ValueError(
                 f"EMA: {type(strategy).__name__} shards the weights, which this callback cannot average:"
@@ -71,6 +105,11 @@ class EMA(WeightAveraging):
         if self._average_model is not None:
             # torch averages the very first time by copying; the published recursion starts at the initial weights.
             self._average_model.n_averaged.fill_(1)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin an average of shards (Lightning hook)."""
+        if isinstance(trainer.strategy, AveragesShards):
+            self._sharded = trainer.strategy.average_shards(self._kept_on)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the steps that optimizers really apply (Lightning hook)."""
@@ -88,7 +127,11 @@ class EMA(WeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Average after an applied step (Lightning hook)."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._sharded is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif self.should_update(trainer.global_step - 1):
+            self._sharded.update(self._decay_now())
+            self._latest_update_step = trainer.global_step
         self._averaged = self._applied
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,10 +147,13 @@ class EMA(WeightAveraging):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the current weights back before a checkpoint is saved (Lightning hook)."""
-        if self._swapped:
+        if self._swapped and self._sharded is None:  # ranks that fail are not together
             self._swap(pl_module)
 
     def _swap(self, pl_module: LightningModule) -> None:
+        if self._sharded is not None:
+            self._sharded.swap()
+            self._swapped = not self._swapped
         if self._average_model is not None:
             self._swap_models(pl_module)
             _tell_of_change(pl_module)
@@ -122,6 +168,7 @@ class EMA(WeightAveraging):
             self._copy_average_to_current(pl_module)
             _tell_of_change(pl_module)
             self._average_model = None
+        self._sharded = None  # the strategy has left the average there
 
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint."""
@@ -134,6 +181,10 @@ class EMA(WeightAveraging):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load current and averaged weights (Lightning hook); outside of training the average is all that is needed."""
+        if self._sharded is not None:
+            self._sharded.restart()
+            if "current_model_state" in checkpoint:
+                trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]})
         if self._average_model is not None:
             if "averaged_model_state" in checkpoint:
                 checkpoint = {**checkpoint, "state_dict": checkpoint["averaged_model_state"]}
@@ -141,6 +192,10 @@ class EMA(WeightAveraging):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average where checkpoints keep the weights (Lightning hook)."""
+        if self._sharded is not None:
+            checkpoint["current_model_state"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = self._sharded.weights(keep=trainer.is_global_zero)
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(1 + self._applied)}
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
             if isinstance(trainer.strategy, DeepSpeedStrategy):  # which writes the engine's weights as `state_dict`
