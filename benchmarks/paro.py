@@ -174,7 +174,7 @@ def formula_of(strategy: PaROStrategy) -> dict[str, int]:
     assert engine is not None and grid is not None
     sizes = [(unit.size, unit.plan.block is None) for unit in engine.units]
     return asdict(volume(
-        strategy.partition, n=grid.n, m=grid.m, s=MICRO_BATCHES, psi=sum(size for size, _ in sizes),
+        engine.partition, n=grid.n, m=grid.m, s=MICRO_BATCHES, psi=sum(size for size, _ in sizes),
         psi_root=sum(size for size, root in sizes if root),
     ))  # fmt: skip
 

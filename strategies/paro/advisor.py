@@ -1,4 +1,4 @@
-"""Chooses a partition for a model on a cluster."""
+"""What is known of a model, and which partitions of it fit a cluster best."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from strategies.paro.cost_model import Cluster, Cost, Job, rank_partitions
 from strategies.paro.precision import StatePrecision
 from strategies.paro.units import UnitPlan
 
-__all__ = ["choose", "job_of", "states_per_element"]
+__all__ = ["job_of", "rank_fitting", "states_per_element"]
 
 _STATES = {"Rprop": 2, "Adagrad": 1, "ASGD": 1}
 """Tensors that an optimizer keeps for a parameter, where it is not as `states_per_element` says."""
@@ -73,8 +73,8 @@ def _mean(parameters: Sequence[Tensor], num_bytes: Callable[[torch.dtype], int])
     return sum(parameter.numel() * num_bytes(parameter.dtype) for parameter in parameters) / max(total, 1)
 
 
-def choose(cluster: Cluster, job: Job, method: Method = "overlapped") -> tuple[Cost, list[Cost]]:
-    """The partition that fits and takes the least time, and all of them in that order.
+def rank_fitting(cluster: Cluster, job: Job, method: Method = "overlapped") -> list[Cost]:
+    """The partitions that fit into a device, the best first.
 
     Args:
         cluster: where.
@@ -82,14 +82,15 @@ def choose(cluster: Cluster, job: Job, method: Method = "overlapped") -> tuple[C
         method: how collectives over all devices run.
 
     Raises:
-        ValueError: none fits into the memory of a device.
+        ValueError: none fits.
     """
     costs = rank_partitions(cluster, job, method)
-    if not costs[0].fits:
+    fitting = [cost for cost in costs if cost.fits]
+    if not fitting:
         least = min(costs, key=lambda cost: cost.memory)
         assert cluster.memory is not None
         raise ValueError(
             f"partition auto: no partition fits into {cluster.memory / 1e9:.3g} GB a device; {least.partition} needs the least,"
             f" {least.memory / 1e9:.3g} GB: use more devices, or raise memory_limit_gb."
         )
-    return costs[0], costs
+    return fitting

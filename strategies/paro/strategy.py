@@ -5,17 +5,20 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from strategies.paro.advisor import job_of, rank_fitting
 from strategies.paro.average import ShardAverage
 from strategies.paro.checkpoint import (
     is_sharded,
@@ -28,14 +31,17 @@ from strategies.paro.checkpoint import (
     weights,
 )
 from strategies.paro.collectives import Collectives, Method
+from strategies.paro.cost_model import Cost
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
 from strategies.paro.partition import Partition
 from strategies.paro.precision import FloatName, StatePrecision
-from strategies.paro.units import find_blocks
+from strategies.paro.probe import measure_cluster
+from strategies.paro.units import find_blocks, plan_units
 
 __all__ = ["PaROStrategy"]
 
+AUTO = "auto"
 _OPTIMIZED = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
@@ -66,7 +72,8 @@ class PaROStrategy(DDPStrategy):
     again in every process, on the CPU; if a run fails, parameters that were not whole become NaN.
 
     Args:
-        partition: the code; one of ``strategies.paro.CODES``.
+        partition: the code, one of ``strategies.paro.CODES``; or ``auto``: links are measured, and of the codes that fit into the
+            memory the one is taken that the cost model finds fastest for the module and its optimizer.
         group_size: m, ranks of a group, consecutive ones; divides the number of ranks. ``node``: the ranks of a node.
         block_classes: names of the classes of blocks.
         min_unit_params: blocks with fewer parameters are not gathered by themselves.
@@ -83,11 +90,13 @@ class PaROStrategy(DDPStrategy):
         state_dict_type: write checkpoints as one file, gathered on rank 0 unit by unit, or as folders to which each rank writes
             its shards (``torch.distributed.checkpoint``). Both are read, under any code and number of ranks;
             `strategies.paro.consolidate` makes a file of a folder, for other strategies.
+        memory_limit_gb: with ``auto``, memory that the states may take of a device, 10^9 bytes; null: what is free of a GPU when
+            the run begins, and no limit on the CPU. Activations and gathered blocks come on top.
         kwargs: of Lightning's ``DDPStrategy``: process_group_backend, timeout, start_method, ...
 
     Raises:
         ValueError: an inadmissible code, a group size that does not divide the ranks, unknown names, several optimizers or one
-            that is not element-wise, a precision that scales losses.
+            that is not element-wise, a precision that scales losses; with ``auto``, no code fits into the memory.
     """
 
     def __init__(
@@ -105,19 +114,26 @@ class PaROStrategy(DDPStrategy):
         gather_for_evaluation: bool = True,
         elementwise_optimizers: list[str] | None = None,
         state_dict_type: Literal["full", "sharded"] = "full",
+        memory_limit_gb: float | None = None,
         **kwargs: Any,
     ) -> None:
         if group_size != "node" and (not isinstance(group_size, int) or group_size < 1):
             raise ValueError(f"PaROStrategy: group_size={group_size!r} must be at least 1, or 'node' for the ranks of a node.")
         if state_dict_type not in ("full", "sharded"):
             raise ValueError(f"PaROStrategy: state_dict_type={state_dict_type!r} must be 'full' or 'sharded'.")
+        if memory_limit_gb is not None and not (memory_limit_gb > 0 and partition == AUTO):
+            raise ValueError(f"PaROStrategy: memory_limit_gb={memory_limit_gb} must be positive, and goes with partition: auto.")
         if min_unit_params < 0 or prefetch < 0:
             raise ValueError(f"PaROStrategy: min_unit_params={min_unit_params} and prefetch={prefetch} must not be negative.")
         for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
             if kwargs.get(argument) is not None:
                 raise ValueError(f"PaROStrategy: {argument} belongs to DistributedDataParallel, which is not used: leave it out.")
         super().__init__(**kwargs)
-        self.partition = Partition.of(partition)
+        #: The code; with ``auto`` None until a run has begun.
+        self.partition: Partition | None = None if partition == AUTO else Partition.of(partition)
+        self.memory_limit_gb = memory_limit_gb
+        #: What ``auto`` found, the best first.
+        self.advice: list[Cost] = []
         self.group_size = group_size
         self.block_classes = block_classes or []
         self.min_unit_params = min_unit_params
@@ -135,7 +151,7 @@ class PaROStrategy(DDPStrategy):
     @property
     def shards_parameters(self) -> bool:
         """Whether a rank holds a part of the parameters only; callbacks that keep weights ask."""
-        return self.partition.parameters != "N"
+        return self.partition is None or self.partition.parameters != "N"
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -181,12 +197,42 @@ class PaROStrategy(DDPStrategy):
             self.setup_optimizers(trainer)
             optimizer = self._only_optimizer()
         blocks = find_blocks(module, self.block_classes)
+        if self.partition is None:
+            self.partition = self._choose(trainer, blocks, optimizer, precision)
         self.engine = PaROEngine(
             module, optimizer, self.partition, Collectives(self.grid, self.collectives), blocks, precision, self.prefetch,
             self.overlap, self.min_unit_params, self.elementwise_optimizers,
         )  # fmt: skip
         self.setup_precision_plugin()
         plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+
+    def _choose(
+        self, trainer: Trainer, blocks: list[nn.Module], optimizer: Optimizer | None, precision: StatePrecision
+    ) -> Partition:
+        """The code that the cost model finds best; a collective call."""
+        assert self.grid is not None and self.lightning_module is not None
+        groups = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+        plans = plan_units(self.lightning_module, blocks, groups, self.min_unit_params)
+        job = job_of(plans, optimizer, precision, trainer.accumulate_grad_batches)
+        cluster = measure_cluster(self.grid, memory=self._memory())
+        self.advice = rank_fitting(cluster, job, self.collectives)
+        best, others = self.advice[0], self.advice[1:4]
+        rank_zero_info(
+            f"PaROStrategy: {best.partition} for {self.grid.ng} x {self.grid.m} ranks: {1000 * best.communication_seconds:.3g} ms"
+            f" of communication and {best.memory / 1e9:.3g} GB of states a step; then "
+            + ", ".join(f"{c.partition} ({1000 * c.communication_seconds:.3g} ms, {c.memory / 1e9:.3g} GB)" for c in others)
+        )
+        return Partition.of(best.partition)
+
+    def _memory(self) -> float | None:
+        """Bytes of states that a device may hold, the least of all ranks."""
+        if self.memory_limit_gb is not None:
+            return self.memory_limit_gb * 1e9
+        if self.root_device.type != "cuda":
+            return None
+        free = torch.tensor(torch.cuda.mem_get_info(self.root_device)[0], device=self.root_device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+        return float(free)
 
     def _check_precision(self, trainer: Trainer) -> None:
         plugin = self.precision_plugin
@@ -204,7 +250,7 @@ class PaROStrategy(DDPStrategy):
             if averages and not getattr(callback, "averages_shards", False):
                 raise ValueError(
                     f"PaROStrategy: {type(callback).__name__} reads whole weights, of which a rank holds a part only under"
-                    f" {self.partition}: use EMA of the zoo, or a code with whole parameters such as NIG."
+                    f" {self.partition or AUTO}: use EMA of the zoo, or a code with whole parameters such as NIG."
                 )
 
     def _only_optimizer(self) -> Optimizer | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
+from distributed import RankPool
 
 from strategies.paro.cost_model import Cluster, LinkSpeed
 from strategies.paro.grid import RankGrid
 from strategies.paro.probe import link_of, measure_cluster
-from tests.distributed import RankPool
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 8])

@@ -16,6 +16,7 @@ from zoo.callbacks.speed_monitor import SpeedMonitor
 from zoo.callbacks.spike_guard import SpikeGuard
 from zoo.callbacks.text_quality import TextQuality
 from zoo.callbacks.text_writer import TextWriter
+from zoo.callbacks.traffic_monitor import TrafficMonitor
 
 __all__ = [
     "EMA",
@@ -34,5 +35,6 @@ __all__ = [
     "SpikeGuard",
     "TextQuality",
     "TextWriter",
+    "TrafficMonitor",
     "TrajectoryWriter",
 ]
