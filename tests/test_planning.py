@@ -44,8 +44,8 @@ def test_a_module_is_counted_without_being_built() -> None:
     job = JobPlan(micro_batches=2).build(ModelPlan(module={"class_path": "Ling", "init_args": {"config": "ling_plus"}}))
     assert 2.8e11 < job.parameters < 3e11
     assert job.num_trainable == job.parameters
-    assert job.units == 89  # the layers, and the root
-    assert job.root == 2 * 126464 * 5376 + 5376  # embedding, head, last norm
+    assert job.units == 88 + 2  # the layers, what else decays, and all gains
+    assert job.root == 2 * 126464 * 5376 + (2 * 88 + 1) * 5376  # embedding and head, gains
 
 
 def test_both_or_neither_of_numbers_and_module_are_refused() -> None:

@@ -161,7 +161,9 @@ def _count(model: ModelPlan) -> ModelPlan:
     with torch.device("meta"):
         module = build(cli.ZooModule, model.module)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    units = plan_units(module, find_blocks(module), [trained])
+    parts = list(module.parameter_groups())
+    groups = [list(part["params"]) for part in parts] if parts and isinstance(parts[0], dict) else [trained]
+    units = plan_units(module, find_blocks(module), groups)
     sizes = [sum(parameter.numel() for _, parameter in unit.parameters) for unit in units]
     root = sum(size for size, unit in zip(sizes, units, strict=True) if unit.block is None)
     return ModelPlan(sum(sizes), sum(parameter.numel() for parameter in trained), len(units), root)

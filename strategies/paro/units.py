@@ -1,7 +1,9 @@
 """Units: parameters that lie in one flat buffer, are gathered, reduced and updated together."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from strategies.paro.precision import StatePrecision
 __all__ = ["ROOT", "FlatUnit", "Slot", "UnitPlan", "find_blocks", "plan_units", "shard_range"]
 
 ROOT = "root"
+SMALLEST_SHARE = 32
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def plan_units(
     """Every parameter of a network in exactly one unit; those of the root come last.
 
     A parameter that several blocks share, or that is used outside of its block too (tied weights), belongs to the root, and so
-    do blocks of fewer than ``min_unit_params`` parameters.
+    do blocks of fewer than ``min_unit_params`` parameters. What one group of the optimizer has of a block, such as gains that do
+    not decay, belongs to the root as well where it is less than a `SMALLEST_SHARE`-th of the block: a collective of its own would
+    take longer than the root's takes with it.
 
     Args:
         root: the network.
@@ -128,17 +133,19 @@ def plan_units(
         raise ValueError(
             f"{unknown} parameters of the optimizer are no parameters of {type(root).__name__}: register them in the module."
         )
-    sizes: dict[nn.Module | None, int] = {}
+    sizes: Counter[Any] = Counter()
+    keys: dict[nn.Parameter, tuple[nn.Module | None, int | None, torch.dtype]] = {}
     for parameter, of in users.items():
-        block_of = next(iter(of)) if len(of) == 1 else None
-        sizes[block_of] = sizes.get(block_of, 0) + parameter.numel()
-    held: dict[tuple[nn.Module | None, int | None, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-    for parameter, of in users.items():
-        block_of = next(iter(of)) if len(of) == 1 else None
-        if block_of is not None and sizes[block_of] < min_unit_params:
-            block_of = None
         group = group_of.get(id(parameter)) if parameter.requires_grad else None
-        held.setdefault((block_of, group, parameter.dtype), []).append((names[parameter], parameter))
+        keys[parameter] = (next(iter(of)) if len(of) == 1 else None, group, parameter.dtype)
+        sizes[keys[parameter]] += parameter.numel()
+        sizes[keys[parameter][0]] += parameter.numel()
+    held: dict[tuple[nn.Module | None, int | None, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+    for parameter, (block_of, group, dtype) in keys.items():
+        part, whole = sizes[block_of, group, dtype], sizes[block_of]
+        if block_of is not None and (whole < min_unit_params or part * SMALLEST_SHARE < whole):
+            block_of = None
+        held.setdefault((block_of, group, dtype), []).append((names[parameter], parameter))
     order: list[nn.Module | None] = [*dict.fromkeys(blocks), None]
     return [
         UnitPlan(

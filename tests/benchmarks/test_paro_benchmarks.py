@@ -42,10 +42,10 @@ def test_only_pairs_that_are_apart_judge_the_advisor() -> None:
 
 def test_the_advisor_is_told_what_the_engine_moves() -> None:
     job = paro.job_of(0.5, smoke=False)
-    assert job.units == paro.CONFIG.num_hidden_layers * 2 + 2  # matrices and gains of each layer, and of the rest
+    assert job.units == paro.CONFIG.num_hidden_layers + 2  # the layers; what else decays; all gains
     assert job.micro_batches == paro.MICRO_BATCHES
     assert job.parameters == paro.CONFIG.num_parameters()
-    assert job.root == 2 * 264 * 256 + 256
+    assert job.root == 2 * 264 * 256 + 256 + 2 * 256 * paro.CONFIG.num_hidden_layers
 
 
 def test_memory_of_every_code_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
