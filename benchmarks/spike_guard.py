@@ -9,8 +9,8 @@ holds validation bits per byte along the training of
 * the clean run, without and with the guard: skipped and reduced steps there are false alarms, and the time inside the guard is
   measured by its own clock;
 * the planted run, without and with the guard. Undone is the share ``(unguarded - guarded) / (unguarded - clean)`` of the damage
-  at the end, for the guard that lets all 12 batches be skipped (``patience=12``), to which the bar belongs, and, beside it, for
-  the guard with its default patience of 3, which takes the rest with a tenth of the learning rate.
+  at the end, for the guard with its default patience of 12, which lets all of these batches be skipped, to which the bar belongs;
+  and, beside it, for a patience of 3, which takes the rest with a tenth of the learning rate and lets them into its averages.
 
 Claim: arXiv 2503.05139, sections 3.4.4 and 6.1, where no figure is given.
 """

@@ -143,10 +143,10 @@ def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_be
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("strategies/")])
-def test_strategies_compose_with_every_configuration(name, capsys):
+def test_strategies_compose_with_every_method(name, capsys):
     if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("not measured: pip install lightning-zoo[deepspeed]")
-    for whole in WHOLE:
+    for whole in ("bfn/digits", "emigm/digits", "ling/tiny"):  # one of each method: what is composed is the trainer
         with pytest.raises(SystemExit) as stop:
             main(["fit", "-c", whole, "-c", name, "--print_config"])
         assert not stop.value.code

@@ -95,7 +95,9 @@ class EWMADetector:
 
     def is_outlier(self, value: float) -> bool:
         """Whether a value lies too far above the moving mean; infinity does, after the warm-up."""
-        return self.count >= self.warmup and self.score(value) > self.score_limit
+        score = self.score(value)
+        # The limit is never below the threshold, and takes longer to find out.
+        return self.count >= self.warmup and score > self.threshold and score > self.score_limit
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, as plain numbers."""

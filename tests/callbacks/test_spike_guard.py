@@ -316,7 +316,7 @@ def test_a_lasting_change_of_the_level_does_not_stop_training():
 
 def test_what_is_never_finite_stops_training_with_advice():
     broken = dict.fromkeys(range(3, 40), (math.nan, 1.0))
-    guard = SpikeGuard(**QUICK, max_consecutive=5, record_path=Path("spikes.tsv"))
+    guard = SpikeGuard(**QUICK, patience=3, max_consecutive=5, record_path=Path("spikes.tsv"))
     with pytest.raises(FloatingPointError, match=r"5 steps in a row were bad.*earlier checkpoint.*spikes\.tsv"):
         fit(Loader(at_batch=broken), guard, folder=Path.cwd() / "runs" / "never")
 
@@ -366,11 +366,11 @@ def test_a_resumed_run_is_the_whole_run(tmp_path, stop):
 
 def test_state_is_plain_data_and_the_streak_is_in_it():
     planted = dict.fromkeys((12, 13), (9.0, 1.0))
-    guard = SpikeGuard(**QUICK, retry_window=30, grad_threshold=None)
+    guard = SpikeGuard(**QUICK, patience=3, retry_window=30, grad_threshold=None)
     fit(Loader(at_batch=planted), guard, steps=14)
     state = guard.state_dict()
     assert state["consecutive"] == state["skipped"] == 2 and len(state["waiting"]) == 16
-    again = SpikeGuard(**QUICK, retry_window=30, grad_threshold=None)
+    again = SpikeGuard(**QUICK, patience=3, retry_window=30, grad_threshold=None)
     again.load_state_dict(state)
     assert again.state_dict() == state
     assert again.judge(9.0, 1.0) == "skip" and again.judge(9.0, 1.0) == "reduce"

@@ -126,7 +126,7 @@ class SpikeGuard(Callback):
         min_delta: float = 0.25,
         grad_threshold: float | None = 10.0,
         grad_alpha: float | None = None,
-        patience: int = 3,
+        patience: int = 12,
         max_consecutive: int = 20,
         persist_action: PersistAction = "lr",
         persist_factor: float = 0.1,
@@ -487,7 +487,12 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 def _norm(optimizer: Optimizer) -> Tensor:
     """The 2-norm of all gradients, 0-dim; of the whole where they are distributed tensors."""
-    norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
+    gradients = _gradients(optimizer)
+    kinds = {(type(each), each.device, each.dtype) for each in gradients}
+    if len(kinds) == 1 and type(gradients[0]) is Tensor:
+        # The same numbers as below, without sorting by device and type, which takes as long as the norms.
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 

@@ -381,7 +381,7 @@ def _gradient_of_swiglu(dinner_MI: Tensor, silu_MI: Tensor, h_MJ: Tensor) -> Ten
 def _sum_of_slots(y_MD: Tensor, inverse_M: Tensor, k: int, weights_Nk: Tensor | None = None) -> Tensor:
     """Back in the order of the tokens, the k rows of each weighted and summed: (N, D)."""
     if not torch.compiler.is_compiling():  # gathers and sums in one pass
-        weights = None if weights_Nk is None else weights_Nk.to(y_MD.dtype)
+        weights = None if weights_Nk is None else weights_Nk.detach().to(y_MD.dtype)  # with a gradient, it would prepare for one
         return F.embedding_bag(inverse_M.view(-1, k), y_MD, mode="sum", per_sample_weights=weights)
     y_NkD = y_MD[inverse_M].view(-1, k, y_MD.shape[-1]).to(torch.promote_types(y_MD.dtype, torch.float32))
     if weights_Nk is not None:
