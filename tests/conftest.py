@@ -9,6 +9,15 @@ from zoo.process import tune_process
 tune_process()  # before torch is imported
 
 from distributed import RankPool  # noqa: E402
+from torch import distributed  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A group that a test leaves in this process would be the one of the next."""
+    yield
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
