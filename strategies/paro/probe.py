@@ -35,8 +35,8 @@ def link_of(small: tuple[float, float], large: tuple[float, float], num_processe
         ValueError: The sizes do not ascend, or fewer than 2 processes.
 
     Example:
-        >>> link_of((1e3, 0.001), (1e6, 1.000), 2).bandwidth.__round__(-3)
-        500000
+        >>> round(link_of((1e3, 0.001), (1e6, 1.000), 2).bandwidth, -3)
+        500000.0
     """
     if num_processes < 2 or not 0 < small[0] < large[0]:
         raise ValueError(f"link_of: sizes {small[0]:g} and {large[0]:g} must ascend, {num_processes} processes be 2 or more.")
