@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from strategies.paro.collectives import Method
 from strategies.paro.partition import CODES, Granularity, Partition
+from strategies.paro.volume import memory
 
 __all__ = ["Cluster", "Cost", "Job", "LinkSpeed", "predict", "rank_partitions"]
 
@@ -246,16 +247,15 @@ def predict(partition: Partition, cluster: Cluster, job: Job, method: Method = "
     communication = (parameter_seconds + gradient_seconds) * job.micro_batches + update_seconds
     computation = job.compute_seconds
     step = max(communication, computation) + (1 - job.overlap) * min(communication, computation)
-    memory = (
-        job.parameter_bytes * job.parameters / cluster.ways(p)
-        + job.accumulator_bytes * trained / cluster.ways(g)
-        + job.state_bytes * trained / cluster.ways(states)
-        + job.activation_bytes
-    )
+    kept = memory(
+        partition, n=cluster.world_size, m=cluster.group_size, psi=job.parameters, psi_trainable=trained,
+        bytes_p=job.parameter_bytes, bytes_g=job.accumulator_bytes, bytes_optimizer=job.state_bytes,
+    )  # fmt: skip
+    needed = kept.total + job.activation_bytes
     return Cost(
         str(partition),
-        memory,
-        cluster.memory is None or memory <= cluster.memory,
+        needed,
+        cluster.memory is None or needed <= cluster.memory,
         parameter_seconds,
         gradient_seconds,
         update_seconds,

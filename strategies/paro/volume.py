@@ -62,19 +62,12 @@ def padded(numel: int, n: int) -> int:
     return -(-numel // n) * n
 
 
-def volume(
-    partition: Partition,
-    *,
-    n: int,
-    m: int,
-    s: int,
-    psi: int,
-    psi_trainable: int | None = None,
-    psi_root: int = 0,
-    bytes_p: int = 4,
-    bytes_g: int = 4,
-) -> Volume:
-    """Bytes that a rank sends in one optimizer step: the sum of `volume_terms`, whose arguments these are.
+def volume(partition: Partition, **sizes: int) -> Volume:
+    """Bytes that a rank sends in one optimizer step.
+
+    Args:
+        partition: the code.
+        sizes: as for `volume_terms`, whose sum this is.
 
     Raises:
         ValueError: as `volume_terms`.
@@ -83,18 +76,7 @@ def volume(
         >>> volume(Partition.of("IIG"), n=4, m=2, s=2, psi=1000)
         Volume(intra=12000, inter=2000)
     """
-    terms = volume_terms(
-        partition,
-        n=n,
-        m=m,
-        s=s,
-        psi=psi,
-        psi_trainable=psi_trainable,
-        psi_root=psi_root,
-        bytes_p=bytes_p,
-        bytes_g=bytes_g,
-    )
-    return sum(terms.values(), Volume())
+    return sum(volume_terms(partition, **sizes).values(), Volume())
 
 
 def volume_terms(
@@ -162,11 +144,11 @@ def memory(
     *,
     n: int,
     m: int,
-    psi: int,
-    psi_trainable: int | None = None,
-    bytes_p: int = 2,
-    bytes_g: int = 2,
-    bytes_optimizer: int = 12,
+    psi: float,
+    psi_trainable: float | None = None,
+    bytes_p: float = 2,
+    bytes_g: float = 2,
+    bytes_optimizer: float = 12,
 ) -> Memory:
     """Bytes of state that rest on a rank, ``2 psi / d(p) + 2 psi' / d(g) + 12 psi' / d(os)`` with d(N, I, G) = 1, m, n.
 
@@ -200,7 +182,7 @@ def memory(
     )
 
 
-def _check(n: int, m: int, **counts: int) -> None:
+def _check(n: int, m: int, **counts: float) -> None:
     if n < 1 or m < 1 or n % m:
         raise ValueError(f"n={n} ranks cannot be divided into groups of m={m}; m must divide n.")
     for name, count in counts.items():

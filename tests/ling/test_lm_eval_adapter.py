@@ -126,7 +126,6 @@ def greedy(network, prompt, count):
 
 
 @needs_lm_eval
-@pytest.mark.skipif(not hasattr(LingForCausalLM, "generate"), reason="not measured: the network does not generate")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_generation_stops_at_the_text_of_the_task(evaluate, batch_size):
     network = network_of()
