@@ -148,12 +148,14 @@ class RankGrid:
         members = [self.rank_at(self.i, j) for j in range(self.m)]
         peers = [self.rank_at(i, self.j) for i in range(self.ng)]
         intra, inter = self.subgroup(members), self.subgroup(peers)
+        outer = self._ring(peers, self.i)
+        ways = None if self.backend in LIBRARY_REDUCES else outer.groups
         return Lane(
             direction,
             self.device_type,
             Link(intra, "intra", self.backend),
-            Link(inter, "inter", self.backend),
-            self._ring(peers, self.i),
+            Link(inter, "inter", self.backend, ways),
+            outer,
         )
 
     def _ring(self, ranks: list[int], position: int) -> Ring:
