@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 from PIL import Image
 from tiny import MLP, Tiny
 
 import zoo
 from zoo.__main__ import main
 from zoo.checkpoint import read_checkpoint
-from zoo.cli import find_config, packaged_configs
+from zoo.cli import ZooArgumentParser, find_config, packaged_configs
 from zoo.runs import archive_run, last_checkpoint
 
 CONFIG = {
@@ -56,6 +57,26 @@ def effective(capsys, *argv: str) -> dict:
         main([*argv, "--print_config"])
     assert not stop.value.code
     return yaml.safe_load(capsys.readouterr().out)
+
+
+class FractionsFirst(Trainer):
+    """Lightning's Trainer as it is where typing has made the unions the other way round."""
+
+    def __init__(
+        self,
+        limit_val_batches: float | int | None = None,
+        limit_test_batches: float | int | None = None,
+        val_check_interval: float | int | str | None = None,
+    ) -> None:
+        super().__init__()
+
+
+def test_one_batch_is_not_all_of_them_in_whatever_order_lightning_is_imported():
+    parser = ZooArgumentParser()
+    parser.add_lightning_class_args(FractionsFirst, "trainer")
+    for typed, value in {"1": 1, "1.0": 1.0, "0.5": 0.5}.items():
+        for option in ("limit_val_batches", "limit_test_batches", "val_check_interval"):
+            assert repr(parser.parse_args([f"--trainer.{option}={typed}"]).trainer[option]) == repr(value)
 
 
 def test_a_run_lives_in_a_stable_folder(folder):

@@ -6,9 +6,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from importlib.resources import files
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -66,6 +68,18 @@ class ZooArgumentParser(LightningArgumentParser):
         sys.stderr.write(f"error: {explain(message, self._all_options())}\n")
         raise SystemExit(2)
 
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class, an integer tried before a fraction: one batch is not all of them.
+
+        typing holds ``Union[int, float]`` and ``Union[float, int]`` for equal and hands out whichever was made first, so that
+        the order in which modules are imported would decide whether ``--trainer.limit_val_batches 1`` is 1 or 1.0.
+        """
+        added = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            if (typehint := getattr(action, "_typehint", None)) is not None:
+                action._typehint = _integers_first(typehint)  # type: ignore[attr-defined]
+        return added
+
     def _all_options(self) -> list[str]:
         names = []
         for action in self._actions:
@@ -74,6 +88,16 @@ class ZooArgumentParser(LightningArgumentParser):
                 for parser in action.choices.values():
                     names += parser._all_options() if isinstance(parser, ZooArgumentParser) else []
         return names
+
+
+def _integers_first(typehint: Any) -> Any:
+    """The union with int before float, if it has both the other way round."""
+    members = list(get_args(typehint))
+    if not {int, float} <= set(members) or members.index(int) < members.index(float):
+        return typehint
+    members.remove(float)
+    members.insert(members.index(int) + 1, float)
+    return reduce(or_, members)  # not by Union[...], which would look the other order up again
 
 
 def packaged_configs() -> dict[str, Path]:
