@@ -1,14 +1,14 @@
 """Checkpoints of partitioned states: whole, in the form of one process, or sharded, read under any code and world size."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from strategies.paro.partition import Granularity
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "META_FILE",
+    "ShardedWeights",
     "consolidate",
     "is_sharded",
     "load_optimizer_state",
+    "load_sharded_weights",
     "names_of_weights",
     "optimizer_groups",
     "optimizer_state",
@@ -229,14 +231,93 @@ def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) ->
     return DTensor.from_local(own, engine.grid.mesh, placements[granularity], run_check=False)
 
 
+class _Folder:
+    """The units of a sharded checkpoint, of which one at a time is in memory."""
+
+    def __init__(self, folder: Path, units: list[dict[str, Any]], numbers: dict[str, int]) -> None:
+        self.folder, self.units, self.numbers = folder, units, numbers
+        self.place = {slot[0]: (unit, slot) for unit in units for slot in unit["slots"]}
+        self._read: tuple[str, str] | None = None
+        self._whole: dict[str, Tensor] = {}
+
+    def flat(self, unit: dict[str, Any], kind: str) -> dict[str, Tensor]:
+        """Whole flat tensors of a unit: ``{"": weights}`` of the kind ``weights``, by key of the kind ``optimizer``."""
+        if self._read != (unit["name"], kind):
+            keys = [""] if kind == "weights" else unit["flat"]
+            places = {key: "/".join([kind, unit["name"], *([key] if key else [])]) for key in keys}
+            self._whole = {}  # before the next, not after
+            whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in places.values()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is wanted
+                dcp.load(whole, checkpoint_id=self.folder, no_dist=True)
+            self._read, self._whole = (unit["name"], kind), {key: whole[place] for key, place in places.items()}
+        return self._whole
+
+
+class ShardedWeights(Mapping[str, Tensor]):
+    """The ``state_dict`` in a sharded checkpoint; a unit is read when one of its parameters is asked for."""
+
+    def __init__(self, folder: _Folder, names: Mapping[str, Any]) -> None:
+        self._folder, self._names = folder, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        of = self._names[name]
+        return self.parameter(of) if isinstance(of, str) else of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter, by its name in the module; nothing is read."""
+        return {name: torch.Size(shape) for name, (_, (_, shape, _, _)) in self._folder.place.items()}
+
+    def others(self) -> dict[str, Any]:
+        """What is no parameter, such as buffers."""
+        return {name: of for name, of in self._names.items() if not isinstance(of, str)}
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its name in the module."""
+        unit, (_, shape, start, stop) = self._folder.place[name]
+        return self._folder.flat(unit, "weights")[""][start:stop].view(shape).clone()
+
+
+class _ShardedStates(Mapping[int, dict[str, Any]]):
+    """An optimizer's states by number of the parameter, likewise."""
+
+    def __init__(self, folder: _Folder) -> None:
+        self._folder = folder
+        named = {folder.numbers[name]: name for name in folder.place if name in folder.numbers}
+        held = {number: folder.place[name][0] for number, name in named.items()}
+        self._named = {number: named[number] for number in sorted(named) if held[number]["flat"] or held[number]["other"]}
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        unit, (_, shape, start, stop) = self._folder.place[self._named[number]]
+        other = {key: value.clone() if isinstance(value, Tensor) else value for key, value in unit["other"].items()}
+        flat = self._folder.flat(unit, "optimizer") if unit["flat"] else {}
+        return {**other, **{key: value[start:stop].view(shape).clone() for key, value in flat.items()}}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+
 def read_sharded(folder: str | Path) -> dict[str, Any]:
     """A sharded checkpoint in the form of an ordinary one, on the CPU; any process reads it, for itself.
+
+    Its weights (`ShardedWeights`) and optimizer states are mappings that read a unit when it is asked for and keep only the
+    last one in memory, so that a model need not fit there as a whole.
 
     Args:
         folder: what `save_sharded` wrote, under any partition, number of ranks and division into units.
 
     Raises:
         FileNotFoundError: the folder is no such checkpoint.
+        ValueError: it is one of another strategy.
     """
     folder = Path(folder)
     if not is_sharded(folder):
@@ -244,25 +325,46 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
     meta: dict[str, Any] = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
     if _UNITS not in meta:
         raise ValueError(f"{folder} is a sharded checkpoint of another strategy: continue it under that one.")
-    units, numbers = meta.pop(_UNITS), meta.pop(_NUMBERS)
-    parameters: dict[str, Tensor] = {}
-    states: dict[int, dict[str, Any]] = {}
-    for unit in units:
-        keys = {"": f"weights/{unit['name']}", **{key: f"optimizer/{unit['name']}/{key}" for key in unit["flat"]}}
-        whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in keys.values()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is wanted
-            dcp.load(whole, checkpoint_id=folder, no_dist=True)
-        for name, shape, start, stop in unit["slots"]:
-            values = {key: whole[place][start:stop].view(shape).clone() for key, place in keys.items()}
-            parameters[name] = values.pop("")
-            if name in numbers and (values or unit["other"]):
-                other = {key: value.clone() if isinstance(value, Tensor) else value for key, value in unit["other"].items()}
-                states[numbers[name]] = {**other, **values}
-    meta["state_dict"] = {key: parameters[of] if isinstance(of, str) else of for key, of in meta["state_dict"].items()}
+    units = _Folder(folder, meta.pop(_UNITS), meta.pop(_NUMBERS))
+    meta["state_dict"] = ShardedWeights(units, meta["state_dict"])
     for optimizer in meta.get("optimizer_states", ()):
-        optimizer["state"] = dict(sorted(states.items()))
+        optimizer["state"] = _ShardedStates(units)
     return meta
+
+
+@torch.no_grad()
+def load_sharded_weights(engine: "PaROEngine", weights: ShardedWeights, strict: bool = True) -> None:
+    """Take this rank's part of the weights in a sharded checkpoint, unit by unit; no communication.
+
+    Args:
+        engine: holds the parameters.
+        weights: of `read_sharded`.
+        strict: whether missing and unknown names are errors.
+
+    Raises:
+        ValueError: names or shapes differ; all of them are listed.
+    """
+    found, own = weights.shapes(), {slot.name: torch.Size(slot.shape) for unit in engine.units for slot in unit.slots}
+    names = names_of_weights(engine)
+    lists = {
+        "missing": [name for name in names if name not in weights] if strict else [],
+        "unknown": [name for name in weights if name not in names] if strict else [],
+        "of another shape": [
+            f"{name} {tuple(shape)} instead of {tuple(own[name])}"
+            for name, shape in found.items()
+            if own.get(name, shape) != shape
+        ],
+    }
+    if any(lists.values()):
+        told = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in lists.items() if each)
+        raise ValueError(f"The weights in the sharded checkpoint are of another model: {told}.")
+    for unit in engine.units:
+        held = [slot for slot in unit.slots if slot.name in found]
+        flat = engine.read(unit) if len(held) < len(unit.slots) else torch.zeros(unit.size, dtype=unit.master_dtype)
+        for slot in held:
+            flat[slot.start : slot.stop].copy_(weights.parameter(slot.name).reshape(-1))
+        unit.write(flat.to(unit.full.device))
+    nn.Module.load_state_dict(engine.module, weights.others(), strict=False)
 
 
 def consolidate(folder: str | Path, path: str | Path) -> Path:
@@ -275,5 +377,9 @@ def consolidate(folder: str | Path, path: str | Path) -> Path:
     Returns:
         The path of the file.
     """
-    torch.save(read_sharded(folder), path)
+    checkpoint = read_sharded(folder)
+    checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        optimizer["state"] = dict(optimizer["state"])
+    torch.save(checkpoint, path)
     return Path(path)

@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 from strategies.paro.advisor import job_of, rank_fitting
 from strategies.paro.average import ShardAverage
 from strategies.paro.checkpoint import (
+    ShardedWeights,
     is_sharded,
     load_optimizer_state,
+    load_sharded_weights,
     names_of_weights,
     optimizer_groups,
     optimizer_state,
@@ -466,7 +468,11 @@ class PaROStrategy(DDPStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its part of whole weights (Lightning hook)."""
+        """Each rank takes its part of the weights (Lightning hook)."""
+        weights = checkpoint["state_dict"]
+        if self.engine is not None and isinstance(weights, ShardedWeights):
+            load_sharded_weights(self.engine, weights, strict)
+            return
         with self.summon_full_params(writeback=True):
             super().load_model_state_dict(checkpoint, strict)
 

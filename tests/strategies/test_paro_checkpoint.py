@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from tiny import TinyData
@@ -15,6 +16,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from strategies import PaROStrategy
 from strategies.paro import consolidate
+from strategies.paro.checkpoint import load_sharded_weights, read_sharded
+from strategies.paro.collectives import Collectives
+from strategies.paro.engine import PaROEngine
+from strategies.paro.grid import RankGrid
+from strategies.paro.partition import Partition
 from zoo.callbacks import EMA, RunCheckpoint
 from zoo.checkpoint import read_checkpoint
 from zoo.module import ZooModule
@@ -120,6 +126,38 @@ def test_checkpoints_are_those_of_one_process(saved: Saved) -> None:
         assert ours.keys() == one.keys()
         for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
             compare(one[key], ours[key], key)
+
+
+def test_sharded_checkpoints_are_read_a_unit_at_a_time(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    load = dcp.load
+
+    def counted(state: dict[str, Tensor], **options: Any) -> None:
+        sizes.append(sum(value.numel() for value in state.values()))
+        load(state, **options)
+
+    monkeypatch.setattr(dcp, "load", counted)
+    checkpoint = read_sharded(saved[0] / "IIG sharded" / "last.ckpt")
+    assert not sizes  # nothing yet
+    weights = checkpoint["state_dict"]
+    total = sum(weights.parameter(name).numel() for name in weights.shapes())
+    units = len(sizes)
+    assert units > 1 and total <= sum(sizes) < total + units * 8 and max(sizes) < total  # each once, with its padding
+    states = dict(checkpoint["optimizer_states"][0]["state"])
+    assert max(sizes[units:]) < total and {len(state) for state in states.values()} == {3}
+
+
+def load_into_another_model(folder: Path) -> None:
+    engine = PaROEngine(nn.Linear(3, 5), None, Partition.of("GGG"), Collectives(RankGrid(1)))
+    with pytest.raises(ValueError, match=r"of another model: missing: weight, bias; unknown: count, first.weight, .*"):
+        load_sharded_weights(engine, read_sharded(folder)["state_dict"])
+    engine = PaROEngine(nn.ModuleDict({"first": nn.Linear(3, 5)}), None, Partition.of("GGG"), Collectives(RankGrid(1)))
+    with pytest.raises(ValueError, match=r"of another shape: first.weight \(5, 4\) instead of \(5, 3\)\."):
+        load_sharded_weights(engine, read_sharded(folder)["state_dict"], strict=False)
+
+
+def test_sharded_checkpoints_of_another_model_are_refused(pool: RankPool, saved: Saved) -> None:
+    pool.run(load_into_another_model, saved[0] / "IIG sharded" / "last.ckpt", world_size=2)
 
 
 def test_runs_continue_exactly_anywhere(pool: RankPool, saved: Saved) -> None:
