@@ -13,7 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["DataShardingService", "DatasetSpec", "Fetched", "LedgerError", "Range", "Semantics", "StaleGeneration", "from_dlrover"]
+__all__ = [
+    "DataShardingService",
+    "DatasetSpec",
+    "Fetched",
+    "LedgerError",
+    "Range",
+    "Semantics",
+    "StaleGeneration",
+    "from_dlrover",
+]
 
 Semantics = Literal["exactly_once", "at_least_once", "at_least_once_batch", "at_most_once"]
 SEMANTICS = ("exactly_once", "at_least_once", "at_least_once_batch", "at_most_once")
@@ -342,7 +351,9 @@ class DataShardingService:
         if grant is None or start >= grant.hi:
             return
         if start < grant.committed:
-            raise LedgerError(f"release: positions of range {sid} are committed up to {grant.committed}, so not free from {start}.")
+            raise LedgerError(
+                f"release: positions of range {sid} are committed up to {grant.committed}, so not free from {start}."
+            )
         epoch = self._epochs[grant.epoch]
         epoch.doing_size -= grant.hi - start
         epoch.put_back(start, grant.hi)

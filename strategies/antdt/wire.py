@@ -6,7 +6,17 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["AUTHENTICATED_LIMIT", "LIMIT", "Decoder", "MessageTooLarge", "ServiceError", "WireError", "encode", "error", "same_token"]
+__all__ = [
+    "AUTHENTICATED_LIMIT",
+    "LIMIT",
+    "Decoder",
+    "MessageTooLarge",
+    "ServiceError",
+    "WireError",
+    "encode",
+    "error",
+    "same_token",
+]
 
 LIMIT = 2**20
 """Largest message, in bytes, from someone who has not shown the token."""
