@@ -65,7 +65,9 @@ class Agent:
         self._received: dict[int, Versioned] = {}
         self._prepared = self._given = version
         self._samples: list[StepSample] = []
-        self._step = 0
+        #: Optimizer steps that are done.
+        self.step = 0
+        self._watched: int | None = None
         self._reported_at = clock()
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
@@ -111,7 +113,7 @@ class Agent:
         """
         begun = time.perf_counter()
         self.source.trained(plan.pieces)
-        self._step = step
+        self.step = step
         self.check()
         if step % self.report_every == 0 or self.source.low:
             with self._wake:
@@ -143,7 +145,15 @@ class Agent:
         if self._failure is not None:
             raise self._failure
 
+    def begin(self, version: int) -> None:
+        """The plan in force is of this decision."""
+        self.applied = self._prepared = self._given = version
+
     # The thread
+
+    def watch_peers(self, world_size: int | None) -> None:
+        """From now on, end this process at once when not all of the generation are there; None: do not."""
+        self._watched = world_size
 
     def start(self) -> None:
         """Begin to report."""
@@ -169,11 +179,14 @@ class Agent:
                 self.on_lost("the process that has launched this rank is gone")
                 return
             try:
+                if self._watched is not None and self._peers() < self._watched:
+                    self.on_lost("it was told to end, and a peer for which it would wait is gone")
+                    return
                 if self.source.low:
                     self.source.refill()
-                if self._step >= next_report or self.clock() - self._reported_at >= self.report_seconds:
+                if self.step >= next_report or self.clock() - self._reported_at >= self.report_seconds:
                     self.report()
-                    next_report = self._step + self.report_every
+                    next_report = self.step + self.report_every
             except Exception as failure:
                 self._failure = failure
                 return
@@ -190,7 +203,7 @@ class Agent:
         self._reported_at = self.clock()
         answer = self.call(
             "report",
-            step=self._step,
+            step=self.step,
             samples=[[s.step, s.count, s.data, s.compute, s.wall, s.loss] for s in samples],
             node={"alive": True},
             errors=list(errors),
@@ -198,6 +211,14 @@ class Agent:
             version=self.applied,
         )
         self._receive(Versioned.from_json(action) for action in answer["actions"])
+
+    def _peers(self) -> int:
+        """Ranks of this generation that are connected."""
+        status = self.call("status")
+        return sum(
+            name.startswith("worker:") and node["connected"] and node["gen"] == status["generation"]
+            for name, node in status["nodes"].items()
+        )
 
     def _receive(self, decisions: Any) -> None:
         with self._wake:

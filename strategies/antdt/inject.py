@@ -87,9 +87,7 @@ class SleepInjector(Injector):
         (0.08, 0.32)
     """
 
-    def __init__(
-        self, cost_per_sample: float, schedule: Sequence[Slowdown] = (), cost_per_batch: float = 0.0
-    ) -> None:
+    def __init__(self, cost_per_sample: float, schedule: Sequence[Slowdown] = (), cost_per_batch: float = 0.0) -> None:
         if cost_per_sample < 0 or cost_per_batch < 0:
             raise ValueError(
                 f"SleepInjector: cost_per_sample={cost_per_sample} and cost_per_batch={cost_per_batch} must not be negative."

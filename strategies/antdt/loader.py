@@ -135,6 +135,8 @@ class StepLoader:
         self.planner, self.order, self.seed, self.prefetch = planner, order, seed, prefetch
         self.epoch, self.rewind, self.waited = epoch, rewind, waited
         self.mark_retries = bool(getattr(source, "mark_retries", False))
+        #: Seconds that planning has taken so far, waiting for other ranks not included.
+        self.planning = 0.0
         #: The step whose batch was given last.
         self.current: StepBatch | None = None
         self._engine = _engine(source, self, prefetch)
@@ -184,8 +186,10 @@ class StepLoader:
         """
         waiting: deque[Any] = deque()
         while True:
+            begun, waited = time.perf_counter(), self.waited()
             while len(waiting) <= ahead and (plan := self.planner.plan()) is not None:
                 waiting.append(plan)
+            self.planning += time.perf_counter() - begun - (self.waited() - waited)
             if not waiting:
                 return
             yield self._task(waiting.popleft())
