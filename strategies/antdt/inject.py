@@ -48,7 +48,7 @@ class Slowdown:
 class Injector(ABC):
     """Slows ranks down."""
 
-    def begin(self, rank: int, restarted: bool = False) -> None:
+    def begin(self, rank: int, restarted: bool = False) -> None:  # noqa: B027  (most have nothing to do)
         """A run begins on this rank.
 
         Args:
@@ -66,7 +66,7 @@ class Injector(ABC):
             rank: this process's.
         """
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """The run ends."""
 
 

@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from strategies.antdt.ledger import DataShardingService, DatasetSpec, Fetched, Semantics
+from strategies.antdt.ledger import DatasetSpec, DataShardingService, Fetched, Semantics
 
 __all__ = ["Journal", "JournalError", "OtherDataset", "RecordedLedger"]
 

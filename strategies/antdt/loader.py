@@ -229,8 +229,8 @@ class StepLoader:
         """
         if not self._position.keys() <= state_dict.keys():
             raise ValueError(
-                f"The checkpoint's data position {state_dict} was saved by another kind of loader: resume with the strategy it was"
-                " trained with, or from a checkpoint of the end of an epoch."
+                f"The checkpoint's data position {state_dict} was saved by another kind of loader: resume with the strategy it"
+                " was trained with, or from a checkpoint of the end of an epoch."
             )
         if state_dict["samples"] and state_dict["length"] != self._position["length"]:
             raise ValueError(
@@ -311,7 +311,8 @@ def _engine(source: DataLoader[Any], loader: StepLoader, prefetch: int) -> DataL
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=source.pin_memory,
-        generator=source.generator,
+        # Without one, torch would draw the workers' seed from the global generator.
+        generator=source.generator or torch.Generator(),
         **options,
     )
 

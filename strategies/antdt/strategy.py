@@ -12,12 +12,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -55,19 +54,19 @@ class WeighsBatches(Protocol):
 
 
 class AntDTStrategy(DDPStrategy):
-    """Data parallelism in which slow processes get smaller batches, and no sample is lost or repeated (AntDT, arXiv 2404.09679).
+    """Data parallelism in which slow processes get smaller batches, and no sample is lost or repeated (AntDT).
 
     A service hands out ranges of the epoch's order of samples, a controller in it watches how long each process takes for a
-    sample, and moves samples from slow processes to fast ones. The global batch stays as it is, gradients are weighted by what
-    each process has contributed, and so the result is that of one process, or of DDP, but for the order of sums. Each sample is
-    used exactly once an epoch, also if processes are killed and the group is started again from its last checkpoint: the
-    checkpoint holds what is left of the epoch.
+    sample, and moves samples from slow processes to fast ones (arXiv 2404.09679). The global batch stays as it is, gradients
+    are weighted by what each process has contributed, and so the result is that of one process, or of DDP, but for the order of
+    sums. Each sample is used exactly once an epoch, also if processes are killed and the group is started again from its last
+    checkpoint: the checkpoint holds what is left of the epoch.
 
     One batch of the loop is one optimizer step of all ranks. A rank whose part of the batch does not fit into its memory runs it
-    in micro-batches (``max_micro_batch``, or as the solution finds); so ``accumulate_grad_batches`` must stay 1. Batches are those
-    of the training DataLoader's data set and collate function; its batch size times the number of processes is the global batch,
-    unless ``global_batch_size`` says otherwise, which it must if the number of processes may change. All samples of an epoch are
-    used: the last step weighs what there is. Callbacks and hooks see the first micro-batch of a step.
+    in micro-batches (``max_micro_batch``, or as the solution finds), and ``accumulate_grad_batches`` must stay 1. Batches are
+    those of the training DataLoader's data set and collate function; its batch size times the number of processes is the global
+    batch, unless ``global_batch_size`` says otherwise, which it must if the number of processes may change. All samples of an
+    epoch are used: the last step weighs what there is. Callbacks and hooks see the first micro-batch of a step.
 
     A model with BatchNorm computes its statistics on what the rank has of the batch; SyncBatchNorm weighs them by samples.
     Metrics logged with ``on_epoch=True, sync_dist=True`` are weighted by samples; those of a step, with ``sync_dist``, are not.
@@ -135,7 +134,7 @@ class AntDTStrategy(DDPStrategy):
             raise ValueError(f"AntDTStrategy: max_micro_batch={max_micro_batch} must be at least 1, or null for no limit.")
         if shuffle not in ("auto", "global", "shard", "none") or weighting not in ("loss", "hook"):
             raise ValueError(
-                f"AntDTStrategy: shuffle={shuffle!r} must be auto, global, shard or none, and weighting={weighting!r} loss or hook."
+                f"AntDTStrategy: shuffle={shuffle!r} must be auto, global, shard or none, weighting={weighting!r} loss or hook."
             )
         if kwargs.get("model_averaging_period") is not None:
             raise ValueError("AntDTStrategy: model_averaging_period belongs to another way of averaging replicas; leave it out.")
@@ -221,8 +220,8 @@ class AntDTStrategy(DDPStrategy):
             )
         if not module.automatic_optimization:
             raise ValueError(
-                f"AntDTStrategy: {type(module).__name__} optimizes by itself (automatic_optimization=False); weighting and dividing"
-                " batches need automatic optimization."
+                f"AntDTStrategy: {type(module).__name__} optimizes by itself (automatic_optimization=False); to weigh and divide"
+                " batches needs automatic optimization."
             )
         if isinstance(self.max_micro_batch, list) and len(self.max_micro_batch) != self.world_size:
             raise ValueError(
@@ -336,7 +335,7 @@ class AntDTStrategy(DDPStrategy):
 
     def _take_part(self, trainer: Trainer, identity: dict[str, Any], batch: int) -> StepPlanner:
         connection, world = self._connection, self.world_size
-        assert connection is not None and self._timer is not None or self._make_timer()
+        assert (connection is not None and self._timer is not None) or self._make_timer()
         assert connection is not None and self._timer is not None
         self._check_resumed(batch)
         caps = self.max_micro_batch if isinstance(self.max_micro_batch, list) else [self.max_micro_batch] * world
@@ -378,9 +377,9 @@ class AntDTStrategy(DDPStrategy):
         inside = 0 < stored["ledger"]["consumed"] < stored["ledger"]["n"]
         if stored["global_batch"] != batch and inside:
             raise ValueError(
-                f"AntDTStrategy: the checkpoint stopped inside an epoch with global batches of {stored['global_batch']} samples on"
-                f" {stored['world_size']} processes; this run has {self.world_size} processes and would have batches of {batch}: set"
-                f" global_batch_size to {stored['global_batch']}."
+                f"AntDTStrategy: the checkpoint stopped inside an epoch with global batches of {stored['global_batch']} samples,"
+                f" on {stored['world_size']} processes; this run has {self.world_size} processes and batches of {batch}:"
+                f" set global_batch_size to {stored['global_batch']}."
             )
 
     def _waited(self) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from strategies.antdt.actions import AdjustBatch, Versioned
 from strategies.antdt.exchange import Reading
-from strategies.antdt.ledger import DataShardingService, DatasetSpec
+from strategies.antdt.ledger import DatasetSpec, DataShardingService
 from strategies.antdt.planner import Allocation, StepPlan, StepPlanner
 from strategies.antdt.shard_source import ShardSource
 

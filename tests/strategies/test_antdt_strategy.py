@@ -1,6 +1,5 @@
 """AntDT on real processes: what it computes, in which steps, from which samples, and that it goes on where it was."""
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
