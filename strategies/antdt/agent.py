@@ -13,6 +13,7 @@ from typing import Any
 
 from strategies.antdt.actions import AdjustBatch, AdjustLR, KillRestart, Versioned
 from strategies.antdt.exchange import RESTART, Exchange, Reading
+from strategies.antdt.peer_watch import PeerWatch
 from strategies.antdt.planner import StepPlan
 from strategies.antdt.shard_source import Call, ShardSource
 from strategies.antdt.step_timer import StepSample, StepTimer
@@ -67,7 +68,10 @@ class Agent:
         self._samples: list[StepSample] = []
         #: Optimizer steps that are done.
         self.step = 0
-        self._watched: int | None = None
+        #: Looks after the other ranks, once `start` has been called.
+        self.peers: PeerWatch | None = None
+        self._told_to_end = False
+        self._looked_at = clock()
         self._reported_at = clock()
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
@@ -151,9 +155,9 @@ class Agent:
 
     # The thread
 
-    def watch_peers(self, world_size: int | None) -> None:
-        """From now on, end this process at once when not all of the generation are there; None: do not."""
-        self._watched = world_size
+    def told_to_end(self, told: bool) -> None:
+        """Whether this process was told to end, and waits for a step on which all do: not for a peer that is gone."""
+        self._told_to_end = told
 
     def start(self) -> None:
         """Begin to report."""
@@ -179,8 +183,7 @@ class Agent:
                 self.on_lost("the process that has launched this rank is gone")
                 return
             try:
-                if self._watched is not None and self._peers() < self._watched:
-                    self.on_lost("it was told to end, and a peer for which it would wait is gone")
+                if self.peers is not None and not self._peers_well(self.peers):
                     return
                 if self.source.low:
                     self.source.refill()
@@ -212,13 +215,19 @@ class Agent:
         )
         self._receive(Versioned.from_json(action) for action in answer["actions"])
 
-    def _peers(self) -> int:
-        """Ranks of this generation that are connected."""
+    def _peers_well(self, peers: PeerWatch) -> bool:
+        """Look after the others; false if this process ends, because of one of them."""
+        due = peers.guards and self.clock() - self._looked_at >= peers.heartbeat_timeout / 6
+        if not (due or self._told_to_end):
+            return True
+        self._looked_at = self.clock()
         status = self.call("status")
-        return sum(
-            name.startswith("worker:") and node["connected"] and node["gen"] == status["generation"]
-            for name, node in status["nodes"].items()
-        )
+        if self._told_to_end and not peers.all_there(status):
+            self.on_lost("it was told to end, and a peer for which it would wait is gone")
+            return False
+        if ended := peers.end_silent(status):
+            sys.stderr.write(f"AntDT: rank {', '.join(map(str, ended))} has not been heard of for long, and was ended.\n")
+        return True
 
     def _receive(self, decisions: Any) -> None:
         with self._wake:

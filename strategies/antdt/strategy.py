@@ -31,6 +31,7 @@ from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
 from strategies.antdt.inject import Injector
 from strategies.antdt.loader import SamplerOrder, StepBatch, StepLoader, SupportsRange
 from strategies.antdt.order import SampleOrder
+from strategies.antdt.peer_watch import PeerWatch, own_address
 from strategies.antdt.planner import Allocation, StepPlanner
 from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
@@ -170,6 +171,7 @@ class AntDTStrategy(DDPStrategy):
         self._told_to_stop = self._restarting = self._stop_unheard = False
         self._lr_factor = 1.0
         self._last_loss: Tensor | None = None
+        self._last_snapshot: dict[str, Any] | None = None
 
     # A run begins
 
@@ -181,6 +183,7 @@ class AntDTStrategy(DDPStrategy):
         if fitting:
             assert trainer is not None
             self._check_trainer(trainer)
+            self._last_snapshot = None
             self._folder = Path(trainer.default_root_dir) / KEY
             self._connection = Connection(self.server, self._folder, self.global_rank, self.world_size, self.num_nodes)
             self._connection.connect()
@@ -235,16 +238,10 @@ class AntDTStrategy(DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self._timer is not None or self._make_timer()
         module = self.lightning_module
         assert module is not None
         # DDP has sent buffers, and so waited for rank 0, when it calls the module.
         self._handles = [module.register_forward_pre_hook(lambda *_: self._timer.forward_begins())]  # type: ignore[union-attr]
-
-    def _make_timer(self) -> StepTimer:
-        self._timer = StepTimer(self.root_device)
-        self._reduction.handed_over = self._timer.handed_over
-        return self._timer
 
     def _register_ddp_hooks(self) -> None:
         """Reduce gradients by our hook, on any device."""
@@ -253,7 +250,8 @@ class AntDTStrategy(DDPStrategy):
         if inner is not None and self._ddp_comm_wrapper is not None:
             inner = self._ddp_comm_wrapper(inner)
         self._reduction = GradientReduction(self.weighting, inner=None if inner is None else (inner, self._ddp_comm_state))
-        self._make_timer()
+        self._timer = StepTimer(self.root_device)
+        self._reduction.handed_over = self._timer.handed_over
         self.model.register_comm_hook(self._reduction, reduce_gradients)
 
     # Data
@@ -335,7 +333,6 @@ class AntDTStrategy(DDPStrategy):
 
     def _take_part(self, trainer: Trainer, identity: dict[str, Any], batch: int) -> StepPlanner:
         connection, world = self._connection, self.world_size
-        assert (connection is not None and self._timer is not None) or self._make_timer()
         assert connection is not None and self._timer is not None
         self._check_resumed(batch)
         caps = self.max_micro_batch if isinstance(self.max_micro_batch, list) else [self.max_micro_batch] * world
@@ -361,6 +358,7 @@ class AntDTStrategy(DDPStrategy):
             lambda said: bool(self.reduce_boolean_decision(said, all=False)),
         )
         client = connection.client
+        client.keep_alive(self.heartbeat_timeout / 6)  # sanity checks and validation may be long
         source = ShardSource(client.call, batch, self.shard_steps)
         self._agent = Agent(
             client.call, self.global_rank, source, Exchange(self._control), self._timer,
@@ -403,6 +401,10 @@ class AntDTStrategy(DDPStrategy):
             loader.load_state_dict(states[0])
         at = loader.resume()
         self._restore(at["epoch"], at["samples"], self._restored)
+        addresses: list[Any] = [own_address()] * self.world_size
+        if self._control is not None:
+            dist.all_gather_object(addresses, own_address(), group=self._control)
+        agent.peers = PeerWatch(addresses, self.global_rank, self.heartbeat_timeout)
         agent.start()
         if self.injector is not None:
             self.injector.begin(self.global_rank, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
@@ -440,7 +442,7 @@ class AntDTStrategy(DDPStrategy):
         """Stop after a step on which all agree; at once if a peer is gone, for which this rank would wait forever."""
         self._told_to_stop = True
         if self._agent is not None:
-            self._agent.watch_peers(self.world_size)
+            self._agent.told_to_end(True)
         if callable(self._former_handler) and not isinstance(self._former_handler, _HandlersCompose):
             self._former_handler(number, frame)  # not Lightning's, which speaks to peers from wherever it interrupts this one
 
@@ -449,6 +451,8 @@ class AntDTStrategy(DDPStrategy):
         assert self._agent is not None and self._connection is not None
         self._agent.stop()
         self._agent.report()
+        self._last_snapshot = self._snapshot()  # for checkpoints that are saved after the run
+        self._wait_for_all()  # none leaves while another could take it for lost
         self._connection.leave()
         self._wait_for_all()
         self._close(job_is_over=True)
@@ -506,7 +510,10 @@ class AntDTStrategy(DDPStrategy):
         if self._stop_unheard:
             raise SIGTERMException()
         self._stop_unheard = bool(step.reading.flags & (STOP | RESTART))
-        if self._told_to_stop:
+        if self._stop_unheard:
+            self._restarting = bool(step.reading.flags & RESTART)
+            agent.told_to_end(False)  # others may leave before this one now
+        elif self._told_to_stop:
             self._wish(STOP)
         if trainer.accumulate_grad_batches != 1:
             raise ValueError("AntDTStrategy: a callback accumulates gradients over batches; set global_batch_size instead.")
@@ -606,7 +613,6 @@ class AntDTStrategy(DDPStrategy):
         batch = self.precision_plugin.convert_input(step.micros[micro])
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = self.batch_to_device(batch, dataloader_idx=0)
-        step.micros[micro] = None  # its memory
         hook, module._current_fx_name = module._current_fx_name, "training_step"
         try:
             with self._unsynchronized(last=micro == len(step.micros) - 1):
@@ -656,10 +662,6 @@ class AntDTStrategy(DDPStrategy):
         if request == "save":
             return bool(flags & SAVE)
         self._stop_unheard = False
-        self._restarting = self._restarting or bool(flags & RESTART)
-        if flags & (STOP | RESTART):
-            assert self._agent is not None
-            self._agent.watch_peers(None)  # others may leave before this one now
         return bool(flags & (STOP | RESTART))
 
     def _wish(self, flag: int) -> None:
@@ -704,32 +706,34 @@ class AntDTStrategy(DDPStrategy):
         ``checkpoint["antdt"]`` holds ``ledger`` (see `DataShardingService.snapshot`), ``controller``, ``world_size``,
         ``global_batch`` and ``lr_factor``.
         """
-        if "optimizer_states" in checkpoint and self._agent is not None and self._connection is not None:
-            self._agent.flush()
-            self._wait_for_all()
-            if self.is_global_zero:
-                checkpoint = self._with_ledger(checkpoint, self._connection.client.snapshot())
+        if "optimizer_states" in checkpoint:
+            snapshot = self._snapshot() if self._connection is not None else self._last_snapshot
+            if snapshot is not None:
+                todo, at = snapshot["ledger"]["todo"], snapshot["ledger"]["consumed"]
+                for state in checkpoint["loops"]["fit_loop"].get("combined_loader", []):
+                    if todo not in ([], [[at, snapshot["ledger"]["n"]]]):
+                        # What is left is no rest of the order: other strategies' loaders cannot go on with it, and will say so.
+                        state["todo"] = todo
+                checkpoint = {**checkpoint, KEY: snapshot}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def _with_ledger(self, checkpoint: dict[str, Any], snapshot: dict[str, Any]) -> dict[str, Any]:
-        assert self._loader is not None
-        ledger, at = snapshot["ledger"], self._loader.state_dict()
+    def _snapshot(self) -> dict[str, Any] | None:
+        """What a checkpoint says of the data and the controller, on rank 0; a collective call."""
+        if self._agent is None or self._loader is None or self._connection is None:
+            return None
+        self._agent.flush()
+        self._wait_for_all()
+        if not self.is_global_zero:
+            return None
+        snapshot, at = self._connection.client.snapshot(), self._loader.state_dict()
+        ledger = snapshot["ledger"]
         if (ledger["epoch"], ledger["consumed"]) != (at["epoch"], at["samples"]):
             raise RuntimeError(
                 f"AntDT: the ledger has {ledger['consumed']} samples of epoch {ledger['epoch']}, training has {at['samples']} of"
                 f" epoch {at['epoch']}."
             )
-        if ledger["todo"] not in ([], [[at["samples"], at["length"]]]):
-            # What is left is no rest of the order, so that other strategies' loaders cannot go on with it: they will say so.
-            loaders = checkpoint["loops"]["fit_loop"].get("combined_loader", [])
-            for state in loaders:
-                state["todo"] = ledger["todo"]
-        extra = {
-            "world_size": self.world_size,
-            "global_batch": self._loader.planner.global_batch,
-            "lr_factor": self._lr_factor,
-        }
-        return {**checkpoint, KEY: {**snapshot, **extra}}
+        batch = self._loader.planner.global_batch
+        return {**snapshot, "world_size": self.world_size, "global_batch": batch, "lr_factor": self._lr_factor}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, of this strategy or another one (Lightning hook)."""

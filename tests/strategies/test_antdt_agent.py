@@ -11,6 +11,7 @@ import torch
 from strategies.antdt.actions import AdjustBatch, KillRestart, Versioned
 from strategies.antdt.agent import Agent
 from strategies.antdt.exchange import RESTART, STOP, Exchange
+from strategies.antdt.peer_watch import PeerWatch
 from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.step_timer import StepTimer
 
@@ -127,7 +128,8 @@ def test_ends_when_its_launcher_is_gone(agent: Agent, server: Server, lost: list
 def test_told_to_end_it_does_so_at_once_when_a_peer_is_gone(agent: Agent, server: Server, lost: list[str]) -> None:
     there = {"gen": 1, "connected": True, "silent": 0.0}
     server.nodes = {"worker:0": there, "worker:1": there, "worker:2": {**there, "connected": False}}
-    agent.watch_peers(3)
+    agent.peers = PeerWatch([("here", 1), ("here", 2), ("there", 3)], 0, 60.0)
+    agent.told_to_end(True)
     agent.start()
     assert agent._thread is not None
     agent._thread.join(10)
@@ -152,3 +154,19 @@ def test_time_of_a_step_is_data_and_computation_without_waiting(clock: Clock) ->
     assert (sample.step, sample.count, sample.data, sample.compute, sample.wall, sample.loss) == (7, 4, 0.5, 1.75, 9.5, 0.125)
     assert sample.seconds == 2.25
     assert timer.finished() == []
+
+
+def test_a_silent_process_of_the_same_machine_is_ended() -> None:
+    killed: list[int] = []
+    addresses = [("here", 10), ("here", 11), ("here", 12), ("there", 13)]
+    watch = PeerWatch(addresses, 1, heartbeat_timeout=10.0, kill=killed.append)
+    node = {"gen": 2, "connected": True, "silent": 0.1}
+    status: dict[str, Any] = {"generation": 2, "nodes": {f"worker:{rank}": dict(node) for rank in range(4)}}
+    assert watch.all_there(status)
+    for rank in (1, 2, 3):
+        status["nodes"][f"worker:{rank}"]["silent"] = 9.0
+    status["nodes"]["worker:0"] |= {"silent": 9.0, "connected": False}  # it has crashed: its launcher sees that
+    assert watch.end_silent(status) == [2]
+    assert killed == [12]
+    assert not watch.all_there(status)
+    assert [PeerWatch(addresses, rank, 10.0).guards for rank in range(4)] == [True, True, False, False]
