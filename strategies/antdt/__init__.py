@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from strategies.antdt.address import Address
     from strategies.antdt.client import Client
     from strategies.antdt.launch import find_or_start
-    from strategies.antdt.ledger import DataShardingService, DatasetSpec
+    from strategies.antdt.ledger import DatasetSpec, DataShardingService
     from strategies.antdt.order import SampleOrder
 
 __all__ = ["Address", "Client", "DataShardingService", "DatasetSpec", "SampleOrder", "find_or_start"]

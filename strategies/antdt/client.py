@@ -307,8 +307,8 @@ class Client:
     def _unreachable(self, op: str, failure: Exception) -> ServerUnreachable:
         return ServerUnreachable(
             f"{op}: the data-sharding server at {self.address.host}:{self.address.port} has not answered for {self.patience:g} s"
-            f" ({failure}). If it has ended, start it again on its folder (zoo serve-data --folder ...), its journal goes on where it"
-            " was; if it runs, see whether this machine reaches that port. Then resume with --ckpt_path last."
+            f" ({failure}). If it has ended, start it again on its folder (zoo serve-data --folder ...), where its journal goes on;"
+            " if it runs, see whether this machine reaches that port. Then resume with --ckpt_path last."
         )
 
     def _exchange(self, message: bytes, wait: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 __all__ = [
@@ -399,7 +400,7 @@ class DataShardingService:
         for number, state in self._epochs.items():
             held = [(grant.committed, grant.hi) for grant in self._grants.values() if grant.epoch == number]
             spans = sorted([*state.todo, *held])
-            for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            for (_, end), (start, _) in pairwise(spans):
                 assert end <= start, f"epoch {number}: positions [{start}, {end}) are at two places"
             assert all(0 <= lo < hi <= self.dataset.n for lo, hi in spans), f"epoch {number}: {spans} leave the data set"
             todo, doing = (sum(hi - lo for lo, hi in part) for part in (state.todo, held))
@@ -481,7 +482,7 @@ class DataShardingService:
 
     def _remembered(self, number: int, todo: Sequence[Sequence[int]]) -> _Epoch:
         spans = sorted((int(lo), int(hi)) for lo, hi in todo)
-        overlaps = any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        overlaps = any(end > start for (_, end), (start, _) in pairwise(spans))
         if number < 0 or overlaps or not all(0 <= lo < hi <= self.dataset.n for lo, hi in spans):
             raise LedgerError(f"restore: ranges to do of epoch {number} overlap or leave [0, {self.dataset.n}).")
         return _Epoch(todo, done=self.dataset.n - sum(hi - lo for lo, hi in spans))

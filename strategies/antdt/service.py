@@ -5,12 +5,12 @@ One `Service` holds the ledger of samples and the controller of one job, and who
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from strategies.antdt.barrier import JoinBarrier, Waiting
 from strategies.antdt.journal import OtherDataset, RecordedLedger
-from strategies.antdt.ledger import LedgerError, StaleGeneration
+from strategies.antdt.ledger import DatasetSpec, LedgerError, StaleGeneration
 from strategies.antdt.wire import ServiceError, error
 
 __all__ = ["Peer", "Service", "SupportsControl"]
@@ -208,7 +208,7 @@ class Service:
 
     def _configure(self, request: dict[str, Any], peer: Peer, now: float) -> dict[str, Any]:
         settings = {
-            "dataset": request["dataset"],
+            "dataset": asdict(DatasetSpec(**request["dataset"])),
             "semantics": request.get("semantics", "exactly_once"),
             "tail_factor": float(request.get("tail_factor", 2.0)),
             "solution": request["solution"],
@@ -221,15 +221,15 @@ class Service:
         former = self._recorded.settings
         if settings == former:
             return {"ok": True}
-        if former is not None and former["dataset"] | {"epochs": 0} == settings["dataset"] | {"epochs": 0}:
-            differs = [key for key in settings if settings[key] != former[key]]
-            present = sorted(name for name, node in self._nodes.items() if node.peers)
-            if present:
-                raise ServiceError(
-                    "conflict",
-                    f"configure: {', '.join(differs)} differ from what this job has, while {', '.join(present[:5])} take part in it:"
-                    f" {[settings[key] for key in differs]} instead of {[former[key] for key in differs]}.",
-                )
+        self._recorded.check_dataset(settings)
+        present = sorted(name for name, node in self._nodes.items() if node.peers)
+        if former is not None and present:
+            differs = [
+                f"{key} is {settings[key]!r} instead of {former[key]!r}" for key in settings if settings[key] != former[key]
+            ]
+            raise ServiceError(
+                "conflict", f"configure: while {', '.join(present[:5])} take part in the job, {'; '.join(differs)}."
+            )
         try:
             controller = self._build_controller(settings)
         except (ValueError, TypeError, ImportError, AttributeError) as cause:
@@ -277,10 +277,8 @@ class Service:
             if group is not None:
                 self._begin(group, now)
             return None
-        if role == "worker":
-            gen = self._recorded.join(worker, session, seq)
-        else:
-            gen = known.gen + 1 if known is not None else 1
+        former = known.gen if known is not None else 0
+        gen = self._recorded.join(worker, session, seq) if role == "worker" else former + 1
         self._admit(name, gen, peer, session, seq, about, now)
         return self._joined(gen)
 
