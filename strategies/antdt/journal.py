@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from strategies.antdt.ledger import DatasetSpec, DataShardingService, Fetched, Semantics
+from strategies.antdt.ledger import DatasetSpec, DataShardingService, Semantics
 
 __all__ = ["Journal", "JournalError", "OtherDataset", "RecordedLedger"]
 

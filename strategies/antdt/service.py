@@ -154,7 +154,8 @@ class Service:
         if not self._recorded.configured and op not in ("configure", "status", "shutdown"):
             raise ServiceError("not_configured", f"{op}: nobody has configured this server with a data set yet.")
         if op in _UNNUMBERED:
-            self._touch(request, peer, now)
+            if op != "configure":  # which a new process asks before it has joined
+                self._touch(request, peer, now)
             return operation(request, peer, now)
         session, seq = str(request.get("session", "")), int(request["seq"])
         if op == "join":
