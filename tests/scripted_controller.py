@@ -17,17 +17,22 @@ class Decision:
 class ScriptedController:
     """Decides once for each entry of ``init_args.script`` (a node, or None for all), and remembers what it is told."""
 
-    decide_every = 10.0
+    failure: str | None = None
 
     def __init__(self, settings: dict[str, Any]) -> None:
         world_size, whole = settings["world_size"], settings["global_batch"]
         if world_size > whole:
             raise ValueError(f"global_batch {whole} is less than a sample for each of {world_size} workers.")
-        self.decide_every = float(settings["controller"].get("decide_every", 10.0))
+        self._decide_every = float(settings["controller"].get("decide_every", 10.0))
+        self._decided: float | None = None
         self._batch = [whole // world_size] * world_size
         self._script = list(settings["solution"].get("init_args", {}).get("script", []))
         self._decisions: list[Decision] = []
         self.heard: list[tuple[Any, ...]] = []
+
+    @property
+    def version(self) -> int:
+        return len(self._decisions)
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -44,13 +49,16 @@ class ScriptedController:
         self, node: str, samples: Sequence[Any], now: float, *, node_state: Any = None, errors: Sequence[Any] = ()
     ) -> None:
         self.heard.append(("report", node, samples, node_state, errors))
+        self.failure = self.failure or next((error["message"] for error in errors if error.get("kind") == "AssertionError"), None)
 
     def progress(self, remaining_samples: int, step: int) -> None:
         self.heard.append(("progress", remaining_samples, step))
 
     def tick(self, now: float) -> list[Decision]:
-        if len(self._decisions) >= len(self._script):
+        due = self._decided is None or now - self._decided >= self._decide_every
+        if not due or len(self._decisions) >= len(self._script):
             return []
+        self._decided = now
         self._decisions.append(Decision(len(self._decisions) + 1, self._script[len(self._decisions)]))
         return self._decisions[-1:]
 

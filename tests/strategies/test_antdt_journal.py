@@ -21,7 +21,7 @@ def act(recorded: RecordedLedger, choices: list[int]) -> list[dict[str, Any]]:
     """Drive a ledger by numbers; the state after each change that was written."""
     recorded.configure(SETTINGS)
     states = [state(recorded)]
-    gens, seq, epoch = {0: 0, 1: 0}, 0, 0
+    epoch = 0
 
     def note() -> None:
         if states[-1] != state(recorded):
@@ -29,10 +29,9 @@ def act(recorded: RecordedLedger, choices: list[int]) -> list[dict[str, Any]]:
 
     gens = dict.fromkeys((0, 1), recorded.begin({0: ("a", 1), 1: ("b", 1)}))
     note()
-    for choice in choices:
+    for seq, choice in enumerate(choices, 2):
         worker, what = choice % 2, choice // 2 % 7
         held = [(sid, g) for sid, g in recorded.ledger._grants.items() if g.worker == worker]
-        seq += 1
         if what <= 1:
             if "end" in recorded.fetch(worker, gens[worker], "ab"[worker], seq, epoch, [4, 8], 5):
                 epoch += 1

@@ -1,5 +1,7 @@
 """The order of samples is a bijection, whatever the sizes, and ranges of it may be cut anywhere."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def test_positions_and_samples_correspond_one_to_one(
     cuts = sorted(data.draw(st.lists(st.integers(0, num_samples), max_size=4)))
     ends = [0, *cuts, num_samples]
     other = SampleOrder(num_samples, seed, shuffle, shard, table_limit)  # another worker, asked in another way
-    parts = [other.indices(epoch, lo, hi) for lo, hi in zip(ends, ends[1:], strict=False)]
+    parts = [other.indices(epoch, lo, hi) for lo, hi in pairwise(ends)]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -34,7 +36,7 @@ def test_block_order_reads_one_block_after_another(num_samples: int, table_limit
     size = 16
     samples = SampleOrder(num_samples, 3, "shard", size, table_limit).indices(0, 0, num_samples).tolist()
     blocks = [sample // size for sample in samples]
-    switches = sum(before != after for before, after in zip(blocks, blocks[1:], strict=False))
+    switches = sum(before != after for before, after in pairwise(blocks))
     assert switches == -(-num_samples // size) - 1
 
 

@@ -207,7 +207,8 @@ def test_closed_connection_has_a_grace_and_then_the_worker_is_lost() -> None:
     job.service.disconnected(wires[0], job.now)
     job.now += 4
     job.service.tick(job.now)
-    assert job.ask("heartbeat", "worker:0", again := Wire()) == {"ok": True}  # it comes back
+    again = Wire()
+    assert job.ask("heartbeat", "worker:0", again) == {"ok": True}  # it comes back
     job.now += 4
     job.service.tick(job.now)
     assert "leave" not in job.kinds()
@@ -243,6 +244,14 @@ def test_decisions_reach_whom_they_concern_and_the_log() -> None:
     for worker in (0, 1):
         job.ask("report", f"worker:{worker}", step=5, version=1, samples=[])
     assert [heard for heard in job.built[0].heard if heard[0] == "applied"] == [("applied", 1, 5)]
+
+
+def test_an_error_that_no_restart_cures_is_told_to_all() -> None:
+    job = Job()
+    job.start()
+    job.ask("report", "worker:1", step=1, version=0, samples=[], errors=[{"kind": "AssertionError", "message": "labels below 0"}])
+    assert job.ask("report", "worker:0", step=1, version=0, samples=[])["failure"] == "labels below 0"
+    assert job.ask("status")["failure"] == "labels below 0"
 
 
 def test_first_configuration_wins_and_others_hear_what_differs() -> None:
