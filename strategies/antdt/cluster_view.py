@@ -5,22 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["ClusterView", "Moments", "NodeView", "step_seconds"]
+from strategies.antdt.affine import Moments
 
-
-class Moments(NamedTuple):
-    """Sums over the steps of a node, older ones forgotten, from which ``T = a C + c n`` is fitted.
-
-    C is the number of micro-batches of a step, n its samples, T its seconds.
-    """
-
-    weight: float = 0.0
-    cc: float = 0.0
-    cn: float = 0.0
-    nn: float = 0.0
-    ct: float = 0.0
-    nt: float = 0.0
-    tt: float = 0.0
+__all__ = ["ClusterView", "NodeView", "step_seconds"]
 
 
 class NodeView(NamedTuple):
@@ -74,6 +61,7 @@ class ClusterView:
         throughput: Samples a second of all workers over the short window; None while nothing was reported.
         step_seconds: Mean seconds of a step, waiting included, over the short window; None while nothing was reported.
         restart_seconds: R, what a restart takes.
+        restart_success: Probability that a restart helps, from those that were seen.
         group_restart: Whether a restart of one worker stops all of them.
         max_restarts_now: How many nodes may be told to restart now.
         busy: Whether new nodes wait long to be scheduled.
@@ -92,6 +80,7 @@ class ClusterView:
     throughput: float | None
     step_seconds: float | None
     restart_seconds: float
+    restart_success: float
     group_restart: bool
     max_restarts_now: int
     busy: bool
