@@ -1,7 +1,25 @@
 """Lightning strategies: where things run, never what they compute."""
 
-from strategies.edit import EDiTShardedStrategy, EDiTStrategy
-from strategies.expert import ExpertParallelStrategy
-from strategies.paro import PaROStrategy
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strategies.edit import EDiTShardedStrategy, EDiTStrategy
+    from strategies.expert import ExpertParallelStrategy
+    from strategies.paro import PaROStrategy
 
 __all__ = ["EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy", "PaROStrategy"]
+
+_HOME = {
+    "EDiTShardedStrategy": "edit",
+    "EDiTStrategy": "edit",
+    "ExpertParallelStrategy": "expert",
+    "PaROStrategy": "paro",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import lazily: the data-sharding server, which is in this package, starts without torch and Lightning."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'strategies' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"strategies.{_HOME[name]}"), name)

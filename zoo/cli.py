@@ -41,6 +41,7 @@ from zoo.sampling import SupportsSampling
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
 
 STAGES = ("fit", "validate", "test", "predict")
+STRATEGIES = {name: getattr(strategies, name) for name in strategies.__all__}  # imported here, to be found by their names
 
 
 @rank_zero_only
@@ -453,8 +454,8 @@ def list_everything() -> None:
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):
         row("data", name, (getattr(datamodules, name).__doc__ or "").strip().split("\n")[0])
-    for name in getattr(strategies, "__all__", []):
-        row("strategy", name, (getattr(strategies, name).__doc__ or "").strip().split("\n")[0])
+    for name, strategy in STRATEGIES.items():
+        row("strategy", name, (strategy.__doc__ or "").strip().split("\n")[0])
     for name, path in packaged_configs().items():
         head = path.read_text().split("\n", 1)[0]
         row("config", name, head.removeprefix("#").strip() if head.startswith("#") else "")
