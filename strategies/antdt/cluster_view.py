@@ -1,7 +1,7 @@
 """What a solution sees of a cluster: frozen, plain numbers (section 2.3)."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ class NodeView(NamedTuple):
         restarting: Whether that is going on.
         restartable: Whether it may be restarted now: alive, not too often and not too recently, its errors could pass by
             themselves, and earlier restarts were of use.
-        moments: For a fit over several nodes.
     """
 
     node: str
@@ -42,7 +41,6 @@ class NodeView(NamedTuple):
     restarts: int
     restarting: bool
     restartable: bool
-    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class ClusterView:
         busy: Whether new nodes wait long to be scheduled.
         ready: Kinds of actions that may be taken now: not in flight, cooled down.
         cap_changed: A cap was lowered after lack of memory: batches must be solved anew.
+        moments: Of the workers, for a fit over several: a column for each field of `Moments`.
     """
 
     workers: tuple[NodeView, ...]
@@ -86,6 +85,7 @@ class ClusterView:
     busy: bool
     ready: frozenset[str]
     cap_changed: bool = False
+    moments: tuple[tuple[float, ...], ...] = ()
 
     @property
     def horizon(self) -> float | None:
@@ -93,6 +93,10 @@ class ClusterView:
         if self.remaining is None or not self.throughput:
             return None
         return self.remaining / self.throughput
+
+    def moments_of(self, numbers: Iterable[int]) -> Moments:
+        """Of several workers together, as if they were one."""
+        return Moments.sum(Moments(*(column[number] for column in self.moments)) for number in numbers)
 
     def costs(self) -> tuple[list[float], list[float]] | None:
         """Fixed seconds and seconds a sample of all workers; those that are silent get the median. None if all are."""

@@ -1,11 +1,13 @@
 """What was measured, in windows: how fast each node is now, and for how long it has been slow (section 2.2).
 
 Two windows end now. The short one gives a node's seconds a sample, ``c_i = (sum T - a_i C) / sum n``; the long one is cut into
-sub-samples, and ``p_i`` is the share of them in which ``c_i`` exceeded the median of its role by a factor. Steps are kept as sums
-over sub-samples, so that memory does not grow with their number. No clock: the caller says what time it is, in seconds or in steps.
+sub-samples, and ``p_i`` is the share of them in which ``c_i`` exceeded the median of its role by a factor. Steps are kept as
+sums over sub-samples, so that memory does not grow with their number. No clock: the caller says what time it is, in seconds or
+in steps. (The specification's ``c_i = sum T / sum n`` still holds the fixed cost, which the line ``a_i + c_i n`` would count twice.)
 """
 
 import math
+import operator
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from strategies.antdt.affine import Moments, fit
 
-__all__ = ["Monitor", "NodeStatistics", "Sample", "Windows"]
+__all__ = ["Monitor", "Sample", "Statistics", "Windows"]
 
 FORGET = 0.97  # of a step, in the fit of the line
 SUBSAMPLES = 30  # of the long window
@@ -87,26 +89,27 @@ class Windows:
         return max(1, round(self.persistent / self.width))
 
 
-class NodeStatistics(NamedTuple):
-    """A node in its windows; see `strategies.antdt.cluster_view.NodeView`.
+@dataclass(frozen=True)
+class Statistics:
+    """All nodes in their windows, a column for each; see `strategies.antdt.cluster_view.NodeView`.
 
     Attributes:
         cost: c_i, seconds a sample; None while nothing was reported.
         fixed: a_i, seconds a micro-batch.
-        seconds: Mean seconds of a step.
-        wall: Mean seconds from one step to the next.
-        rate: Samples a second, waiting included.
+        seconds: Mean seconds of a step; None while nothing was reported.
         steps: Steps counted since it started.
         persistence: p_i.
+        wall: Mean seconds from one step to the next, over all nodes; None while nothing was reported.
+        rate: Samples a second of all nodes together, waiting included; None while nothing was reported.
     """
 
-    cost: float | None
-    fixed: float
-    seconds: float | None
+    cost: list[float | None]
+    fixed: list[float]
+    seconds: list[float | None]
+    steps: list[int]
+    persistence: list[float]
     wall: float | None
     rate: float | None
-    steps: int
-    persistence: float
 
 
 class _Sums:
@@ -121,6 +124,34 @@ class _Sums:
         self.steps = [0] * size
         self.wall = [0.0] * size
         self.least = [math.inf] * size  # seconds a micro-batch, of the quickest step
+
+    def add(self, other: "_Sums", where: Sequence[bool] | None = None) -> None:
+        """Add the sums of the same nodes, or of some of them only."""
+        for name in ("seconds", "samples", "micros", "steps", "wall"):
+            column = getattr(other, name)
+            if where is not None:
+                column = [value if chosen else 0 for value, chosen in zip(column, where, strict=True)]
+            setattr(self, name, list(map(operator.add, getattr(self, name), column)))
+        least = other.least
+        if where is not None:
+            least = [value if chosen else math.inf for value, chosen in zip(least, where, strict=True)]
+        self.least = list(map(min, self.least, least))
+
+
+@dataclass
+class _Run:
+    """Consecutive steps of all nodes with the same batches: forgetful sums of seconds and of their squares."""
+
+    counts: list[int]
+    micros: list[int]
+    steps: int
+    taken: list[float]
+    squares: list[float]
+
+    def add(self, taken: Sequence[float]) -> None:
+        self.steps += 1
+        self.taken = [FORGET * before + t for before, t in zip(self.taken, taken, strict=True)]
+        self.squares = [FORGET * before + t * t for before, t in zip(self.squares, taken, strict=True)]
 
 
 class Monitor:
@@ -141,6 +172,7 @@ class Monitor:
         self._skip: list[int] = []
         self._fixed: list[float] = []
         self._moments: list[list[float]] = [[] for _ in Moments._fields]
+        self._run: _Run | None = None
         self._first: int | None = None  # sub-sample
         self._open = 0
         self.grow(size)
@@ -150,6 +182,7 @@ class Monitor:
         more = size - self.size
         if more <= 0:
             return
+        self._fold()
         for sums in self._sums.values():
             added = _Sums(more)
             for name in _Sums.__slots__:
@@ -166,6 +199,7 @@ class Monitor:
     def forget(self, node: int) -> None:
         """A node has moved to another machine: nothing known of it holds."""
         self.started(node)
+        self._fold()
         for sums in self._sums.values():
             for name, value in (("seconds", 0.0), ("samples", 0), ("micros", 0), ("steps", 0), ("wall", 0.0)):
                 getattr(sums, name)[node] = value
@@ -203,6 +237,7 @@ class Monitor:
                 self._add(node, sample, 1 if cap is None else -(-sample.n // cap), time)
 
     def _add(self, node: int, sample: Sample, micros: int, at: float) -> None:
+        self._fold()
         taken = sample.t_data + sample.t_comp
         sums = self._sums_at(at)
         sums.seconds[node] += taken
@@ -234,24 +269,27 @@ class Monitor:
                     self._add(node, Sample(0, n, 0.0, t, wall), c, at)
             return
         for name, column in (("seconds", taken), ("samples", counts), ("micros", micros)):
-            setattr(sums, name, [a + b for a, b in zip(getattr(sums, name), column, strict=True)])
+            setattr(sums, name, list(map(operator.add, getattr(sums, name), column)))
         sums.steps = [a + 1 for a in sums.steps]
         sums.wall = [a + wall for a in sums.wall]
-        sums.least = [min(a, t / c) for a, t, c in zip(sums.least, taken, micros, strict=True)]
+        per_micro = taken if max(micros) == 1 else list(map(operator.truediv, taken, micros))
+        sums.least = list(map(min, sums.least, per_micro))
         self._steps = [a + 1 for a in self._steps]
-        products = (
-            [1] * self.size,
-            [c * c for c in micros],
-            [c * n for c, n in zip(micros, counts, strict=True)],
-            [n * n for n in counts],
-            [c * t for c, t in zip(micros, taken, strict=True)],
-            [n * t for n, t in zip(counts, taken, strict=True)],
-            [t * t for t in taken],
-        )
-        self._moments = [
-            [FORGET * before + value for before, value in zip(column, values, strict=True)]
-            for column, values in zip(self._moments, products, strict=True)
-        ]
+        if self._run is None or self._run.counts != counts or self._run.micros != micros:
+            self._fold()
+            self._run = _Run(list(counts), list(micros), 0, [0.0] * self.size, [0.0] * self.size)
+        self._run.add(taken)
+
+    def _fold(self) -> None:
+        """Take steps of one shape, which were summed for all nodes together, into the moments."""
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        old, weight = FORGET**run.steps, (1 - FORGET**run.steps) / (1 - FORGET)
+        for node, (c, n, t, tt) in enumerate(zip(run.micros, run.counts, run.taken, run.squares, strict=True)):
+            new = (weight, weight * c * c, weight * c * n, weight * n * n, c * t, n * t, tt)
+            for column, value in zip(self._moments, new, strict=True):
+                column[node] = old * column[node] + value
 
     def _sums_at(self, at: float) -> _Sums:
         key = max(int(at // self.windows.width), self._open)
@@ -284,10 +322,7 @@ class Monitor:
 
     def _judge(self, key: int) -> None:
         sums = self._sums[key]
-        costs = [
-            _cost(seconds, samples, micros, fixed)
-            for seconds, samples, micros, fixed in zip(sums.seconds, sums.samples, sums.micros, self._fixed, strict=True)
-        ]
+        costs = list(map(_cost, sums.seconds, sums.samples, sums.micros, self._fixed))
         known = [cost for cost in costs if cost is not None]
         if not known:
             return
@@ -296,68 +331,65 @@ class Monitor:
         self._verdicts.append((key, slow))
         self._slow = [before + verdict for before, verdict in zip(self._slow, slow, strict=True)]
 
-    def statistics(self, clock: float) -> list[NodeStatistics]:
+    def statistics(self, clock: float) -> Statistics:
         """All nodes in their windows."""
-        size, windows = self.size, self.windows
-        seconds, samples, micros, steps, wall = [0.0] * size, [0] * size, [0] * size, [0] * size, [0.0] * size
-        least = [math.inf] * size
+        self._fold()
+        total, windows = _Sums(self.size), self.windows
         oldest = int(clock // windows.width) - math.ceil(windows.transient / windows.width)
         for key in sorted(self._sums, reverse=True):
-            sums = self._sums[key]
-            for node in range(size):
-                if sums.steps[node] and (key >= oldest or steps[node] < windows.min_steps):
-                    seconds[node] += sums.seconds[node]
-                    samples[node] += sums.samples[node]
-                    micros[node] += sums.micros[node]
-                    steps[node] += sums.steps[node]
-                    wall[node] += sums.wall[node]
-                    least[node] = min(least[node], sums.least[node])
-        return [
-            self._statistics(node, seconds[node], samples[node], micros[node], steps[node], wall[node], least[node])
-            for node in range(size)
-        ]
-
-    def _statistics(
-        self, node: int, seconds: float, samples: int, micros: int, steps: int, wall: float, least: float
-    ) -> NodeStatistics:
-        if not steps:
-            return NodeStatistics(None, self._fixed[node], None, None, None, self._steps[node], self._persistence(node))
-        line = fit(self.moments(node))
-        if line is not None:  # otherwise the batch has not changed for a while: what was found before still holds
-            self._fixed[node] = max(line.fixed - 2 * line.fixed_error, 0.0)
-        self._fixed[node] = min(self._fixed[node], least)
-        cost = _cost(seconds, samples, micros, self._fixed[node])
-        return NodeStatistics(
-            cost,
-            self._fixed[node],
-            seconds / steps,
-            wall / steps if wall else None,
-            samples / wall if wall else None,
-            self._steps[node],
-            self._persistence(node),
+            part = self._sums[key]
+            if key >= oldest:
+                total.add(part)
+            elif min(total.steps) < windows.min_steps:
+                total.add(part, [steps < windows.min_steps for steps in total.steps])
+        self._find_fixed(total.least)
+        walls = [wall / steps for wall, steps in zip(total.wall, total.steps, strict=True) if wall]
+        rates = [samples / wall for samples, wall in zip(total.samples, total.wall, strict=True) if wall]
+        return Statistics(
+            list(map(_cost, total.seconds, total.samples, total.micros, self._fixed)),
+            list(self._fixed),
+            [seconds / steps if steps else None for seconds, steps in zip(total.seconds, total.steps, strict=True)],
+            list(self._steps),
+            self._persistence() if any(self._slow) else [0.0] * self.size,
+            math.fsum(walls) / len(walls) if walls else None,
+            math.fsum(rates) if rates else None,
         )
 
-    def _persistence(self, node: int) -> float:
+    def _find_fixed(self, least: Sequence[float]) -> None:
+        """a_i, carefully: two standard errors below what was fitted, between 0 and the quickest micro-batch."""
+        _, cc, cn, nn, *_ = self._moments
+        for node, (a, b, c) in enumerate(zip(cc, cn, nn, strict=True)):
+            if a * c - b * b > 1e-4 * a * c:  # else the batch has not changed for a while: what was found before still holds
+                line = fit(self.moments(node))
+                if line is not None:
+                    self._fixed[node] = max(line.fixed - 2 * line.fixed_error, 0.0)
+        self._fixed = list(map(min, self._fixed, least))
+
+    def _persistence(self) -> list[float]:
         """p_i; time before the first report counts as not slow.
 
-        Where all of the window is not slow, an interval's first and last sub-sample count as not slow: it may have covered them
+        Where not all of the window is slow, an interval's first and last sub-sample count as not slow: it may have covered them
         in part only, and intervals shorter than the share asked for must not reach it.
         """
-        if not self._verdicts or self._first is None:
-            return 0.0
-        slow, count = self._slow[node], len(self._verdicts)
-        before = self.windows.count - (self._verdicts[-1][0] - self._first + 1)
-        if before <= 0 and slow == count:
-            return 1.0
+        count = len(self._verdicts)
+        before = self.windows.count - (self._verdicts[-1][0] - (self._first or 0) + 1)
         edges = 0 if self.windows.unit == "steps" and self.windows.width == 1 else 2
-        return max(slow - edges, 0) / (count + max(before, 0))
+        whole = count if before <= 0 else count + before + edges
+        return [1.0 if slow == whole else max(slow - edges, 0) / (count + max(before, 0)) for slow in self._slow]
 
     def moments(self, node: int) -> Moments:
         """Of a node, for a fit over several."""
+        self._fold()
         return Moments(*(column[node] for column in self._moments))
+
+    def columns(self) -> tuple[tuple[float, ...], ...]:
+        """Moments of all nodes: a column for each field."""
+        self._fold()
+        return tuple(map(tuple, self._moments))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types."""
+        self._fold()
         return {
             "sums": [
                 [

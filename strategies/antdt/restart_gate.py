@@ -4,8 +4,8 @@ With ``k = remaining / B`` steps to go and times T of a step before and after, a
 times the probability that it helps. It takes R seconds if all wait, else the part of R that the absent worker's share of the
 speed is.
 
-The specification's ``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of the exact ``H (1 - T_after / T_before)``; we take the
-exact form, with fixed costs and least batches.
+The specification's ``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of the exact ``H (1 - T_after / T_before)``; we take
+the exact form, with fixed costs and least batches.
 """
 
 import statistics

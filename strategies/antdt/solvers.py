@@ -1,8 +1,8 @@
-"""Local batches that make the slowest worker's step as short as possible, exactly, in whole samples (sections 2.5, 2.6) [derived].
+"""Local batches that make the slowest worker's step as short as possible, in whole samples, exactly (sections 2.5, 2.6).
 
-Both problems ask for whole numbers n_i that sum to B and minimise the largest of times t_i(n_i), which grow with n_i. Write down
-all pairs (worker, n) with their times: the best choice is the B pairs of least time. So a time T is searched for at which nearly B
-pairs are ready, and the few that are missing are taken one by one, the soonest first.
+[derived] Both problems ask for whole numbers n_i that sum to B and minimise the largest of times t_i(n_i), which grow with n_i.
+Write down all pairs (worker, n) with their times: the best choice is the B pairs of least time. So a time T is searched for at
+which nearly B pairs are ready, and the few that are missing are taken one by one, the soonest first.
 """
 
 import heapq
