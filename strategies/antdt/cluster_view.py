@@ -1,26 +1,13 @@
 """What a solution sees of a cluster: frozen, plain numbers (section 2.3)."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["ClusterView", "Moments", "NodeView", "step_seconds"]
+from strategies.antdt.affine import Moments
 
-
-class Moments(NamedTuple):
-    """Sums over the steps of a node, older ones forgotten, from which ``T = a C + c n`` is fitted.
-
-    C is the number of micro-batches of a step, n its samples, T its seconds.
-    """
-
-    weight: float = 0.0
-    cc: float = 0.0
-    cn: float = 0.0
-    nn: float = 0.0
-    ct: float = 0.0
-    nt: float = 0.0
-    tt: float = 0.0
+__all__ = ["ClusterView", "NodeView", "step_seconds"]
 
 
 class NodeView(NamedTuple):
@@ -40,7 +27,6 @@ class NodeView(NamedTuple):
         restarting: Whether that is going on.
         restartable: Whether it may be restarted now: alive, not too often and not too recently, its errors could pass by
             themselves, and earlier restarts were of use.
-        moments: For a fit over several nodes.
     """
 
     node: str
@@ -55,7 +41,6 @@ class NodeView(NamedTuple):
     restarts: int
     restarting: bool
     restartable: bool
-    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -74,11 +59,13 @@ class ClusterView:
         throughput: Samples a second of all workers over the short window; None while nothing was reported.
         step_seconds: Mean seconds of a step, waiting included, over the short window; None while nothing was reported.
         restart_seconds: R, what a restart takes.
+        restart_success: Probability that a restart helps, from those that were seen.
         group_restart: Whether a restart of one worker stops all of them.
         max_restarts_now: How many nodes may be told to restart now.
         busy: Whether new nodes wait long to be scheduled.
         ready: Kinds of actions that may be taken now: not in flight, cooled down.
         cap_changed: A cap was lowered after lack of memory: batches must be solved anew.
+        moments: Of the workers, for a fit over several: a column for each field of `Moments`.
     """
 
     workers: tuple[NodeView, ...]
@@ -92,11 +79,13 @@ class ClusterView:
     throughput: float | None
     step_seconds: float | None
     restart_seconds: float
+    restart_success: float
     group_restart: bool
     max_restarts_now: int
     busy: bool
     ready: frozenset[str]
     cap_changed: bool = False
+    moments: tuple[tuple[float, ...], ...] = ()
 
     @property
     def horizon(self) -> float | None:
@@ -104,6 +93,10 @@ class ClusterView:
         if self.remaining is None or not self.throughput:
             return None
         return self.remaining / self.throughput
+
+    def moments_of(self, numbers: Iterable[int]) -> Moments:
+        """Of several workers together, as if they were one."""
+        return Moments.sum(Moments(*(column[number] for column in self.moments)) for number in numbers)
 
     def costs(self) -> tuple[list[float], list[float]] | None:
         """Fixed seconds and seconds a sample of all workers; those that are silent get the median. None if all are."""
