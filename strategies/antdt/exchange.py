@@ -76,7 +76,7 @@ class Exchange:
         rows, work = own.unsqueeze(0), None
         if self.group is not None:
             rows = torch.empty(dist.get_world_size(self.group), _FIELDS, dtype=torch.int64)
-            work = dist.all_gather_into_tensor(rows, own, group=self.group, async_op=True)
+            work = dist.all_gather(list(rows), own, group=self.group, async_op=True)
 
         @cache
         def answer() -> Reading:

@@ -81,7 +81,10 @@ class PositionSource(Protocol):
         """``count`` positions, fewer if there are no more, and never hold more than ``room`` with them."""
 
     def resize(self, room: int) -> None:
-        """Give back what is held above ``room``, and look anew for more."""
+        """Give back what is held above ``room``."""
+
+    def reopen(self) -> None:
+        """Others have given back: there may be more, though there was none."""
 
 
 class StepPlanner:
@@ -136,6 +139,7 @@ class StepPlanner:
         for decision in begins:
             if isinstance(decision.action, AdjustBatch):
                 self.allocation = Allocation(decision.action.batch, decision.action.cap, decision.version)
+                self.source.reopen()
         if self._last is not None:
             self._coming = tuple(self.decisions(self._last.answer().version))
         own = self.allocation.batch[self.rank]

@@ -53,11 +53,16 @@ class ShardSource:
             return self._buffer.take(count)
 
     def resize(self, room: int) -> None:
-        """Give back what is held above ``room``, and look anew for more."""
+        """Give back what is held above ``room``."""
         with self._lock:
             for sid, start in self._buffer.shrink(room):
                 self.call("release", sid=sid, **{"from": start})
-            self._room, self._dry = room, False
+            self._room = room
+
+    def reopen(self) -> None:
+        """Others have given back: there may be more, though there was none."""
+        with self._lock:
+            self._dry = False
 
     # Ahead of time, from another thread
 
