@@ -51,6 +51,7 @@ from strategies import AntDTStrategy
 from strategies.antdt import LBBSP, AntDTDD, AntDTND, Solution, StaticBSP
 from strategies.antdt.actions import AdjustBatch
 from strategies.antdt.inject import SleepInjector, Slowdown
+from strategies.antdt.monitor import Windows
 from strategies.antdt.solvers import balance, balance_micro
 from zoo.ctr import XDeepFM
 
@@ -76,7 +77,7 @@ class Setting:
         factor: By how much.
         start: First step of it.
         stop: First step after it; None: none.
-        interval: Seconds between two decisions.
+        interval: Steps between two decisions.
     """
 
     scenario: str
@@ -90,7 +91,7 @@ class Setting:
     factor: float
     start: int
     stop: int | None
-    interval: float
+    interval: int
 
     @property
     def factors(self) -> list[float]:
@@ -107,7 +108,7 @@ class Setting:
     def closed_form(self) -> float:
         """Speed-up of the best batches over equal ones, if a step costs nothing but its samples.
 
-        >>> setting("persistent", 0, 80, 256, 0.0005, 0.5).closed_form
+        >>> setting("persistent", 0, 80, 256, 0.0005, 4).closed_form
         3.25
         """
         return max(self.factors) * sum(1 / factor for factor in self.factors) / RANKS
@@ -119,7 +120,7 @@ class Setting:
         return range(self.start + (stop - self.start) // 2, stop)
 
 
-def setting(scenario: str, seed: int, steps: int, batch: int, cost: float, interval: float) -> Setting:
+def setting(scenario: str, seed: int, steps: int, batch: int, cost: float, interval: int) -> Setting:
     """A scenario."""
     start, stop = steps // 8, None
     if scenario == "deterministic":
@@ -137,6 +138,8 @@ class TrueCosts(Solution):
         fixed: Seconds of a micro-batch on each process, in addition.
         cap: Most samples of a micro-batch, if limited.
     """
+
+    windows = Windows(transient=4, persistent=30, unit="steps", min_steps=1, skip_steps=0)
 
     def __init__(self, cost: list[float], fixed: list[float], cap: int | None) -> None:
         self.cost, self.fixed, self.cap = cost, fixed, cap
@@ -206,7 +209,7 @@ def train(arm: str, of: Setting, folder: str, rows: int) -> dict[str, Any]:
         strategy: DDPStrategy = DDPStrategy()
     else:
         strategy = AntDTStrategy(
-            solution_of(arm, of), server="inprocess", decide_every=0.0 if arm == ORACLE else of.interval, report_every=2,
+            solution_of(arm, of), server="inprocess", decide_every=of.interval, report_every=2,
             max_micro_batch=of.cap, injector=of.injector, shard_steps=4,
         )  # fmt: skip
     steps = Steps(of.injector if arm == DDP else None, of.batch // RANKS)
@@ -328,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--batch", type=int, default=256, help="samples of a step on all processes")
     parser.add_argument("--cost", type=float, default=0.5e-3, help="seconds of a sample")
-    parser.add_argument("--interval", type=float, default=0.4, help="seconds between two decisions")
+    parser.add_argument("--interval", type=int, default=4, help="steps between two decisions")
     parser.add_argument("--smoke", action="store_true", help="a few steps of one scenario; the result is not kept")
     options = parser.parse_args(arguments)
     scenarios = ["persistent"] if options.smoke else options.scenarios
