@@ -43,6 +43,7 @@ import torch.multiprocessing as multiprocessing
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
+from benchmarks.antdt_timeline import draw
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
@@ -229,7 +230,14 @@ def train(arm: str, of: Setting, folder: str, rows: int) -> dict[str, Any]:
     log = root / "antdt" / "events.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if arm != DDP and dist.get_rank() == 0 else []
     batches = [line["batch"] for line in lines if line.get("kind") == "step"]
-    return {"seconds": seconds, "walls": walls, "auc": result["val/auc"], "inside": steps.inside, "batches": batches}
+    return {
+        "seconds": seconds,
+        "walls": walls,
+        "auc": result["val/auc"],
+        "inside": steps.inside,
+        "batches": batches,
+        "log": lines,
+    }
 
 
 def arms_of(settings: Sequence[Setting], folder: str, rows: int) -> list[dict[str, Any]]:
@@ -244,7 +252,8 @@ def arms_of(settings: Sequence[Setting], folder: str, rows: int) -> list[dict[st
             if len(walls) != of.steps:
                 raise RuntimeError(f"{arm} took {len(walls)} steps instead of {of.steps}.")
             results.append({
-                "scenario": of.scenario, "arm": arm, "seed": of.seed, "walls": walls, "batches": first["batches"],
+                "scenario": of.scenario, "arm": arm, "seed": of.seed, "walls": walls,
+                "batches": first["batches"], "log": first["log"],
                 "steady": statistics.median(walls[step] for step in of.steady), "seconds": max(o["seconds"] for o in outcomes),
                 "auc": first["auc"], "inside": max(o["inside"] / o["seconds"] for o in outcomes), "closed_form": of.closed_form,
             })  # fmt: skip
@@ -348,11 +357,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         ],
         plots=[Plot("Time of a step while one process of four is 4 times slower for a while", "step", "milliseconds", "arm")],
     )  # fmt: skip
-    settings = [
-        setting(scenario, seed, steps, batch, options.cost, options.interval) for scenario in scenarios for seed in seeds
-    ]
-    judge(record, measure(settings, rows))
-    return record.save()
+    settings = [setting(scenario, seed, steps, batch, options.cost, options.interval) for scenario in scenarios for seed in seeds]
+    results = measure(settings, rows)
+    judge(record, results)
+    path = record.save()
+    log = {each["arm"]: each["log"] for each in results if each["scenario"] == scenarios[0] and each["seed"] == 0}
+    draw(
+        log[ND], path.with_name("antdt_timeline.png"), log[STATIC], f"AntDT-ND, {scenarios[0]} straggler (emulated), 4 processes"
+    )
+    return path
 
 
 if __name__ == "__main__":
