@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
 import socket
 import statistics
@@ -198,6 +199,7 @@ class Steps(Callback):
 def train(arm: str, of: Setting, folder: str, rows: int) -> dict[str, Any]:
     """Train on this process as one of the group."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(of.seed, verbose=False)
     data = Flights(batch_size=of.batch // RANKS, train_rows=of.batch * of.steps, seed=of.seed)
     data.prepare_data()
