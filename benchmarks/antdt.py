@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing.spawn import ProcessException
 
 from benchmarks.antdt_timeline import draw
 from benchmarks.plots import Plot
@@ -158,7 +159,7 @@ class TrueCosts(Solution):
         if self.cap is None:
             batch = balance(self.fixed, self.cost, total, [1] * count, [total] * count)
         else:
-            batch, _ = balance_micro(self.fixed, self.cost, [self.cap] * count, total, 1)
+            batch, _ = balance_micro(self.fixed, self.cost, [self.cap] * count, total, [1] * count)
         return [] if tuple(batch) == view.batch else [AdjustBatch(tuple(batch), view.cap, "from the true costs")]
 
 
@@ -295,7 +296,7 @@ def measure(settings: Sequence[Setting], rows: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             multiprocessing.spawn(_process, ([asdict(each) for each in settings], port, folder, rows), nprocs=RANKS)
-        except multiprocessing.ProcessException as error:
+        except ProcessException as error:
             wrote = [path.read_text()[-1500:] for path in sorted(Path(folder).glob("*.log"))]
             raise RuntimeError("\n".join([f"a process of the benchmark failed: {error}", *wrote])) from error
         results: list[dict[str, Any]] = torch.load(Path(folder) / "results.pt", weights_only=True)

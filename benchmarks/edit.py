@@ -47,6 +47,7 @@ from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.plots import Plot
@@ -278,7 +279,7 @@ def measure(setting: Setting, probe: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             multiprocessing.spawn(_process, (asdict(setting), probe, port, folder), nprocs=setting.ranks)
-        except multiprocessing.ProcessException as error:
+        except ProcessException as error:
             wrote = [path.read_text()[-1500:] for path in sorted(Path(folder).glob("*.log"))]
             raise RuntimeError("\n".join([f"a process of the benchmark failed: {error}", *wrote])) from error
         rows: list[dict[str, Any]] = torch.load(Path(folder) / "rows.pt", weights_only=True)
