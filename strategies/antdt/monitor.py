@@ -232,7 +232,7 @@ class Monitor:
             at[place] = end if seconds else float(samples[place].step)
             end -= samples[place].t_wall
         for sample, time in zip(samples, at, strict=True):
-            if self._skip[node]:
+            if sample.n > 0 and self._skip[node]:
                 self._skip[node] -= 1
             elif sample.n > 0:
                 self._add(node, sample, 1 if cap is None else -(-sample.n // cap), time)
