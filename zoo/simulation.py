@@ -91,7 +91,9 @@ def simulate(argv: Sequence[str]) -> None:
     parser.add_class_arguments(SimCluster, "cluster")
     parser.add_class_arguments(SlownessModel, "slowness")
     parser.add_argument("--servers", type=SlownessModel | None, default=None, help="slowness of parameter servers (the workers')")
-    parser.add_argument("--trace", type=Path | None, default=None, help="recorded slowness (JSON lines or CSV) instead of drawn one")
+    parser.add_argument(
+        "--trace", type=Path | None, default=None, help="recorded slowness (JSON lines or CSV) instead of drawn one"
+    )
     parser.add_argument("--arms", type=dict[str, Arm], help="name: {solution: {class_path, init_args}, mode, ...}")
     parser.add_argument("--seeds", type=list[int], default=[0], help="of what is drawn")
     parser.add_argument("--out", type=Path | None, default=None, help="folder for plots and for the decisions (JSON lines)")

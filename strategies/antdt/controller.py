@@ -229,10 +229,13 @@ class Controller:
         if node_state is not None and not node_state.get("alive", True):
             known.alive = False
 
-    def report_step(self, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float) -> None:
-        """What all workers have measured in one step: the same as `report` for each, for simulations of many.
+    def report_step(
+        self, role: str, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float
+    ) -> None:
+        """What all nodes of a role have measured in one step: the same as `report` for each, for simulations of many.
 
         Args:
+            role: ``worker`` or ``server``.
             counts: n_i; 0 of those that were absent.
             micros: C_i.
             taken: T_i, seconds.
@@ -241,10 +244,11 @@ class Controller:
         """
         self._tell_time(now)
         at = self._now if self._unit == "seconds" else float(self._step)
-        self._monitors["worker"].add_step(counts, micros, taken, wall, at)
-        self._step += 1
-        for node in [node for node in self._restarting() if node.role == "worker" and f"worker:{node.index}" not in self._kills]:
-            if counts[node.index]:
+        self._monitors[role].add_step(counts, micros, taken, wall, at)
+        if role == "worker":
+            self._step += 1
+        for node in self._restarting():
+            if node.role == role and counts[node.index] and f"{role}:{node.index}" not in self._kills:
                 self._restart_over(node, self._now - wall)
 
     def progress(self, remaining_samples: int, step: int) -> None:

@@ -253,10 +253,11 @@ class _Lockstep:
             self.used = [used + n for used, n in zip(self.used, counts, strict=True)]
             self.stock = [stock - n for stock, n in zip(self.stock, counts, strict=True)]
             sim.trained(sum(counts))
-            sim.controller.report_step(counts, micros, taken, wall, sim._now)
-            for j, node in enumerate(sim.servers):
-                sample = Sample(sim.result.steps - 1, 1, 0.0, cluster.server_seconds * node.factor, wall)
-                sim.controller.report(f"server:{j}", [sample], sim._now)
+            if sim.servers:
+                ones = [1] * len(sim.servers)
+                served = [cluster.server_seconds * node.factor for node in sim.servers]
+                sim.controller.report_step("server", ones, ones, served, wall, sim._now)
+            sim.controller.report_step("worker", counts, micros, taken, wall, sim._now)
             self._advance()
             self._obey(sim.decide())
             self._advance()

@@ -65,7 +65,9 @@ def kinds(decisions: list[Versioned]) -> list[str]:
 
 def test_noise_moves_nothing() -> None:
     drawn = random.Random(0)
-    cluster = Cluster(nd(window_transient=5, window_persistent=30, unit="steps", decide_every=1.0), lambda i, t: drawn.uniform(0.9, 1.1))
+    cluster = Cluster(
+        nd(window_transient=5, window_persistent=30, unit="steps", decide_every=1.0), lambda i, t: drawn.uniform(0.9, 1.1)
+    )
     assert cluster.run(1000) == []
 
 
@@ -256,7 +258,9 @@ def test_the_log_is_json() -> None:
     assert Versioned.from_json(event) == Versioned(1, AdjustBatch((5, 5, 3, 3), (None, None, 2, 2)))
 
 
-@pytest.mark.parametrize("action", [NoAction(), AdjustBatch((1, 2), (None, 3)), AdjustLR(0.5), BackupWorkers(2), KillRestart("server:1")])
+@pytest.mark.parametrize(
+    "action", [NoAction(), AdjustBatch((1, 2), (None, 3)), AdjustLR(0.5), BackupWorkers(2), KillRestart("server:1")]
+)
 def test_decisions_survive_the_wire(action: Action) -> None:
     decision = Versioned(7, action, "because")
     assert Versioned.from_json(json.loads(json.dumps(decision.to_json()))) == decision

@@ -23,7 +23,13 @@ QUICK: dict[str, Any] = {"window_transient": 10.0, "min_steps": 1}
 
 def simulate(solution: Solution, slowness: SlownessModel | str = CALM, cluster: SimCluster = SMALL, **options: Any) -> SimResult:
     result = ClusterSim(cluster, solution, slowness, **options).run()
-    assert result.ledger == {"todo": 0, "doing": 0, "done": result.timeline[-1][1], "lost": 0, "repeated": result.ledger["repeated"]}
+    assert result.ledger == {
+        "todo": 0,
+        "doing": 0,
+        "done": result.timeline[-1][1],
+        "lost": 0,
+        "repeated": result.ledger["repeated"],
+    }
     return result
 
 
@@ -104,9 +110,7 @@ def test_planted_stragglers_are_found_and_only_they(mode: Any, group: bool) -> N
 
 def test_the_gate_spares_a_job_that_is_nearly_done() -> None:
     cluster = SimCluster(workers=20, local_batch=10, steps=400, cost=0.1, restart_seconds=200.0)
-    gated, ungated = (
-        simulate(AntDTND(**QUICK, cost_gate=gate), PLANTED, cluster, group_restart=True) for gate in (True, False)
-    )
+    gated, ungated = (simulate(AntDTND(**QUICK, cost_gate=gate), PLANTED, cluster, group_restart=True) for gate in (True, False))
     assert gated.restarts == 0 and ungated.restarts > 0 and gated.seconds < ungated.seconds
 
 
@@ -145,7 +149,9 @@ def test_transient_slowness_has_its_share_of_time() -> None:
     assert sum(slow) / len(slow) == pytest.approx(25 / 125, rel=0.1)
 
 
-@given(st.lists(st.tuples(st.floats(0, 50), st.sampled_from([0.5, 1.0, 2.0, 4.0])), max_size=6), st.floats(0, 20), st.floats(0.1, 60))
+@given(
+    st.lists(st.tuples(st.floats(0, 50), st.sampled_from([0.5, 1.0, 2.0, 4.0])), max_size=6), st.floats(0, 20), st.floats(0.1, 60)
+)
 @settings(max_examples=100, deadline=None)
 def test_work_is_done_when_its_integral_is(changes: list[tuple[float, float]], begin: float, work: float) -> None:
     changes = sorted(changes)

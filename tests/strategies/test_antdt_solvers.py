@@ -117,9 +117,7 @@ def test_ten_thousand_workers_are_solved_in_whole_samples() -> None:
         ([0.0, 0.0], [1.0, 1.0], 1, [1, 1], "do not fit"),
     ],
 )
-def test_impossible_problems_are_refused(
-    fixed: list[float], cost: list[float], total: int, low: list[int], message: str
-) -> None:
+def test_impossible_problems_are_refused(fixed: list[float], cost: list[float], total: int, low: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         balance(fixed, cost, total, low, [None, None])
     with pytest.raises(ValueError, match=message):
