@@ -4,17 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from strategies.antdt import solutions
 from strategies.antdt.simulator import ClusterSim, Mode, SimCluster, SimResult
 from strategies.antdt.slowness import SlownessModel
+from strategies.antdt.solutions import Solution
 from zoo import cli  # which knows packaged configurations by their names
 from zoo.hyperparameters import build
 
@@ -26,28 +25,20 @@ class Arm:
     """One way to run the job.
 
     Attributes:
-        solution: What to do about stragglers: ``class_path`` (a class of `strategies.antdt.solutions` by its name alone) and
-            ``init_args``.
+        solution: What to do about stragglers.
         mode: ``bsp``: in lockstep; ``asp``: each worker at its own pace, data as it asks; ``asp_static``: data divided equally.
         group_restart: Whether the restart of a worker stops all (torchrun), or only that one (parameter servers).
         decide_every: Seconds between decisions.
     """
 
-    solution: dict[str, Any]
+    solution: Solution
     mode: Mode = "bsp"
     group_restart: bool = False
     decide_every: float = 10.0
 
-    def make(self) -> solutions.Solution:
-        """A new solution.
-
-        Raises:
-            ValueError: There is no such class, or its arguments are wrong.
-        """
-        path = str(self.solution.get("class_path", ""))
-        if "." not in path:
-            path = f"strategies.antdt.solutions.{path}"
-        return build(solutions.Solution, {"class_path": path, "init_args": self.solution.get("init_args", {})})
+    def make(self) -> Solution:
+        """A new solution, which remembers nothing of earlier runs."""
+        return build(Solution, self.solution.init_config)
 
 
 def run_arms(
@@ -103,7 +94,9 @@ def simulate(argv: Sequence[str]) -> None:
     slowness: SlownessModel | str = options.slowness if options.trace is None else str(options.trace)
     servers = options.servers if options.trace is None else None
     results = run_arms(options.arms, options.cluster, slowness, servers, options.seeds)
-    Console().print(_table(options.cluster, results))
+    console = Console()
+    console.width = max(console.width, 120)  # eleven columns, also where nobody looks
+    console.print(_table(options.cluster, results))
     if options.out is not None:
         _save(results, options.out)
         print(f"wrote {options.out}/completion.png, {options.out}/timeline.png and the decisions of each arm (simulated)")
@@ -122,7 +115,7 @@ def _table(cluster: SimCluster, results: Mapping[str, Sequence[SimResult]]) -> T
     first = next(iter(results))
     base = _median([result.seconds for result in results[first]])
     shown = Table(
-        "arm", "seconds", f"over {first}", "steps", "restarts", "of use", "dropped", "repeated", "waiting", "decisions",
+        Column("arm", no_wrap=True), "seconds", f"over {first}", "steps", "restarts", "of use", "dropped", "repeated", "waiting", "decisions",
         title=f"SIMULATED: {cluster.workers} workers, {cluster.servers} servers, {cluster.steps} steps of {cluster.global_batch}"
         f" samples; medians of {len(results[first])} seeds", title_justify="left",
     )  # fmt: skip
