@@ -1,12 +1,12 @@
 """Where the workers of a new group wait for one another, before any of them gets the number of their generation."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 __all__ = ["JoinBarrier", "Waiting"]
 
-Peer = TypeVar("Peer", bound=Hashable)
+Peer = TypeVar("Peer")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class JoinBarrier(Generic[Peer]):
             return None
         complete, self._waiting = self._waiting, {}
         return complete
+
+    @property
+    def workers(self) -> list[int]:
+        """Who waits."""
+        return sorted(self._waiting)
 
     def withdraw(self, peer: Peer) -> None:
         """A connection has closed."""

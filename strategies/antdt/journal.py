@@ -279,7 +279,7 @@ class RecordedLedger:
         Returns:
             ``{"ranges": [[sid, lo, hi], ...]}``, ``{"wait": seconds}`` or ``{"end": True}``.
         """
-        arguments = {"gen": gen, "session": session, "seq": seq, "epoch": epoch, "share": list(share), "max": max}
+        arguments: dict[str, Any] = {"gen": gen, "session": session, "seq": seq, "epoch": epoch, "share": list(share), "max": max}
         answer = self._do_fetch(worker, **arguments)
         if "ranges" in answer:  # else nothing has changed, however often it is asked
             self._write("fetch", worker=worker, **arguments)

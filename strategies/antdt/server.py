@@ -191,6 +191,7 @@ class ServerThread:
     def __init__(self, build_controller: BuildController = Controller.from_settings, **options: Any) -> None:
         started = threading.Event()
         found: list[Any] = []
+        self._failure: BaseException | None = None
 
         def ready(address: Address, stop: Callable[[], None]) -> None:
             found[:] = [address, stop]
@@ -204,7 +205,6 @@ class ServerThread:
             finally:
                 started.set()
 
-        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=run, name="antdt-server", daemon=True)
         self._thread.start()
         started.wait()
