@@ -21,6 +21,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from datamodules.json_lines import MalformedRow, encodable
 from datamodules.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -82,11 +84,35 @@ class ChatTemplate(ABC):
             raise MalformedRow("the last message is the assistant's, so that there is nothing to answer")
         return self._encode_prompt(checked, _checked_tools(tools))
 
+    def encode_answer(self, messages: Any, tools: Any = None) -> tuple[str, np.ndarray]:
+        """How the last message, which is the assistant's, is written, and which characters of that each of its ids stands for.
+
+        Args:
+            messages: The messages, see above.
+            tools: Descriptions of tools, or ``None``.
+
+        Returns:
+            The text, and int64 (N, 2) for the ids of :meth:`encode` behind those of :meth:`encode_prompt`: the first character
+            of each and the one after its last; none for an eos that is not written.
+
+        Raises:
+            MalformedRow: The messages are not what is described above, or the last one is not the assistant's, or the prompt is
+                written differently with an answer behind it.
+            ValueError: The tokenizer cannot tell (:meth:`~datamodules.tokenizer.Tokenizer.encode_with_spans`).
+        """
+        checked = _checked(messages, self.system)
+        if checked[-1]["role"] != "assistant":
+            raise MalformedRow("the last message is not the assistant's")
+        return self._encode_answer(checked, _checked_tools(tools))
+
     @abstractmethod
     def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]: ...
 
     @abstractmethod
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]: ...
+
+    @abstractmethod
+    def _encode_answer(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[str, np.ndarray]: ...
 
 
 class LingTemplate(ChatTemplate):
@@ -108,6 +134,11 @@ class LingTemplate(ChatTemplate):
         text = "".join(f"<role>{role}</role>{content}" for role, content in _contents(messages, tools))
         ids, _ = self._encode(messages, tools)
         return ids + self.tokenizer.encode("<role>ASSISTANT</role>", special=True), text + "<role>ASSISTANT</role>"
+
+    def _encode_answer(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[str, np.ndarray]:
+        _, content = _contents(messages, tools)[-1]
+        _, spans_N2 = self.tokenizer.encode_with_spans(content)
+        return content, np.concatenate([spans_N2, [[len(content)] * 2]])  # the eos
 
 
 class TokenizerTemplate(ChatTemplate):
@@ -139,6 +170,14 @@ class TokenizerTemplate(ChatTemplate):
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
         text = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
         return self.tokenizer.encode(text, special=True), text
+
+    def _encode_answer(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[str, np.ndarray]:
+        whole = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False)
+        prompt_ids, prompt = self._encode_prompt(messages[:-1], tools)
+        if not whole.startswith(prompt):
+            raise MalformedRow("the template writes the prompt differently with an answer behind it")
+        _, spans_N2 = self.tokenizer.encode_with_spans(whole, special=True)
+        return whole[len(prompt) :], spans_N2[len(prompt_ids) :] - len(prompt)
 
 
 def chat_template(name: TemplateName, tokenizer: Tokenizer, system: str | None) -> ChatTemplate:

@@ -10,6 +10,7 @@ not the end of a document. What writes marks on purpose, such as a chat template
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -51,6 +52,25 @@ class Tokenizer(ABC):
             special: Whether marks written in the text, such as ``<|endoftext|>``, are taken for what they name.
         """
 
+    def encode_with_spans(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray]:
+        """A text as ids, and which characters of it each of them stands for.
+
+        Args:
+            text: Any text.
+            special: As for :meth:`encode`.
+
+        Returns:
+            The ids of :meth:`encode`, and int64 (N, 2), the first character of each and the one after its last. Ids that are
+            parts of one character have the same.
+
+        Raises:
+            ValueError: The tokenizer cannot tell.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not tell which characters its ids stand for (a slow tokenizer does not): take "
+            f"tokenizer: byte, or a fast tokenizer of Hugging Face, which has a tokenizer.json."
+        )
+
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts as ids, integer arrays (N,); faster than one by one."""
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
@@ -89,6 +109,12 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, special: bool = False) -> list[int]:
         """A text as its bytes; there are no marks that could be written."""
         return list(text.encode())
+
+    def encode_with_spans(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray]:
+        """A text as its bytes, each of which stands for the character that it is a part of."""
+        sizes = np.fromiter((len(character.encode()) for character in text), dtype=np.int64)
+        begin_N = np.repeat(np.arange(len(text)), sizes)
+        return self.encode(text, special), np.stack([begin_N, begin_N + 1], axis=1)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts as their bytes, uint8."""
@@ -134,6 +160,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """A text as ids, with nothing added before or behind."""
         return list(self._backend(special).encode(text, add_special_tokens=False).ids)
 
+    def encode_with_spans(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray]:
+        """A text as ids, and the characters of each, white space included that the tokenizer's own offsets leave out."""
+        backend = self._untrimmed
+        backend.encode_special_tokens = not special
+        encoding = backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Texts as ids, int64."""
         encodings = self._backend(special=False).encode_batch(list(texts), add_special_tokens=False)
@@ -173,6 +206,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """SHA-256 of the tokenizer's data."""
         marks = f"{self.eos_id}/{self.pad_id}/"
         return hashlib.sha256((marks + self.transformers.backend_tokenizer.to_str()).encode()).hexdigest()
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """The backend without its last stage, which only adds marks, that nobody asks for, and trims spaces off the offsets."""
+        backend = copy.deepcopy(self.transformers.backend_tokenizer)
+        backend.post_processor = None
+        return backend
 
     def _backend(self, special: bool) -> Any:
         backend = self.transformers.backend_tokenizer

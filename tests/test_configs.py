@@ -46,6 +46,7 @@ NEEDS_WEIGHTS = {
     "ling/chat": "data/ling-lite",
     "ling/lite_deepspeed": "data/ling-lite",
     "ling/lite_dpo": "data/ling-lite-sft",
+    "ling/lite_dpo_format": "data/ling-lite-dpo",
     "ling/lite_pretrain_anneal": "data/ling-stage-2",
     "ling/lite_pretrain_long": "data/ling-stage-1",
     "ling/lite_sft": "data/ling-lite",

@@ -350,7 +350,7 @@ def test_a_prompt_is_for_training_or_for_validation(tmp_path):
 
 def test_an_answer_without_a_prompt_is_learned_whole(tmp_path):
     (pair,) = preferences(tmp_path / "p.jsonl", [{"prompt": "", "chosen": "ab", "rejected": "c"}]).splits[0]
-    assert text(pair.chosen) == "$ab$" and pair.prompt_length == 1
+    assert text(pair.chosen) == "$ab$" and pair.chosen_learned.tolist() == [False, True, True, True]
 
 
 # Prompts

@@ -1,6 +1,6 @@
 """Direct preference optimisation, with a share of the chosen answer's likelihood.
 
-Shape suffixes: B pairs of answers, T tokens, V vocabulary.
+Shape suffixes: B pairs of answers, T tokens, V vocabulary; R rows that hold several of A answers.
 Source: Rafailov et al., arXiv 2305.18290, equation 7; beta and the share of likelihood as in the Ling reports.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DPOLoss", "dpo_loss", "sequence_logps", "token_losses"]
+__all__ = ["DPOLoss", "dpo_loss", "sequence_logps", "token_losses", "unpack"]
 
 IGNORED = -100
 
@@ -53,6 +53,30 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         logits_BTV[:, :-1].transpose(1, 2).to(accurate), labels_BT[:, 1:], ignore_index=IGNORED, reduction="none"
     )
     return F.pad(losses, (1, 0))
+
+
+def unpack(value_RT: Tensor, answer_RT: Tensor, position_RT: Tensor, num_answers: int, fill: float = 0) -> Tensor:
+    """What stands at the tokens of packed answers, with a row for each answer again.
+
+    Long answers are summed in float32 as accurately then as those of padded batches, and without atomic additions.
+
+    Args:
+        value_RT: what is there.
+        answer_RT: int64, number of the answer that a token belongs to.
+        position_RT: int64, its place in that answer; no two tokens have the same answer and place.
+        num_answers: A.
+        fill: what shorter answers are filled up with.
+
+    Returns:
+        (A, T), with gradient.
+
+    Example:
+        >>> unpack(torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 0]]), 2)
+        tensor([[7, 0, 0],
+                [5, 6, 0]])
+    """
+    empty = value_RT.new_full((num_answers, value_RT.shape[1]), fill)
+    return empty.index_put((answer_RT, position_RT), value_RT)
 
 
 def sequence_logps(loss_BT: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Preference training of the language model.
 
-Shape suffixes: B pairs, T tokens; 2B both answers of each pair, all chosen ones first.
+Shape suffixes: B pairs, T tokens; 2B both answers of each pair, all chosen ones first; R rows that hold several answers.
 """
 
 import copy
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
+from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
 from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.router import router_statistics
@@ -19,6 +19,7 @@ from zoo.ling.state_dict_adapter import load_hf
 __all__ = ["LingDPO"]
 
 _SIDES = ("chosen", "rejected")
+_PACKED = tuple(f"packed_{name}" for name in ("input_ids", "labels", "position_ids", "answer_ids"))
 
 
 class LingDPO(Ling):
@@ -28,6 +29,11 @@ class LingDPO(Ling):
     answer, padded on the right to one width, and ``<side>_attention_mask`` (B, T), 0 for padding (absent: none); with
     ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule Preferences gives them. Source: Rafailov
     et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report.
+
+    Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
+    ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
+    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both going on in the
+    padding behind a row's last answer; ``index`` (B,), whose length says how many pairs there are.
 
     Args:
         beta: how much a difference of likelihoods to the reference counts.
@@ -89,28 +95,31 @@ class LingDPO(Ling):
         """Check ids and what the batch holds (Lightning hook).
 
         Raises:
-            ValueError: these are no pairs, entries are missing, the answers are not of one width, or an id or label is
-                not in the vocabulary.
+            ValueError: these are no pairs, entries are missing, the answers are not of one width, an id or label is
+                not in the vocabulary, or packed answers are numbered otherwise than as described.
         """
         if self.trainer.predicting:
             return super().on_before_batch_transfer(batch, dataloader_idx)
-        if not isinstance(batch, Mapping) or "chosen_input_ids" not in batch:
+        if not isinstance(batch, Mapping) or not {"chosen_input_ids", "packed_input_ids"} & batch.keys():
             raise ValueError(
                 f"{type(self).__name__} needs batches with chosen_input_ids and rejected_input_ids, as the DataModule Preferences"
                 f" gives them: set data: Preferences, or take the model Ling for other data."
             )
-        wanted = [f"{side}_{name}" for side in _SIDES for name in ("input_ids", "labels")]
+        packed = "packed_input_ids" in batch
+        wanted = list(_PACKED) if packed else [f"{side}_{name}" for side in _SIDES for name in ("input_ids", "labels")]
         references = [f"reference_{side}_logps" for side in _SIDES] if self.reference == "precomputed" else []
-        if missing := [name for name in (*wanted, *references) if name not in batch]:
+        if missing := [name for name in (*wanted, *(["index"] if packed else []), *references) if name not in batch]:
             where = ", which reference: precomputed needs: the data file gives them in each row" if missing == references else ""
             raise ValueError(f"LingDPO: the batch lacks {', '.join(missing)}{where}.")
         if len({batch[name].shape for name in wanted}) > 1:
             shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in wanted)
             raise ValueError(f"LingDPO: pad all answers of a batch to one width ({shapes}).")
-        for side in _SIDES:
+        for side in ["packed"] if packed else _SIDES:
             self._check_ids(batch[f"{side}_input_ids"])
             labels = batch[f"{side}_labels"]
             self._check_ids(labels[labels != -100])
+        if packed:
+            _check_packing(batch)
         return batch
 
     def on_fit_start(self) -> None:
@@ -151,28 +160,43 @@ class LingDPO(Ling):
 
     @staticmethod
     def _run(network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LingOutput]:
-        """Log-likelihoods (B,) of chosen and of rejected answers, and what the network says of all of them (2B)."""
-        output = network(torch.cat([batch[f"{side}_input_ids"] for side in _SIDES]))
-        labels_2BT = torch.cat([batch[f"{side}_labels"] for side in _SIDES])
-        chosen_B, rejected_B = sequence_logps(token_losses(output.logits, labels_2BT)).chunk(2)
+        """Log-likelihoods (B,) of chosen and of rejected answers, and what the network says of all tokens."""
+        if "packed_input_ids" in batch:
+            position_RT, answer_RT = batch["packed_position_ids"], batch["packed_answer_ids"]
+            output = network(batch["packed_input_ids"], position_ids=position_RT, document_ids=answer_RT)
+            losses_RT = token_losses(output.logits, batch["packed_labels"])
+            losses_2BT = unpack(losses_RT, answer_RT, position_RT, 2 * num_pairs(batch))
+        else:
+            output = network(torch.cat([batch[f"{side}_input_ids"] for side in _SIDES]))
+            losses_2BT = token_losses(output.logits, torch.cat([batch[f"{side}_labels"] for side in _SIDES]))
+        chosen_B, rejected_B = sequence_logps(losses_2BT).chunk(2)
         return chosen_B, rejected_B, output
 
+    @staticmethod
+    def _chosen_labels(batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, T)."""
+        if "packed_input_ids" not in batch:
+            return batch["chosen_labels"]
+        where = batch["packed_answer_ids"], batch["packed_position_ids"]
+        return unpack(batch["packed_labels"], *where, 2 * num_pairs(batch), fill=-100)[: num_pairs(batch)]
+
     def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
-        """Loss and rewards of a batch, and what the model says of its answers (2B)."""
+        """Loss and rewards of a batch, and what the model says of its tokens."""
         if self.reference == "precomputed":
             references = batch["reference_chosen_logps"], batch["reference_rejected_logps"]
         else:
             with torch.no_grad():
                 references = self._run(self._reference[0] if self._reference else self.network, batch)[:2]
-        num_chosen_B = (batch["chosen_labels"][:, 1:] != -100).sum(1)
+        num_chosen_B = (self._chosen_labels(batch)[:, 1:] != -100).sum(1)
         chosen_B, rejected_B, output = self._run(self.network, batch)
         return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch of pairs (Lightning hook)."""
         result, output = self.preferences(batch)
-        masks = [batch[name] for side in _SIDES if (name := f"{side}_attention_mask") in batch]
-        valid_N = torch.cat(masks).reshape(-1).bool() if len(masks) == 2 else None
+        sides = ["packed"] if "packed_input_ids" in batch else _SIDES
+        masks = [batch[name] for side in sides if (name := f"{side}_attention_mask") in batch]
+        valid_N = torch.cat(masks).reshape(-1).bool() if len(masks) == len(sides) else None
         self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
         aux, z = self.router_losses(output, valid_N)
         loss = result.loss + self.aux_coef * aux + self.z_coef * z
@@ -194,5 +218,29 @@ class LingDPO(Ling):
         result, _ = self.preferences(batch)
         values = {"loss": result.loss, "accuracy": result.accuracy,
                   "margin": (result.chosen_reward_B - result.rejected_reward_B).mean()}  # fmt: skip
-        size = len(batch["chosen_input_ids"])
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=size, sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=num_pairs(batch), sync_dist=True)
+
+
+def num_pairs(batch: Mapping[str, Tensor]) -> int:
+    """B, of a padded or packed batch."""
+    return len(batch["index" if "packed_input_ids" in batch else "chosen_input_ids"])
+
+
+def _check_packing(batch: Mapping[str, Tensor]) -> None:
+    """Refuse answers that would see one another, be asked for one another's beginning, or be lost.
+
+    Raises:
+        ValueError: there are such.
+    """
+    labels_RT, position_RT, answer_RT = (batch[f"packed_{name}"] for name in ("labels", "position_ids", "answer_ids"))
+    begins_RT = position_RT == 0
+    goes_on = torch.equal(position_RT[:, 1:], (position_RT[:, :-1] + 1).masked_fill(begins_RT[:, 1:], 0))
+    changes_RT = answer_RT[:, 1:] != answer_RT[:, :-1]
+    numbers, expected = answer_RT[begins_RT].sort().values, torch.arange(2 * num_pairs(batch))
+    if not (goes_on and begins_RT[:, 0].all() and torch.equal(changes_RT, begins_RT[:, 1:]) and torch.equal(numbers, expected)):
+        raise ValueError(
+            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {num_pairs(batch)} pairs, each in one piece, "
+            f"and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
+        )
+    if bool((labels_RT[begins_RT] != -100).any()):
+        raise ValueError("LingDPO: nothing precedes the first token of a packed answer: its label must be -100.")
