@@ -462,11 +462,12 @@ class AntDTStrategy(DDPStrategy):
         stopped = isinstance(exception, SIGTERMException)
         if self._restarting and isinstance(exception, SystemExit):
             exception.code = RESTART_EXIT_CODE
-        if self._agent is None or self._connection is None:
-            return
-        self._agent.stop()
-        if not stopped:
-            self._connection.fail([_described(exception)], self._agent.step)
+        step = 0
+        if self._agent is not None:
+            self._agent.stop()
+            step = self._agent.step
+        if self._connection is not None and not stopped:
+            self._connection.fail([_described(exception)], step)
         self._close(job_is_over=restarts_left() == 0)
 
     def teardown(self) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from tiny import MLP, Tiny, TinyData
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -203,12 +202,12 @@ def test_what_is_compared_makes_a_difference(pool: RankPool, tmp_path: Path) -> 
     assert one.metrics != pytest.approx(other.metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (2, 3)])
+@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (3, 3)])
 def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, world: int) -> None:
-    """A last step that is not full, ranks that have nothing in it, and fewer samples than ranks."""
+    """A last step that is not full, ranks that have nothing in it, and hardly a sample for each rank."""
     antdt = {"solution": Plans([[6, 1, 1][:world], [1, 6, 1][:world]] if world == 3 else UNEVEN), "shuffle": "global"}
     fast = {"report_every": 1, "decide_every": 1.0, "shard_steps": 3, "global_batch_size": 8}
-    runs = pool.run(fit, tmp_path, {**fast, **antdt}, {"rows": rows, "batch_size": 1 if rows == 2 else 4}, world_size=world)
+    runs = pool.run(fit, tmp_path, {**fast, **antdt}, {"rows": rows, "batch_size": 1 if rows == 3 else 4}, world_size=world)
     for epoch in (0, 1):
         assert samples(runs, epoch) == list(range(rows))
     steps = {(epoch, step) for epoch, step, _ in runs[0].seen}
@@ -216,16 +215,67 @@ def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, w
     assert runs[0].metrics == runs[1].metrics
 
 
-def fit_tiny(folder: Path, num_workers: int) -> dict[str, Tensor]:
+def test_evaluation_is_that_of_ddp(pool: RankPool, tmp_path: Path) -> None:
+    ddp = pool.run(evaluate, tmp_path, None)
+    assert pool.run(evaluate, tmp_path, {}) == ddp
+
+
+def evaluate(folder: Path, antdt: dict[str, Any] | None) -> tuple[Any, ...]:
     torch.set_default_dtype(torch.float64)
     seed_everything(3, verbose=False)
-    module = Tiny(MLP(dropout=0.0))
-    strategy = AntDTStrategy(solution=StaticBSP(), server="inprocess", shard_steps=1, max_micro_batch=3)
-    trainer_of(strategy, folder).fit(module, TinyData(batch_size=8, num_workers=num_workers))
-    return weights_of(module)
+    module, data = Noisy(), RowsData()
+    trainer = trainer_of("ddp" if antdt is None else AntDTStrategy(**antdt), folder, limit_val_batches=1.0)
+    (validation,) = trainer.validate(module, data, verbose=False)
+    (test,) = trainer.test(module, data, verbose=False)
+    return validation, test, [batch.tolist() for batch in trainer.predict(module, data) or []]
 
 
-def test_workers_change_nothing(pool: RankPool, tmp_path: Path) -> None:
-    here, there = (pool.run(fit_tiny, tmp_path, workers)[0] for workers in (0, 1))
-    for name, value in there.items():
-        torch.testing.assert_close(value, here[name], rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("limit", [3, 1.0])
+def test_epochs_cut_short_and_validation_between(pool: RankPool, tmp_path: Path, limit: Any) -> None:
+    """What is left of an epoch that ends early is not used in the next; validation leaves training alone."""
+    options = {"limit_train_batches": limit, "limit_val_batches": 2, "val_check_interval": 2, "max_epochs": 3}
+    (one,) = pool.run(fit, tmp_path, None, {"batch_size": 8}, world_size=1, **options)
+    assert_same(pool.run(fit, tmp_path, {"shard_steps": 1}, {"batch_size": 4}, **options), one)
+
+
+class Schedule(Noisy):
+    """Asks Lightning for the number of steps; that of the weights of tokens instead of samples."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def antdt_weight(self, batch: Any) -> int:
+        return int(_tokens(batch).sum())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tokens = _tokens(batch)
+        self.log("loss", torch.zeros(()), on_step=False, on_epoch=True)
+        self.seen.append((self.trainer.current_epoch, self.trainer.global_step, batch["index"].tolist()))
+        return ((self(batch["x"]) - batch["y"]).square().squeeze(1) * tokens).sum() / tokens.sum()
+
+
+def _tokens(batch: Any) -> Tensor:
+    return batch["index"] % 5 + 1
+
+
+def fit_plain(folder: Path, antdt: dict[str, Any], **loading: Any) -> Run:
+    """A plain DataLoader, a schedule that needs the number of steps, losses that are means over tokens."""
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    module = Schedule()
+    trainer = trainer_of(AntDTStrategy(server="inprocess", shard_steps=1, **antdt), folder)
+    trainer.fit(module, DataLoader(Rows(48), batch_size=8 // dist.get_world_size(), shuffle=True, **loading))
+    return Run(module.seen, weights_of(module))
+
+
+def test_plain_loaders_schedules_token_means_and_workers(pool: RankPool, tmp_path: Path) -> None:
+    uneven = {"solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0, "max_micro_batch": 3}
+    (one,) = pool.run(fit_plain, tmp_path, {}, world_size=1)
+    for loading in ({}, {"num_workers": 2, "multiprocessing_context": "fork"}):
+        two = pool.run(fit_plain, tmp_path, uneven, **loading)
+        assert_same(two, one)
+        assert samples(two, 0) == samples([one], 0) == list(range(48))
+    assert one.seen[0][2] != list(range(8))
