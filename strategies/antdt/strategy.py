@@ -275,9 +275,10 @@ class AntDTStrategy(DDPStrategy):
                     " global_batch_size, and let the data set give samples."
                 )
             batch = dataloader.batch_size * self.world_size
-        samples = identity["n"] // batch * batch if self.drop_last else identity["n"]
+        length = identity["n"]
+        samples = length // batch * batch if self.drop_last else length
         if samples == 0:
-            raise ValueError(f"AntDTStrategy: drop_last, and the {identity['n']} samples fill no global batch of {batch}.")
+            raise ValueError(f"AntDTStrategy: drop_last, and the {length} samples fill no global batch of {batch}.")
         identity["n"] = samples
         if self._loader is not None:  # reloaded between epochs
             if self._loader.planner.num_samples != samples:
@@ -286,7 +287,7 @@ class AntDTStrategy(DDPStrategy):
         else:
             planner = self._take_part(trainer, identity, batch)
         former, self._loader = self._loader, StepLoader(
-            dataloader, planner, order, seed=self._seed(), prefetch=self.prefetch,
+            dataloader, planner, order, seed=self._seed(), length=length, prefetch=self.prefetch,
             epoch=lambda: trainer.current_epoch, rewind=self._rewind, waited=self._waited,
         )  # fmt: skip
         if former is not None:
