@@ -711,7 +711,7 @@ class AntDTStrategy(DDPStrategy):
             snapshot = self._snapshot() if self._connection is not None else self._last_snapshot
             if snapshot is not None:
                 todo, at = snapshot["ledger"]["todo"], snapshot["ledger"]["consumed"]
-                for state in checkpoint["loops"]["fit_loop"].get("combined_loader", []):
+                for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
                     if todo not in ([], [[at, snapshot["ledger"]["n"]]]):
                         # What is left is no rest of the order: other strategies' loaders cannot go on with it, and will say so.
                         state["todo"] = todo
