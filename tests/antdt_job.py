@@ -152,9 +152,9 @@ class Epochs(Callback):
 
 
 def trainer_of(strategy: Any, folder: Path, **options: Any) -> Trainer:
-    options = {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 2, **options}
+    options = {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 2, "precision": "64-true", **options}
     return Trainer(
-        accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, precision="64-true", logger=False,
+        accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
     )  # fmt: skip
 
