@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from strategies.antdt.exchange import Reading
 from strategies.antdt.planner import StepPlan, StepPlanner
@@ -283,7 +283,7 @@ class _Reader(Dataset[list[Any]]):
     def _samples(self, seed: int, epoch: int, indices: list[int], positions: list[int]) -> Any:
         if hasattr(self.dataset, "__getitems__") or isinstance(self.dataset, SupportsRange):
             _seed_generators(seed, epoch, positions[0])
-        if isinstance(self.dataset, IterableDataset):
+        if isinstance(self.dataset, SupportsRange):
             return [sample for lo, hi in _runs(indices) for sample in self.dataset.__getrange__(lo, hi)]
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(indices)
