@@ -239,8 +239,8 @@ def _check_packing(batch: Mapping[str, Tensor]) -> None:
     numbers, expected = answer_RT[begins_RT].sort().values, torch.arange(2 * _num_pairs(batch))
     if not (goes_on and begins_RT[:, 0].all() and torch.equal(changes_RT, begins_RT[:, 1:]) and torch.equal(numbers, expected)):
         raise ValueError(
-            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {_num_pairs(batch)} pairs, each in one piece, "
-            f"and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
+            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {_num_pairs(batch)} pairs, each in one "
+            f"piece, and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
         )
     if bool((labels_RT[begins_RT] != -100).any()):
         raise ValueError("LingDPO: nothing precedes the first token of a packed answer: its label must be -100.")
