@@ -165,7 +165,7 @@ class LingDPO(Ling):
             position_RT, answer_RT = batch["packed_position_ids"], batch["packed_answer_ids"]
             output = network(batch["packed_input_ids"], position_ids=position_RT, document_ids=answer_RT)
             losses_RT = token_losses(output.logits, batch["packed_labels"])
-            losses_2BT = unpack(losses_RT, answer_RT, position_RT, 2 * num_pairs(batch))
+            losses_2BT = unpack(losses_RT, answer_RT, position_RT, 2 * _num_pairs(batch))
         else:
             output = network(torch.cat([batch[f"{side}_input_ids"] for side in _SIDES]))
             losses_2BT = token_losses(output.logits, torch.cat([batch[f"{side}_labels"] for side in _SIDES]))
@@ -178,7 +178,7 @@ class LingDPO(Ling):
         if "packed_input_ids" not in batch:
             return batch["chosen_labels"]
         where = batch["packed_answer_ids"], batch["packed_position_ids"]
-        return unpack(batch["packed_labels"], *where, 2 * num_pairs(batch), fill=-100)[: num_pairs(batch)]
+        return unpack(batch["packed_labels"], *where, 2 * _num_pairs(batch), fill=-100)[: _num_pairs(batch)]
 
     def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
         """Loss and rewards of a batch, and what the model says of its tokens."""
@@ -218,10 +218,10 @@ class LingDPO(Ling):
         result, _ = self.preferences(batch)
         values = {"loss": result.loss, "accuracy": result.accuracy,
                   "margin": (result.chosen_reward_B - result.rejected_reward_B).mean()}  # fmt: skip
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=num_pairs(batch), sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=_num_pairs(batch), sync_dist=True)
 
 
-def num_pairs(batch: Mapping[str, Tensor]) -> int:
+def _num_pairs(batch: Mapping[str, Tensor]) -> int:
     """B, of a padded or packed batch."""
     return len(batch["index" if "packed_input_ids" in batch else "chosen_input_ids"])
 
@@ -236,11 +236,11 @@ def _check_packing(batch: Mapping[str, Tensor]) -> None:
     begins_RT = position_RT == 0
     goes_on = torch.equal(position_RT[:, 1:], (position_RT[:, :-1] + 1).masked_fill(begins_RT[:, 1:], 0))
     changes_RT = answer_RT[:, 1:] != answer_RT[:, :-1]
-    numbers, expected = answer_RT[begins_RT].sort().values, torch.arange(2 * num_pairs(batch))
+    numbers, expected = answer_RT[begins_RT].sort().values, torch.arange(2 * _num_pairs(batch))
     if not (goes_on and begins_RT[:, 0].all() and torch.equal(changes_RT, begins_RT[:, 1:]) and torch.equal(numbers, expected)):
         raise ValueError(
-            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {num_pairs(batch)} pairs, each in one piece, "
-            f"and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
+            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {_num_pairs(batch)} pairs, each in one "
+            f"piece, and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
         )
     if bool((labels_RT[begins_RT] != -100).any()):
         raise ValueError("LingDPO: nothing precedes the first token of a packed answer: its label must be -100.")
