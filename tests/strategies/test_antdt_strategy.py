@@ -248,8 +248,8 @@ def fit_averaged(folder: Path, antdt: dict[str, Any] | None) -> Run:
 
 def test_averages_of_weights(pool: RankPool, tmp_path: Path) -> None:
     (one,) = pool.run(fit_averaged, tmp_path / "one", None, world_size=1)
-    own_process = {"shard_steps": 1, "solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0}
-    assert_same(pool.run(fit_averaged, tmp_path / "two", own_process), one)
+    quick = {"server": "inprocess", "shard_steps": 1, "solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0}
+    assert_same(pool.run(fit_averaged, tmp_path / "two", quick), one)
 
 
 def fit_scaled(folder: Path, antdt: dict[str, Any] | None) -> Run:
