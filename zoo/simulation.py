@@ -114,11 +114,12 @@ def _with_packaged(argv: Sequence[str]) -> list[str]:
 def _table(cluster: SimCluster, results: Mapping[str, Sequence[SimResult]]) -> Table:
     first = next(iter(results))
     base = _median([result.seconds for result in results[first]])
-    shown = Table(
-        Column("arm", no_wrap=True), "seconds", f"over {first}", "steps", "restarts", "of use", "dropped", "repeated", "waiting", "decisions",
-        title=f"SIMULATED: {cluster.workers} workers, {cluster.servers} servers, {cluster.steps} steps of {cluster.global_batch}"
-        f" samples; medians of {len(results[first])} seeds", title_justify="left",
-    )  # fmt: skip
+    title = (
+        f"SIMULATED: {cluster.workers} workers, {cluster.servers} servers, {cluster.steps} steps of {cluster.global_batch}"
+        f" samples; medians of {len(results[first])} seeds"
+    )
+    heads = ("seconds", f"over {first}", "steps", "restarts", "of use", "dropped", "repeated", "waiting", "decisions")
+    shown = Table(Column("arm", no_wrap=True), *heads, title=title, title_justify="left")
     total = cluster.steps * cluster.global_batch
     for name, runs in results.items():
         seconds = _median([run.seconds for run in runs])

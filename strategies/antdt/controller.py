@@ -12,7 +12,7 @@ from typing import Any
 from strategies.antdt.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
 from strategies.antdt.cluster_view import ClusterView, NodeView, step_seconds
 from strategies.antdt.failures import classify, describe
-from strategies.antdt.monitor import Monitor, Sample, Statistics
+from strategies.antdt.monitor import Monitor, Sample, Statistics, medians
 from strategies.antdt.solutions import Solution
 
 __all__ = ["Controller", "Sample"]
@@ -40,6 +40,7 @@ class _Node:
         restarted_at: When its last restart was over, in the unit of the windows.
         judged: Whether that restart was found useful or not.
         retryable: Whether its last error might pass.
+        last_cost: Seconds a sample before its last restart, which hold until there are new ones.
     """
 
     role: str
@@ -54,6 +55,7 @@ class _Node:
     restarted_at: float | None = None
     judged: bool = True
     retryable: bool = True
+    last_cost: float | None = None
 
 
 class Controller:
@@ -186,9 +188,9 @@ class Controller:
         if known.role in self._monitors:
             monitor = self._monitors[known.role]
             if known.killed_at is not None:
-                monitor.forget(known.index)
+                monitor.forget(known.index, device)
             else:
-                monitor.started(known.index)
+                monitor.started(known.index, device)
         known.alive, known.device, known.pid, known.host, known.retryable = True, device or known.device, pid, host, True
         self._kills.pop(node, None)
         self._joined_since.add(node)
@@ -312,34 +314,29 @@ class Controller:
         return [self._decide(action, view) for action in chosen]
 
     def _arbitrate(self, wanted: Sequence[Action], view: ClusterView) -> list[Action]:
-        """Actions for nodes while there is none for all under way, else one for all.
-
-        Nodes come first, for batches may be wanted at each decision, and restarts are rare; but a lowered cap comes before all.
-        """
-        kills: list[Action] = []
+        """Actions for nodes while there is none for all under way, and one for all."""
+        chosen: list[Action] = []
         nodes = {node.node: node for node in (*view.workers, *view.servers)}
         for action in wanted:
-            if isinstance(action, KillRestart) and action.kind in view.ready and len(kills) < view.max_restarts_now:
+            if isinstance(action, KillRestart) and action.kind in view.ready and len(chosen) < view.max_restarts_now:
                 if action.node not in nodes:
                     raise ValueError(f"{type(self.solution).__name__} wants to restart {action.node!r}, which there is not.")
                 if nodes[action.node].restartable:
-                    kills.append(action)
-        if kills and not view.cap_changed:
-            return kills
+                    chosen.append(action)
         for action in wanted:
             if isinstance(action, AdjustBatch):
                 self._check_batch(action)
                 if action.batch == view.batch and action.cap == view.cap and not view.cap_changed:
                     continue
             if isinstance(action, AdjustBatch | AdjustLR | BackupWorkers) and (action.kind in view.ready or view.cap_changed):
-                return [action]
-        return []
+                return [*chosen, action]
+        return chosen
 
     def _check_batch(self, action: AdjustBatch) -> None:
         if len(action.batch) != self.world_size or sum(action.batch) != self.global_batch:
             raise ValueError(
-                f"{type(self.solution).__name__} gave batches for {len(action.batch)} workers with {sum(action.batch)} samples in all;"
-                f" they must be for {self.world_size} with {self.global_batch}."
+                f"{type(self.solution).__name__} gave batches for {len(action.batch)} workers with {sum(action.batch)} samples"
+                f" in all; they must be for {self.world_size} with {self.global_batch}."
             )
 
     def _decide(self, action: Action, view: ClusterView) -> Versioned:
@@ -349,6 +346,8 @@ class Controller:
             node = self._nodes[action.node]
             node.restarts += 1
             node.killed_at, node.judged = self._now, False
+            nodes = view.workers if node.role == "worker" else view.servers
+            node.last_cost = nodes[node.index].cost
             self._kills[action.node] = decision
             self._cool(decision.kind)
         else:
@@ -429,6 +428,7 @@ class Controller:
         )
 
     def _node_views(self, role: str, found: Statistics, clock: float) -> tuple[NodeView, ...]:
+        unit = 1.0 if self._unit == "seconds" else found.wall or 0.0  # seconds of it
         names = [f"{role}:{index}" for index in range(len(found.cost))]
         nodes = [self._nodes[name] for name in names]
         return tuple(
@@ -438,11 +438,12 @@ class Controller:
                 range(len(nodes)),
                 [node.alive for node in nodes],
                 [node.device for node in nodes],
-                found.cost,
+                [node.last_cost if cost is None else cost for cost, node in zip(found.cost, nodes, strict=True)],
                 found.fixed,
                 found.seconds,
                 found.steps,
                 found.persistence,
+                [slow * unit for slow in found.slow_for],
                 [node.restarts for node in nodes],
                 [node.killed_at is not None for node in nodes],
                 [self._restartable(node, clock) for node in nodes],
@@ -493,17 +494,29 @@ class Controller:
         node.killed_at, node.restarted_at = None, self._clock()
 
     def _judge_restarts(self, clock: float, view: ClusterView) -> None:
-        """Find out, one long window later, whether a restart was of use."""
-        wait = self.solution.windows.persistent + 2 * self.solution.windows.width
-        for seen in (*view.workers, *view.servers):
-            node = self._nodes[seen.node]
-            if node.judged or node.restarted_at is None or node.killed_at is not None or clock - node.restarted_at < wait:
-                continue
-            node.judged = True
-            if seen.persistence >= 0.5:
-                node.useless, self._useless = node.useless + 1, self._useless + 1
-            else:
-                node.useless, self._useful = 0, self._useful + 1
+        """Find out whether a restart was of use: whether the node was quick in the first short window thereafter.
+
+        Later, slowness could have ended by itself, or begun anew.
+        """
+        wait = self.solution.windows.transient + self.solution.windows.width
+        for nodes in (view.workers, view.servers):
+            due = [
+                seen
+                for seen in nodes
+                if (node := self._nodes[seen.node]).killed_at is None
+                and not node.judged
+                and node.restarted_at is not None
+                and clock - node.restarted_at >= wait
+                and seen.steps
+            ]
+            usual = medians([node.cost for node in nodes], [node.device for node in nodes]) if due else {}
+            for seen in due:
+                node = self._nodes[seen.node]
+                node.judged = True
+                if (seen.cost or 0.0) > self.solution.windows.slow_factor * usual[seen.device]:
+                    node.useless, self._useless = node.useless + 1, self._useless + 1
+                else:
+                    node.useless, self._useful = 0, self._useful + 1
 
     def _failed(self, name: str, node: _Node, error: Any) -> None:
         what, text = classify(error), f"{name}: {describe(error)}"
@@ -528,7 +541,7 @@ class Controller:
     # ---- time ---------------------------------------------------------------------------------------------------------
 
     def _tell_time(self, now: float) -> float:
-        """Seconds as this controller counts them, which go on where they were when its process, and so its clock, was replaced."""
+        """Seconds as this controller counts them; they go on where they were when its process, and so its clock, is replaced."""
         if self._resumed:
             self._shift, self._resumed = max(self._now - now, 0.0), False
         self._now = max(self._now, now + self._shift)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from strategies.antdt.actions import AdjustBatch, BackupWorkers, KillRestart, Versioned
 from strategies.antdt.controller import Controller
-from strategies.antdt.ledger import DataShardingService, DatasetSpec, Range
+from strategies.antdt.ledger import DatasetSpec, DataShardingService, Range, Semantics
 from strategies.antdt.monitor import Sample
 from strategies.antdt.slowness import NodeSlowness, SlownessModel, read_slowness
 from strategies.antdt.solutions import Oracle, Solution
@@ -157,15 +157,16 @@ class ClusterSim:
             group_restart=group_restart,
             restart_cost=cluster.restart_seconds,
         )
-        semantics = "exactly_once" if mode == "bsp" else "at_least_once"
+        semantics: Semantics = "exactly_once" if mode == "bsp" else "at_least_once"
         self.ledger = DataShardingService(DatasetSpec(n=self.samples, epochs=1), semantics)
         self.result = SimResult()
         self._noise = random.Random(f"{seed}/noise")
         self._now = 0.0
         self._left = self.samples
         self._decide_every = decide_every
-        for name in (*_names("worker", cluster.workers), *_names("server", cluster.servers)):
-            self.controller.join(name, 0.0)
+        for role, nodes in (("worker", self.workers), ("server", self.servers)):
+            for number, node in enumerate(nodes):
+                self.controller.join(f"{role}:{number}", 0.0, device=node.device)
 
     def run(self) -> SimResult:
         """Simulate the job to its end."""
@@ -526,10 +527,6 @@ class _Free:
 
 def _nodes(slowness: SlownessModel | str, role: str, count: int, seed: int) -> list[NodeSlowness]:
     return slowness.draw(role, count, seed) if isinstance(slowness, SlownessModel) else read_slowness(slowness, role, count)
-
-
-def _names(role: str, count: int) -> list[str]:
-    return [f"{role}:{index}" for index in range(count)]
 
 
 def _advance(nodes: Sequence[NodeSlowness], changes: list[tuple[float, int]], now: float) -> None:

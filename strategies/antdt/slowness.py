@@ -2,7 +2,8 @@
 
 A node takes ``base * transient(t) * persistent`` times as long as usual. Transient slowness comes and goes: episodes begin after
 exponential gaps, last exponentially, and slow down by a uniform factor. Persistent slowness lasts until the node is restarted
-elsewhere. All of a node's numbers come from (seed, node), so that whatever is done to a cluster, its nodes suffer the same.
+elsewhere, where a transient one ends too, for both belong to the machine. All of a node's numbers come from (seed, node), so that
+whatever is done to a cluster, its nodes suffer the same.
 """
 
 import csv
@@ -65,8 +66,8 @@ class SlownessModel:
         for node in range(count):
             own = random.Random(f"{seed}/{role}/{node}")
             persistent = (own.uniform(0, self.persistent_onset), own.uniform(*self.persistent_factor))
-            base = self.device_factor if node >= slow_from else 1.0
-            nodes.append(NodeSlowness(self._episodes(own), base, persistent if node in planted else None))
+            base, device = (self.device_factor, "slow device") if node >= slow_from else (1.0, "device")
+            nodes.append(NodeSlowness(self._episodes(own), base, persistent if node in planted else None, device))
         return nodes
 
     def _episodes(self, drawn: random.Random) -> Iterator[tuple[float, float]]:
@@ -89,13 +90,19 @@ class NodeSlowness:
     Attributes:
         factor: The product, at the time of the last `advance`.
         until: When it changes next; infinity if never.
+        device: Name of its device.
         planted: Whether the node is slow persistently.
         cured: Whether it was, and has moved.
     """
 
     def __init__(
-        self, changes: Iterable[tuple[float, float]] = (), base: float = 1.0, persistent: tuple[float, float] | None = None
+        self,
+        changes: Iterable[tuple[float, float]] = (),
+        base: float = 1.0,
+        persistent: tuple[float, float] | None = None,
+        device: str = "",
     ) -> None:
+        self.device = device
         self._changes, self._base, self._persistent = iter(changes), base, persistent
         self.planted, self.cured = persistent is not None, False
         self._transient = 1.0
@@ -118,7 +125,12 @@ class NodeSlowness:
         return self.factor
 
     def move(self, time: float) -> bool:
-        """Restart elsewhere; returns whether that ended a persistent slowness that had begun."""
+        """Restart elsewhere: what made the old machine slow now, for long or not, is left behind, but for its kind of device.
+
+        Returns:
+            Whether that ended a persistent slowness that had begun.
+        """
+        self._transient = 1.0
         helped = self._persistent is not None and self._persistent[0] <= time
         if helped:
             self._persistent, self.cured = None, True
