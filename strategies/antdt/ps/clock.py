@@ -133,23 +133,26 @@ class Clock:
         """A gradient has come.
 
         Args:
-            worker: whose.
+            worker: whose; it takes part.
             version: steps that the weights had seen with which it was computed.
         """
-        self.enter([worker])
         self.counts["pushed"] += 1
         if self.consistency.kind != "bsp":
             self.counts["stale"] = max(self.counts["stale"], self.version - version)
             self.version += 1
-            self.own[worker] += 1
+            self._count(worker)
             return Pushed(True)
         if version != self.version:
             self.counts["dropped"] += 1
             return Pushed(False)
-        self.own[worker] += 1
+        self._count(worker)
         self.arrived.add(worker)
         decision = self._complete()
         return Pushed(None if decision is None else True, decision)
+
+    def _count(self, worker: int) -> None:
+        if worker in self.own:  # one that was lost after it had sent its gradient is not
+            self.own[worker] += 1
 
     def set_backup(self, backup: int) -> Decision | None:
         """Another number of backup workers from now on.

@@ -1,5 +1,6 @@
 """Optimizers that parameter servers can run: those that treat each element for itself, so that a part is updated as in the whole."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,10 @@ class OptimizerSpec:
             {**group, "params": list(own) or [nn.Parameter(torch.empty(0))]}
             for own, group in zip(parameters, self.groups, strict=True)
         ]
-        return ELEMENTWISE[self.kind](groups, lr=self.groups[0]["lr"])  # type: ignore[call-arg]
+        kind = ELEMENTWISE[self.kind]
+        # Adagrad fills what it keeps by the argument, not by the group's number.
+        arguments = {key: value for key, value in self.groups[0].items() if key in inspect.signature(kind).parameters}
+        return kind(groups, **arguments)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -423,6 +423,10 @@ class ParameterServer:
             self.version = max(self.version, self.clock.version - (self.clock.last is not None)) if lost else self.version
         if lost:
             self._lost_steps(lost)
+            # Gradients that waited for a step which the others have behind them.
+            late = [(w, p) for w, p in self._pushes.items() if p.reply is None and p.version < self.clock.version]
+            if self.index == 0 and settings.consistency.kind == "bsp" and late:
+                self._finish(late, accepted=False)
 
     def _lost_steps(self, count: int) -> None:
         self.lost += count
@@ -474,6 +478,8 @@ class ParameterServer:
                 gradient.clamp_(settings.clip)
             first = next(worker for worker in decision.accepted if worker in found)
             self._apply(gradient, found[first][1])
+        else:
+            self._lost_steps(1)
         self.version = decision.version + 1
         self._merged.clear()
         self._pending = {version: waiting for version, waiting in self._pending.items() if version > decision.version}
@@ -531,7 +537,11 @@ class ParameterServer:
                 self._error(peer, getattr(failure, "kind", "unreachable"), f"the samples could not be committed: {failure}")
                 return
             self.clock.push(worker, version)
-            self._apply(gradient, header["hyperparameters"])
+            try:
+                self._apply(gradient, header["hyperparameters"])
+            except (ValueError, TypeError, RuntimeError) as refusal:
+                self._error(peer, "bad_request", f"push: {refusal!r}")
+                raise
             self.version = self.clock.version
             push.reply = {**self._about(), "accepted": True}
             self._answer(peer, (push.reply, []))
@@ -798,6 +808,13 @@ class ParameterServer:
                 self._plan = [int(action["version"]), {"action": action["action"], **payload}]
         self._settle()
 
+    def interrupt(self) -> None:
+        """End on a signal; what others still work with is kept, for whoever starts this server again."""
+        if self.known_connections:
+            self.save(wait=True)
+            self.restart = True
+        self.stopping = True
+
     def close(self) -> None:
         """End: let go of everything."""
         for peer in list(self._connections):
@@ -957,7 +974,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def ready(port: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(server, "stopping", True))
+            asyncio.get_running_loop().add_signal_handler(number, server.interrupt)
         host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
         _announce(folder, Address(host, port, token, os.getpid(), socket.gethostname()))
         print(f"server {options.index} listens on {options.host}:{port}, process {os.getpid()}", flush=True)

@@ -133,8 +133,7 @@ class Slices:
         return {name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self._named()}
 
     def load_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `states` has told; what is not named begins anew."""
-        self.optimizer.state.clear()
+        """Take over what `states` has told; what is not named stays as it is."""
         for name, parameter in self._named():
             if states.get(name):
                 self.optimizer.state[parameter] = {
