@@ -23,6 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     tune_process()
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # classes of the user's folder are found by name
+    if argv[:1] == ["serve-data"]:  # a server of its own, without torch and Lightning
+        from zoo.serving import serve_data
+
+        return serve_data(argv[1:])
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:

@@ -24,6 +24,7 @@ import datamodules
 import strategies
 import zoo.bfn
 import zoo.callbacks
+import zoo.ctr
 import zoo.emigm
 import zoo.ling
 import zoo.metrics
@@ -449,7 +450,7 @@ def list_everything() -> None:
     def row(*cells: str) -> None:
         table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
 
-    for package in (zoo.bfn, zoo.emigm, zoo.ling, zoo.metrics):
+    for package in (zoo.bfn, zoo.ctr, zoo.emigm, zoo.ling, zoo.metrics):
         for name in names(package, ZooModule):
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):

@@ -1,12 +1,12 @@
 """Where the workers of a new group wait for one another, before any of them gets the number of their generation."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 __all__ = ["JoinBarrier", "Waiting"]
 
-Peer = TypeVar("Peer", bound=Hashable)
+Peer = TypeVar("Peer")
 
 
 @dataclass(frozen=True)

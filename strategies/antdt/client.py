@@ -34,8 +34,7 @@ class Client:
         role: what it is.
         patience: seconds for which a call is repeated.
         answer_timeout: seconds after which an answer is held for lost.
-        resolve: finds the server again, when it does not answer, and starts it if nobody has:
-            ``lambda: find_or_start(folder)``.
+        resolve: finds the server again when it does not answer, and starts it if it was killed: ``lambda: revive(folder)``.
 
     Attributes:
         gen: generation, known after `join`.
@@ -281,24 +280,27 @@ class Client:
                 **fields,
             }
             pause, failing_since = _FIRST_PAUSE, None
+            lost: OSError | None = None
             while True:
                 # The token may be another after a restart, so that the bytes are made anew; the number stays.
                 message = encode({**request, "token": self.address.token})
                 try:
                     answer = self._exchange(message, self._answer_timeout if _wait is None else _wait)
+                    if answer.get("error", {}).get("kind") == "token" and self._resolve is not None:
+                        raise ConnectionRefusedError("another job's server is there now")
                     break
                 except (OSError, WireError) as failure:
                     self._disconnect()
                     now = time.monotonic()
                     failing_since = now if failing_since is None else failing_since
                     if now - failing_since + pause > self.patience or self._closed.is_set():
-                        raise self._unreachable(op, failure) from failure
+                        raise self._unreachable(op, lost or failure) from failure
                     self._closed.wait(pause)
                     if self._resolve is not None:
                         try:
-                            self.address = self._resolve()
+                            self.address, lost = self._resolve(), None
                         except OSError as cause:
-                            failure = cause
+                            lost = cause
                     pause = min(2 * pause, _LONGEST_PAUSE)
         if "error" in answer:
             raise ServiceError(answer["error"]["kind"], answer["error"]["message"])
@@ -307,8 +309,8 @@ class Client:
     def _unreachable(self, op: str, failure: Exception) -> ServerUnreachable:
         return ServerUnreachable(
             f"{op}: the data-sharding server at {self.address.host}:{self.address.port} has not answered for {self.patience:g} s"
-            f" ({failure}). If it has ended, start it again on its folder (zoo serve-data --folder ...), its journal goes on where it"
-            " was; if it runs, see whether this machine reaches that port. Then resume with --ckpt_path last."
+            f" ({failure}). If it has ended, start it again on its folder (zoo serve-data --folder ...), where its journal"
+            " goes on; if it runs, see whether this machine reaches that port. Then resume with --ckpt_path last."
         )
 
     def _exchange(self, message: bytes, wait: float) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from strategies.antdt.ledger import DataShardingService, DatasetSpec, Fetched, Semantics
+from strategies.antdt.ledger import DatasetSpec, DataShardingService, Semantics
 
 __all__ = ["Journal", "JournalError", "OtherDataset", "RecordedLedger"]
 
 _FORMAT = 1
+_WAIT = 0.05  # seconds after which a worker that found nothing asks again
 Settings = dict[str, Any]
 """What `RecordedLedger.configure` is given: ``dataset``, ``semantics``, ``tail_factor``, and whatever the server keeps beside."""
 
@@ -160,8 +161,7 @@ class RecordedLedger:
             if journal.state is not None:
                 self._load(journal.state)
             for change in journal.changes:
-                arguments = {key: value for key, value in change.items() if key not in ("serial", "op")}
-                getattr(self, f"_do_{change['op']}")(**arguments)
+                self._replay(**change)
 
     @property
     def ledger(self) -> DataShardingService:
@@ -179,13 +179,22 @@ class RecordedLedger:
         """Whether it is known what the ledger is about."""
         return self._ledger is not None
 
+    def _replay(self, serial: int, op: str, **arguments: Any) -> None:
+        try:
+            getattr(self, f"_do_{op}")(**arguments)
+        except Exception as cause:
+            raise JournalError(f"change {serial} of the journal, {op}, cannot be repeated: {cause!r}") from cause
+
     def _record(self, op: str, to_disk: bool = False, **arguments: Any) -> Any:
         result = getattr(self, f"_do_{op}")(**arguments)
+        self._write(op, to_disk, **arguments)
+        return result
+
+    def _write(self, op: str, to_disk: bool = False, **arguments: Any) -> None:
         if self._journal is not None:
             self._journal.append({"op": op, **arguments}, to_disk)
             if self._journal.due:
                 self.compact()
-        return result
 
     def compact(self) -> None:
         """Make the journal short, and put it on the disk."""
@@ -220,16 +229,20 @@ class RecordedLedger:
         Raises:
             OtherDataset: it is already about another data set.
         """
+        self.check_dataset(settings)
+        if settings != self.settings:
+            self._record("configure", to_disk=True, settings=settings)
+
+    def check_dataset(self, settings: Settings) -> None:
+        """Raise `OtherDataset` if settings are about another data set than the ledger."""
         if self._ledger is not None:
             ours, theirs = self._ledger.dataset, DatasetSpec(**settings["dataset"])
             if ours.identity != theirs.identity:
                 place = f" in {self._journal.folder}" if self._journal is not None else ""
                 raise OtherDataset(
-                    f"the ledger{place} is about the data set {ours.identity}, and this run asks for {theirs.identity}. Give the run"
-                    " another folder, or remove this one if its run is over."
+                    f"the ledger{place} is about the data set {ours.identity}, and this run asks for {theirs.identity}."
+                    " Give the run another folder, or remove this one if its run is over."
                 )
-        if settings != self.settings:
-            self._record("configure", to_disk=True, settings=settings)
 
     def _do_configure(self, settings: Settings) -> None:
         dataset = DatasetSpec(**settings["dataset"])
@@ -266,28 +279,21 @@ class RecordedLedger:
         Returns:
             ``{"ranges": [[sid, lo, hi], ...]}``, ``{"wait": seconds}`` or ``{"end": True}``.
         """
-        arguments: dict[str, Any] = {"epoch": epoch, "share": list(share), "max": max}
-        # Nothing changes while there is nothing to hand out, however often it is asked: only what is granted is written.
-        fetched = self.ledger.fetch(worker, gen, epoch, (share[0], share[1]), max)
-        if fetched.state == "wait":
-            return {"wait": 0.05}
-        if fetched.state == "end":
-            return {"end": True}
-        answer = self._fetched(fetched)
-        self._answer(worker, session, seq, answer)
-        if self._journal is not None:
-            self._journal.append({"op": "fetch", "worker": worker, "gen": gen, "session": session, "seq": seq, **arguments})
-            if self._journal.due:
-                self.compact()
+        arguments: dict[str, Any] = {"gen": gen, "session": session, "seq": seq, "epoch": epoch, "share": list(share), "max": max}
+        answer = self._do_fetch(worker, **arguments)
+        if "ranges" in answer:  # else nothing has changed, however often it is asked
+            self._write("fetch", worker=worker, **arguments)
         return answer
 
-    def _do_fetch(self, worker: int, gen: int, session: str, seq: int, epoch: int, share: Sequence[int], max: int) -> None:
+    def _do_fetch(
+        self, worker: int, gen: int, session: str, seq: int, epoch: int, share: Sequence[int], max: int
+    ) -> dict[str, Any]:
         fetched = self.ledger.fetch(worker, gen, epoch, (share[0], share[1]), max)
-        self._answer(worker, session, seq, self._fetched(fetched))
-
-    @staticmethod
-    def _fetched(fetched: Fetched) -> dict[str, Any]:
-        return {"ranges": [list(item) for item in fetched.ranges]}
+        if fetched.state != "ranges":
+            return {"wait": _WAIT} if fetched.state == "wait" else {"end": True}
+        answer = {"ranges": [list(item) for item in fetched.ranges]}
+        self._answer(worker, session, seq, answer)
+        return answer
 
     def commit(self, worker: int, gen: int, items: Sequence[Sequence[int]]) -> None:
         """`DataShardingService.commit`."""

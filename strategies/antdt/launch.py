@@ -18,9 +18,11 @@ from strategies.antdt.address import SERVER_FILE, Address
 from strategies.antdt.client import Client
 from strategies.antdt.wire import ServiceError
 
-__all__ = ["ServerNotStarted", "find", "find_or_start", "is_alive"]
+__all__ = ["ServerNotStarted", "find", "find_or_start", "is_alive", "revive"]
 
 _LOOK_EVERY = 0.05
+_started: list["subprocess.Popen[bytes]"] = []
+"""Servers that this process has started: those that have ended are asked for their status, else they would stay as zombies."""
 
 
 class ServerNotStarted(ConnectionError):
@@ -77,6 +79,7 @@ def find_or_start(
         ServerNotStarted: it ended at once, or does not answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _started[:] = [process for process in _started if process.poll() is None]
     end = time.monotonic() + timeout
     with _locked(folder / "start.lock", end):
         address = Address.read(folder)
@@ -98,11 +101,27 @@ def find_or_start(
             time.sleep(_LOOK_EVERY)
 
 
+def revive(folder: Path) -> Address:
+    """The server of a folder for a client that has lost it: the one that runs, or a new one if it was killed.
+
+    A server that has ended in order takes its file with it and is not started again: the job is over, or someone has stopped it.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ServerNotStarted: it has ended in order, or a new one could not be started.
+    """
+    if Address.read(folder) is None:
+        raise ServerNotStarted(f"the data-sharding server of {folder} has ended in order: the job is over, or it was stopped.")
+    return find_or_start(folder)
+
+
 def _start(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     # What can be imported here can be there: solutions of the user's own folder too.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)}
     with (folder / "server.log").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "strategies.antdt.server", "--folder", str(folder), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -110,6 +129,8 @@ def _start(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
             start_new_session=True,
             env=environment,
         )
+    _started.append(process)
+    return process
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 __all__ = [
@@ -204,8 +205,8 @@ class DataShardingService:
         Returns:
             Its number; requests with an older one are refused.
         """
-        for worker in list(self.members):
-            self.fail(worker)
+        for sid in sorted(self._grants, reverse=True):
+            self._lose(sid)
         self.generation += 1
         self.members = dict.fromkeys(sorted(workers), self.generation)
         return self.generation
@@ -231,23 +232,26 @@ class DataShardingService:
     def fail(self, worker: int) -> None:
         """A worker is lost; its ranges are treated by the semantics. Without effect for one that is no member."""
         for sid in self._held_by(worker):
-            grant = self._grants.pop(sid)
-            epoch = self._epochs[grant.epoch]
-            epoch.doing_size -= grant.hi - grant.committed
-            if self.semantics == "at_most_once":
-                epoch.done += grant.hi - grant.committed
-                epoch.lost += grant.hi - grant.committed
-            elif self.semantics == "at_least_once":
-                epoch.done -= grant.committed - grant.lo
-                epoch.repeated += grant.committed - grant.lo
-                epoch.put_back(grant.lo, grant.hi)
-            else:
-                epoch.put_back(grant.committed, grant.hi)
+            self._lose(sid)
         self.members.pop(worker, None)
+
+    def _lose(self, sid: int) -> None:
+        grant = self._grants.pop(sid)
+        epoch = self._epochs[grant.epoch]
+        epoch.doing_size -= grant.hi - grant.committed
+        if self.semantics == "at_most_once":
+            epoch.done += grant.hi - grant.committed
+            epoch.lost += grant.hi - grant.committed
+        elif self.semantics == "at_least_once":
+            epoch.done -= grant.committed - grant.lo
+            epoch.repeated += grant.committed - grant.lo
+            epoch.put_back(grant.lo, grant.hi)
+        else:
+            epoch.put_back(grant.committed, grant.hi)
 
     def _held_by(self, worker: int) -> list[int]:
         """Newest first, so that ranges put back to the front stand in their order again."""
-        return [sid for sid in sorted(self._grants, reverse=True) if self._grants[sid].worker == worker]
+        return sorted((sid for sid, grant in self._grants.items() if grant.worker == worker), reverse=True)
 
     def _check(self, worker: int, gen: int) -> None:
         if self.members.get(worker) != gen:
@@ -399,7 +403,7 @@ class DataShardingService:
         for number, state in self._epochs.items():
             held = [(grant.committed, grant.hi) for grant in self._grants.values() if grant.epoch == number]
             spans = sorted([*state.todo, *held])
-            for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            for (_, end), (start, _) in pairwise(spans):
                 assert end <= start, f"epoch {number}: positions [{start}, {end}) are at two places"
             assert all(0 <= lo < hi <= self.dataset.n for lo, hi in spans), f"epoch {number}: {spans} leave the data set"
             todo, doing = (sum(hi - lo for lo, hi in part) for part in (state.todo, held))
@@ -481,7 +485,7 @@ class DataShardingService:
 
     def _remembered(self, number: int, todo: Sequence[Sequence[int]]) -> _Epoch:
         spans = sorted((int(lo), int(hi)) for lo, hi in todo)
-        overlaps = any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        overlaps = any(end > start for (_, end), (start, _) in pairwise(spans))
         if number < 0 or overlaps or not all(0 <= lo < hi <= self.dataset.n for lo, hi in spans):
             raise LedgerError(f"restore: ranges to do of epoch {number} overlap or leave [0, {self.dataset.n}).")
         return _Epoch(todo, done=self.dataset.n - sum(hi - lo for lo, hi in spans))

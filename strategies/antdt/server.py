@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.antdt.address import SERVER_FILE, Address
+from strategies.antdt.controller import Controller
 from strategies.antdt.journal import Journal, JournalError, RecordedLedger
 from strategies.antdt.service import Service, SupportsControl
 from strategies.antdt.wire import AUTHENTICATED_LIMIT, LIMIT, Decoder, MessageTooLarge, WireError, encode, error, same_token
@@ -187,9 +188,10 @@ class ServerThread:
         OSError: it cannot listen there.
     """
 
-    def __init__(self, build_controller: BuildController, **options: Any) -> None:
+    def __init__(self, build_controller: BuildController = Controller.from_settings, **options: Any) -> None:
         started = threading.Event()
         found: list[Any] = []
+        self._failure: BaseException | None = None
 
         def ready(address: Address, stop: Callable[[], None]) -> None:
             found[:] = [address, stop]
@@ -203,7 +205,6 @@ class ServerThread:
             finally:
                 started.set()
 
-        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=run, name="antdt-server", daemon=True)
         self._thread.start()
         started.wait()
@@ -260,12 +261,11 @@ class _Folder:
         os.close(file)
 
 
-def main(argv: Sequence[str] | None = None, build_controller: BuildController | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the server of a folder.
 
     Args:
-        argv: options.
-        build_controller: see `Service`.
+        argv: options; the process's by default.
 
     Returns:
         0: it has ended as it should; 1: it could not start, and has said why.
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None, build_controller: BuildController | 
     try:
         asyncio.run(
             serve(
-                build_controller or _no_controller,
+                Controller.from_settings,
                 folder.token(),
                 journal=journal,
                 host=options.host,
@@ -319,10 +319,6 @@ def main(argv: Sequence[str] | None = None, build_controller: BuildController | 
             (options.folder / SERVER_FILE).unlink(missing_ok=True)
         journal.close()
     return 0
-
-
-def _no_controller(settings: dict[str, Any]) -> SupportsControl:
-    raise ValueError("this server was started without a controller.")
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -3,14 +3,14 @@
 One `Service` holds the ledger of samples and the controller of one job, and who takes part in it.
 """
 
-import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from strategies.antdt.barrier import JoinBarrier, Waiting
 from strategies.antdt.journal import OtherDataset, RecordedLedger
-from strategies.antdt.ledger import LedgerError, StaleGeneration
+from strategies.antdt.ledger import DatasetSpec, LedgerError, StaleGeneration
 from strategies.antdt.wire import ServiceError, error
 
 __all__ = ["Peer", "Service", "SupportsControl"]
@@ -30,7 +30,12 @@ class Peer(Protocol):
 class SupportsControl(Protocol):
     """What the service needs of a controller, see `strategies.antdt.controller.Controller`."""
 
-    decide_every: float
+    failure: str | None
+    """Why the job cannot go on."""
+
+    @property
+    def version(self) -> int:
+        """Number of decisions."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -50,7 +55,7 @@ class SupportsControl(Protocol):
         """How far the job is."""
 
     def tick(self, now: float) -> list[Any]:
-        """Decide."""
+        """Decide, if it is time to."""
 
     def actions_after(self, version: int, node: str) -> list[Any]:
         """What a node that knows a version has not heard."""
@@ -84,6 +89,35 @@ class _Node:
     answers: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
 
 
+class _Applied:
+    """Which decision all workers know: the lowest that any of them has reported, once all have reported."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, int] = {}
+        self._count: Counter[int] = Counter()
+        self._effective = 0
+
+    def note(self, name: str, version: int, of: int) -> int | None:
+        """A worker, one of ``of``, knows a version; the version that all know, if that has become another."""
+        if self._of.get(name) != version:
+            self.forget(name)
+            self._of[name] = version
+            self._count[version] += 1
+        lowest = min(self._count)
+        if len(self._of) < of or lowest <= self._effective:
+            return None
+        self._effective = lowest
+        return lowest
+
+    def forget(self, name: str) -> None:
+        """A worker has gone, or starts anew."""
+        version = self._of.pop(name, None)
+        if version is not None:
+            self._count[version] -= 1
+            if not self._count[version]:
+                del self._count[version]
+
+
 class Service:
     """The service of one job.
 
@@ -112,9 +146,10 @@ class Service:
         self._barrier: JoinBarrier[Any] = JoinBarrier(self._refuse_join)
         self._about_joining: dict[int, dict[str, Any]] = {}
         self._nodes: dict[str, _Node] = {}
+        self._names: dict[Any, set[str]] = {}  # of the nodes behind each connection
         self._controller: SupportsControl | None = None
-        self._logged, self._ticked, self._started = 0, now, now
-        self._applied: dict[str, int] = {}
+        self._logged, self._started = 0, now
+        self._applied = _Applied()
         self._step = 0
         self.stopping = False
         if recorded.settings is not None:
@@ -154,7 +189,8 @@ class Service:
         if not self._recorded.configured and op not in ("configure", "status", "shutdown"):
             raise ServiceError("not_configured", f"{op}: nobody has configured this server with a data set yet.")
         if op in _UNNUMBERED:
-            self._touch(request, peer, now)
+            if op != "configure":  # which a new process asks before it has joined
+                self._touch(request, peer, now)
             return operation(request, peer, now)
         session, seq = str(request.get("session", "")), int(request["seq"])
         if op == "join":
@@ -181,8 +217,12 @@ class Service:
         """A sign of life."""
         node = self._nodes.get(self._name(request)) if "worker" in request else None
         if node is not None and request.get("gen") == node.gen:
-            node.seen, node.closed = now, None
-            node.peers.add(peer)
+            self._hear(self._name(request), node, peer, now)
+
+    def _hear(self, name: str, node: _Node, peer: Peer, now: float) -> None:
+        node.seen, node.closed = now, None
+        node.peers.add(peer)
+        self._names.setdefault(peer, set()).add(name)
 
     def _member(self, request: dict[str, Any], peer: Peer, now: float) -> _Node:
         name, gen = self._name(request), int(request["gen"])
@@ -208,7 +248,7 @@ class Service:
 
     def _configure(self, request: dict[str, Any], peer: Peer, now: float) -> dict[str, Any]:
         settings = {
-            "dataset": request["dataset"],
+            "dataset": asdict(DatasetSpec(**request["dataset"])),
             "semantics": request.get("semantics", "exactly_once"),
             "tail_factor": float(request.get("tail_factor", 2.0)),
             "solution": request["solution"],
@@ -221,23 +261,22 @@ class Service:
         former = self._recorded.settings
         if settings == former:
             return {"ok": True}
-        if former is not None and former["dataset"] | {"epochs": 0} == settings["dataset"] | {"epochs": 0}:
-            differs = [key for key in settings if settings[key] != former[key]]
-            present = sorted(name for name, node in self._nodes.items() if node.peers)
-            if present:
-                raise ServiceError(
-                    "conflict",
-                    f"configure: {', '.join(differs)} differ from what this job has, while {', '.join(present[:5])} take part in it:"
-                    f" {[settings[key] for key in differs]} instead of {[former[key] for key in differs]}.",
-                )
+        self._recorded.check_dataset(settings)
+        present = sorted(name for name, node in self._nodes.items() if node.peers)
+        if former is not None and present:
+            differs = [
+                f"{key} is {settings[key]!r} instead of {former[key]!r}" for key in settings if settings[key] != former[key]
+            ]
+            raise ServiceError(
+                "conflict", f"configure: while {', '.join(present[:5])} take part in the job, {'; '.join(differs)}."
+            )
         try:
             controller = self._build_controller(settings)
         except (ValueError, TypeError, ImportError, AttributeError) as cause:
             raise ServiceError("bad_request", f"configure: the controller cannot be built: {cause}") from cause
         self._recorded.configure(settings)
-        if former is not None and former["world_size"] == settings["world_size"] and former["solution"] == settings["solution"]:
-            assert self._controller is not None
-            controller.load_state_dict(self._controller.state_dict())
+        if self._controller is not None and former is not None and former["solution"] == settings["solution"]:
+            controller.load_state_dict(self._controller.state_dict())  # of which it takes what fits its group
         self._take(controller)
         self._event({"t": now, "kind": "configure", **settings})
         return {"ok": True}
@@ -250,7 +289,7 @@ class Service:
 
     def _take(self, controller: SupportsControl) -> None:
         self._controller, self._logged = controller, len(controller.events)
-        self._applied.clear()
+        self._applied = _Applied()
 
     @property
     def _control(self) -> SupportsControl:
@@ -265,8 +304,7 @@ class Service:
         last = known.answers.get(session) if known is not None else None
         last = last or self._recorded_answer(request, session)
         if last is not None and last[0] == seq and known is not None:  # the answer got lost
-            known.peers.add(peer)
-            known.seen, known.closed = now, None
+            self._hear(name, known, peer, now)
             return self._joined(known.gen)
         about = {key: request.get(key) for key in ("pid", "host", "device")}
         if role == "worker" and request.get("barrier"):
@@ -277,10 +315,8 @@ class Service:
             if group is not None:
                 self._begin(group, now)
             return None
-        if role == "worker":
-            gen = self._recorded.join(worker, session, seq)
-        else:
-            gen = known.gen + 1 if known is not None else 1
+        former = known.gen if known is not None else 0
+        gen = self._recorded.join(worker, session, seq) if role == "worker" else former + 1
         self._admit(name, gen, peer, session, seq, about, now)
         return self._joined(gen)
 
@@ -288,7 +324,7 @@ class Service:
         gen = self._recorded.begin({worker: (waiting.session, waiting.seq) for worker, waiting in group.items()})
         for name in [name for name in self._nodes if name.startswith("worker:")]:
             del self._nodes[name]
-        self._applied.clear()
+        self._applied = _Applied()
         for worker, waiting in group.items():
             about = self._about_joining.pop(worker, {})
             self._admit(f"worker:{worker}", gen, waiting.peer, waiting.session, waiting.seq, about, now)
@@ -297,8 +333,9 @@ class Service:
             waiting.peer.send(self._joined(gen))
 
     def _admit(self, name: str, gen: int, peer: Peer, session: str, seq: int, about: dict[str, Any], now: float) -> None:
-        self._nodes[name] = _Node(gen, now, {peer}, answers={session: (seq, {"gen": gen})})
-        self._applied.pop(name, None)
+        self._nodes[name] = node = _Node(gen, now, answers={session: (seq, {"gen": gen})})
+        self._hear(name, node, peer, now)
+        self._applied.forget(name)
         self._control.join(name, now, device=about.get("device") or "", pid=about.get("pid"), host=about.get("host") or "")
         self._event({"t": now, "kind": "join", "node": name, "gen": gen, **about})
 
@@ -341,23 +378,16 @@ class Service:
         control = self._control
         control.report(name, samples, now, node_state=request.get("node", {}), errors=request.get("errors", []))
         control.progress(self._recorded.ledger.remaining, self._step)
-        self._note_applied(name, version, step, now)
-        if now - self._ticked >= control.decide_every:
-            self._decide(now)
+        if name.startswith("worker:"):
+            effective = self._applied.note(name, version, of=len(self._recorded.ledger.members))
+            if effective is not None:
+                control.applied(effective, step, now)
+        self._decide(now)
         actions = [action.to_json() for action in control.actions_after(version, name)]
-        return {"actions": actions, "version": control.plan["version"]}
-
-    def _note_applied(self, name: str, version: int, step: int, now: float) -> None:
-        """A version is in effect once all workers that take part have reported it."""
-        if not name.startswith("worker:"):
-            return
-        before = min(self._applied.values(), default=0) if len(self._applied) == len(self._recorded.ledger.members) else 0
-        self._applied[name] = version
-        if len(self._applied) == len(self._recorded.ledger.members) and (after := min(self._applied.values())) > before:
-            self._control.applied(after, step, now)
+        answer = {"actions": actions, "version": control.version}
+        return answer | ({"failure": control.failure} if control.failure is not None else {})
 
     def _decide(self, now: float) -> None:
-        self._ticked = now
         control = self._control
         decided = bool(control.tick(now))
         for line in control.events[self._logged :]:
@@ -413,6 +443,7 @@ class Service:
                 "remaining": ledger.remaining,
                 "counts": {str(number): counts for number, counts in ledger.counts().items()},
                 "plan": self._control.plan,
+                "failure": self._control.failure,
                 "nodes": {
                     name: {"gen": node.gen, "silent": now - node.seen, "connected": bool(node.peers)}
                     for name, node in sorted(self._nodes.items())
@@ -425,8 +456,9 @@ class Service:
     def disconnected(self, peer: Peer, now: float) -> None:
         """A connection has closed."""
         self._barrier.withdraw(peer)
-        for node in self._nodes.values():
-            if peer in node.peers:
+        for name in self._names.pop(peer, ()):
+            node = self._nodes.get(name)
+            if node is not None and peer in node.peers:
                 node.peers.discard(peer)
                 node.closed = now if not node.peers else None
 
@@ -443,8 +475,7 @@ class Service:
                 if name.startswith("worker:"):
                     self._recorded.fail(int(name.partition(":")[2]))
                 self._forget(name, "is gone" if gone else "is silent", now)
-        if now - self._ticked >= self._control.decide_every:
-            self._decide(now)
+        self._decide(now)
 
     def close(self, job_is_over: bool) -> None:
         """Write down what is known and let go of the journal; leave nothing to replay if the job is over."""
@@ -454,20 +485,7 @@ class Service:
 
     def _forget(self, name: str, why: str, now: float) -> None:
         del self._nodes[name]
-        self._applied.pop(name, None)
+        self._applied.forget(name)
         self._event({"t": now, "kind": "leave", "node": name, "why": why})
         if why != "leaves":
             self._control.report(name, [], now, node_state={"alive": False, "why": why})
-
-
-def find_solution(class_path: str) -> type[Any]:
-    """The class that a path names.
-
-    Raises:
-        ImportError: there is none.
-    """
-    module, _, name = class_path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError) as cause:
-        raise ImportError(f"there is no class {class_path}: {cause}") from cause
