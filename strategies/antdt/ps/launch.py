@@ -36,14 +36,13 @@ def is_alive(address: Address, index: int, timeout: float = 5.0) -> bool:
 
 
 def find_or_start_server(
-    folder: Path, index: int, *, start: bool = True, timeout: float = 120.0, options: Sequence[str] = ()
+    folder: Path, index: int, *, timeout: float = 120.0, options: Sequence[str] = ()
 ) -> Address:
     """A server of a folder: the one that runs, or a new one, which goes on from the file of the one before.
 
     Args:
         folder: of the run; made if there is none.
         index: number of the server.
-        start: start it if nobody has; else wait until somebody has.
         timeout: seconds to wait.
         options: further words for ``python -m strategies.antdt.ps.server``.
 
@@ -59,7 +58,7 @@ def find_or_start_server(
             address = Address.read(own)
             if address is not None and is_alive(address, index):
                 return address
-            if start and process is None:
+            if process is None:
                 process = _start(folder, index, options)
             if process is not None and process.poll() is not None:
                 raise ServerNotStarted(f"parameter server {index} of {folder} ended at once.{_log_end(own)}")

@@ -69,6 +69,7 @@ class ShardLoader:
         begin: called when a pass over an epoch begins.
         interrupted: called while waiting: whether this worker is wanted for something else, or all is over.
         waits: called when waiting begins, so that others need not wait for this worker.
+        limit: most batches of a pass; None: as many as there are.
 
     Attributes:
         current: the batch that was given last.
@@ -91,6 +92,7 @@ class ShardLoader:
         begin: Callable[[int], None] = lambda epoch: None,
         interrupted: Callable[[], Literal["", "wanted", "over"]] = lambda: "",
         waits: Callable[[], None] = lambda: None,
+        limit: int | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError("ShardLoader: the training set is empty.")
@@ -98,6 +100,7 @@ class ShardLoader:
         self.order, self.work, self.num_samples, self.seed = order, work, num_samples, seed
         self.batch, self.global_batch, self.shard_steps = batch, global_batch, shard_steps
         self._epoch_of, self._begin, self._interrupted, self._waits = epoch, begin, interrupted, waits
+        self.limit, self._given = limit, 0
         self.current: ShardBatch | None = None
         self.open = False
         self.epoch = 0
@@ -116,7 +119,8 @@ class ShardLoader:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return UNBOUNDED if self.open else -(-self.num_samples // self.global_batch)
+        nominal = -(-self.num_samples // self.global_batch)
+        return UNBOUNDED if self.open else nominal if self.limit is None else min(nominal, self.limit)
 
     def __iter__(self) -> Iterator[Any]:
         return self._pass()
@@ -126,6 +130,7 @@ class ShardLoader:
         self.epoch = self._epoch_of()
         self._begin(self.epoch)
         self.forget()
+        self._given = 0
         while not self.ended:
             batches = iter(self._engine)
             while True:
@@ -134,6 +139,7 @@ class ShardLoader:
                 if item is None:
                     break
                 planned = self._planned.popleft()
+                self._given += 1
                 self.current = ShardBatch(
                     planned.positions, planned.items, planned.starts, planned.count, time.perf_counter() - begun
                 )
@@ -166,6 +172,8 @@ class ShardLoader:
         Returns:
             ``more``; ``end``: of the epoch; ``interrupted``.
         """
+        if self.limit is not None and self._given >= self.limit:
+            return "end"
         if self._planned or self._ranges:
             return "more"
         pause = _FIRST_PAUSE

@@ -13,7 +13,15 @@ __all__ = ["Meetings", "Member", "MeetingError"]
 
 
 class MeetingError(RuntimeError):
-    """A worker cannot take part; the message says why."""
+    """A worker cannot take part; the message says why.
+
+    Attributes:
+        kind: ``stale``; ``ending``: not yet, the run before is about to end.
+    """
+
+    def __init__(self, message: str, kind: str = "stale") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Meetings:
         self._reset()
 
     def _reset(self) -> None:
-        self.run, self.world_size = "", 0
+        self.run, self.world_size, self.group = "", 0, ""
         self.members: dict[int, Member] = {}
         self.epoch = -1
         self.admits = False
@@ -71,8 +79,15 @@ class Meetings:
 
     # ---- coming and going ---------------------------------------------------------------------------------------------
 
-    def hello(self, worker: int, world_size: int, session: str, run: str = "") -> Member:
+    def hello(self, worker: int, world_size: int, session: str, run: str = "", group: str = "") -> Member:
         """A process presents itself, or comes back over a new connection.
+
+        Args:
+            worker: rank.
+            world_size: W.
+            session: of the process.
+            run: that it takes part in; empty: it is new.
+            group: of processes that were started together.
 
         Raises:
             MeetingError: another run is going on, or this one cannot go on.
@@ -82,22 +97,21 @@ class Meetings:
         known = self.members.get(worker)
         if known is not None and known.session == session:
             return known
-        if run and known is None:
+        if run:
             raise MeetingError(f"worker {worker} was declared lost, and its samples given to others; start it again.")
         if self.over:
-            raise MeetingError("the former run is ending; try again.")
-        if not self.members:
-            self._reset()
-            self.run, self.world_size = secrets.token_hex(8), world_size
-        if not 0 <= worker < self.world_size or world_size != self.world_size:
-            raise MeetingError(f"worker {worker} of {world_size} comes to a run of {self.world_size} workers.")
+            raise MeetingError("the run before is ending; try again.", kind="ending")
+        if self.members and group != self.group:
+            self._reset()  # all of the former group are dead
         if known is not None:
             self.lost(worker)
-            if self.broken:
-                raise MeetingError(self.broken)
-        if not self.members and not self.run:
+        if self.broken:
+            raise MeetingError(self.broken)
+        if not self.members:
             self._reset()
-            self.run, self.world_size = secrets.token_hex(8), world_size
+            self.run, self.world_size, self.group = secrets.token_hex(8), world_size, group
+        if not 0 <= worker < self.world_size or world_size != self.world_size:
+            raise MeetingError(f"worker {worker} of {world_size} comes to a run of {self.world_size} workers.")
         self.members[worker] = Member(session, late=self.epoch >= 0)
         return self.members[worker]
 
@@ -182,6 +196,9 @@ class Meetings:
         if member.epoch is None:
             return True
         if member.late:
+            if not self.present():  # nobody is left who could be at a meeting
+                self._meetings.clear()
+                self.admits = True
             if self.admits:
                 self._admit(member)
             return member.epoch is None
@@ -214,6 +231,7 @@ class Meetings:
         return {
             "run": self.run,
             "world_size": self.world_size,
+            "group": self.group,
             "members": {str(worker): [m.session, m.late] for worker, m in self.members.items()},
             "epoch": self.epoch,
             "requests": dict(self.requests),
@@ -224,5 +242,6 @@ class Meetings:
         """Take over what `state_dict` has written; what was brought to a meeting is brought again by those who wait."""
         self._reset()
         self.run, self.world_size, self.epoch = state["run"], int(state["world_size"]), int(state["epoch"])
+        self.group = state["group"]
         self.members = {int(worker): Member(session, late) for worker, (session, late) in state["members"].items()}
         self.requests, self._next = dict(state["requests"]), int(state["next"])

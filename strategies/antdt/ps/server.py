@@ -7,7 +7,6 @@ samples of a gradient together with taking it.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import secrets
@@ -124,6 +123,7 @@ class ParameterServer:
             benchmarks: a server that is slow).
         event: takes lines of the log.
         grace: seconds for which a worker whose connection has closed may come back.
+        ends: called when the run is over, so that nothing is kept.
 
     Attributes:
         stopping: whether it has been told to end.
@@ -139,7 +139,9 @@ class ParameterServer:
         delay: Delay | None = None,
         event: Callable[[dict[str, Any]], None] = lambda line: None,
         grace: float = 5.0,
+        ends: Callable[[], None] = lambda: None,
     ) -> None:
+        self._ends = ends
         self.index, self._token, self._file, self._frame_limit = index, token, slice_file, frame_limit
         self._delay, self._event, self._grace = delay, event, grace
         self._connections: set[FrameProtocol] = set()
@@ -218,7 +220,7 @@ class ParameterServer:
         except Refusal as refusal:
             self._error(peer, refusal.kind, str(refusal))
         except MeetingError as refusal:
-            self._error(peer, "stale", str(refusal))
+            self._error(peer, refusal.kind, str(refusal))
         except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as refusal:
             self._error(peer, "bad_request", f"{header.get('op')}: {refusal!r}")
 
@@ -254,7 +256,7 @@ class ParameterServer:
                 try:
                     answer = waiting.answer()
                 except MeetingError as refusal:
-                    answer = {"error": {"kind": "stale", "message": str(refusal)}}, []
+                    answer = {"error": {"kind": refusal.kind, "message": str(refusal)}}, []
                 if answer is not None and waiting in self._waiting:
                     self._waiting.remove(waiting)
                     self._answer(waiting.peer, answer)
@@ -268,6 +270,8 @@ class ParameterServer:
             self._seen[peer.about.worker] = now
 
     def _hello(self, peer: FrameProtocol, header: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        if self.stopping:
+            raise Refusal("ending", f"server {self.index} is about to end.")
         worker, session = int(header["worker"]), str(header["session"])
         peer.limit = self._frame_limit
         answer: dict[str, Any] = {"server": self.index, "version": self.version, "configured": self.slices is not None}
@@ -281,9 +285,10 @@ class ParameterServer:
         if self.index == 0:
             former = self.meetings.run
             known = self.meetings.members.get(worker)
-            if known is not None and known.session != session:
+            group = str(header.get("group", ""))
+            if known is not None and known.session != session and group == self.meetings.group and not self.meetings.over:
                 self._lose(worker, "is replaced by a new process")
-            member = self.meetings.hello(worker, int(header["world_size"]), session, str(header.get("run", "")))
+            member = self.meetings.hello(worker, int(header["world_size"]), session, str(header.get("run", "")), group)
             if self.meetings.run != former:
                 self._forget_run()
             self._closed.pop(worker, None)
@@ -696,6 +701,8 @@ class ParameterServer:
         self.restart = bool(frame.header.get("restart"))
         if self.restart:
             self.save(wait=True)
+        else:
+            self._ends()
         self.stopping = True
         return {"ok": True}, []
 
@@ -967,6 +974,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             slow(options.slow, options.index, restarted=starts > 0),
             event,
             options.grace,
+            lambda: _forget(folder),
         )
     except (ValueError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
@@ -985,10 +993,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     if not server.restart:
-        # The run is over; what it has learned is in the workers' checkpoints.
-        for name in ("server.json", "slice.safetensors", "starts"):
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
+        _forget(folder)
     return 0
 
 
@@ -997,6 +1002,14 @@ def _count_start(path: Path) -> int:
     count = int(path.read_text()) if path.exists() else 0
     path.write_text(str(count + 1))
     return count
+
+
+def _forget(folder: Path) -> None:
+    """Remove what the next run must not find, unless another process has it already; the workers' checkpoints have all of it."""
+    address = Address.read(folder)
+    if address is not None and address.pid == os.getpid():
+        for name in ("server.json", "slice.safetensors", "starts"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _announce(folder: Path, address: Address) -> None:

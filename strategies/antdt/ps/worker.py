@@ -53,6 +53,7 @@ class ParameterClient:
         patience: seconds for which a request is repeated.
         frame_limit: largest message, in bytes.
         pulse_every: seconds between signs of life; 0: none.
+        group: name of the processes that were started together, and end together; those of another group are dead.
 
     Attributes:
         version: steps done, as far as this worker knows.
@@ -76,11 +77,12 @@ class ParameterClient:
         patience: float = 120.0,
         frame_limit: int = 2**32,
         pulse_every: float = 10.0,
+        group: str = "",
     ) -> None:
         self.worker, self.world_size, self.patience = worker, world_size, patience
         self._addresses, self._resolve, self._frame_limit = list(addresses), resolve, frame_limit
         self._session = secrets.token_hex(8)
-        self._run = ""
+        self._run, self._group = "", group
         self._connections: list[Connection | None] = [None] * len(self._addresses)
         self.version, self.late, self.epoch = 0, False, -1
         self.requests: dict[str, int] = {"stop": 0, "save": 0}
@@ -91,8 +93,15 @@ class ParameterClient:
         self._last: Decision | None = None
         self._closed = threading.Event()
         self.traffic = {"sent": 0, "received": 0, "reconnects": 0}
-        for server in range(self.num_servers):
-            self._exchange([server], lambda server: ({"op": "look"}, []))
+        end = time.monotonic() + min(patience, 15.0)
+        while True:
+            try:
+                self._exchange(range(self.num_servers), lambda server: ({"op": "look"}, []))
+                break
+            except ServiceError as refusal:  # the run before has not quite ended
+                if refusal.kind != "ending" or time.monotonic() > end:
+                    raise
+                time.sleep(_FIRST_PAUSE)
         if pulse_every:
             threading.Thread(target=self._pulse, args=(pulse_every,), name="antdt-ps-pulse", daemon=True).start()
 
@@ -111,7 +120,7 @@ class ParameterClient:
             try:
                 connection.send({
                     "op": "hello", "token": address.token, "worker": self.worker, "world_size": self.world_size,
-                    "session": self._session, "run": self._run,
+                    "session": self._session, "run": self._run, "group": self._group,
                 })  # fmt: skip
                 about = connection.receive().header
             except BaseException:
