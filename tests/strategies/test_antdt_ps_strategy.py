@@ -1,6 +1,11 @@
 """Parameter servers under Lightning: the training of one process, or one that loses no sample, whoever is slow or killed."""
 
+import json
+import multiprocessing
 import os
+import runpy
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-from distributed import RankPool
+from distributed import RankPool, _single_threaded
 from strategies import ParameterServerStrategy
+from strategies.antdt.inject import Slowdown
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.server import ServerThread as DataServer
-from strategies.antdt.solutions import StaticBSP
+from zoo.callbacks import RunCheckpoint
 
 ROWS = 70
 
@@ -188,8 +195,311 @@ def test_synchronous_training_is_that_of_one_process_with_the_union_batch(
     module = Regression(kind)
     module.load_state_dict(results[0]["weights"])
     whole = torch.utils.data.default_collate([Clicks()[index] for index in range(ROWS)])
-    loss = float((module(whole) - whole["y"]).square().mean())
+    loss = float((module(whole) - whole["y"]).square().mean().detach())
     for result in results:
         assert result["metrics"]["val_loss"] == pytest.approx(loss, rel=1e-6)
         assert result["metrics"]["metric"] == pytest.approx(loss, rel=1e-6)
     assert results[0]["metrics"]["loss_epoch"] == results[1]["metrics"]["loss_epoch"]
+
+
+# ---- asynchronous -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"mode": "asp"}, {"mode": "ssp", "staleness": 2}, {"mode": "bsp", "backup": 1, "on_drop": "requeue"}])
+def test_asynchronous_training_uses_each_sample_once_and_learns(pool: RankPool, tmp_path: Path, options: dict[str, Any]) -> None:
+    with services(2) as where:
+        results = pool.run(fit, tmp_path, 3, {**where, "tables": ["table"], **options}, "adamw", max_epochs=2, world_size=3)
+    assert trained(results) == EVERYTHING
+    for result in results[1:]:
+        assert all(torch.equal(value, results[0]["weights"][name]) for name, value in result["weights"].items())
+        assert result["metrics"] == {**results[0]["metrics"], **{k: v for k, v in result["metrics"].items() if "step" in k or k == "loss"}}
+    before = one_process([], "adamw")
+    whole = torch.utils.data.default_collate([Clicks()[index] for index in range(ROWS)])
+    start = float((before(whole) - whole["y"]).square().mean().detach())
+    assert results[0]["metrics"]["val_loss"] < 0.95 * start
+
+
+def test_budget_of_steps_counts_those_of_all_workers(pool: RankPool, tmp_path: Path) -> None:
+    with services() as where:
+        results = pool.run(fit, tmp_path, 2, {**where, "mode": "asp"}, max_epochs=-1, max_steps=9, world_size=2)
+    pushed = sum(len(result["steps"]) for result in results)
+    assert 18 <= pushed <= 19  # a gradient may be on its way when the last one comes
+    versions = sorted(version for result in results for _, version, _ in result["steps"])
+    assert versions[0] == 0
+    for result in results:
+        assert result["lr"] == pytest.approx(0.05 * 0.95**9, rel=1e-12), "the schedule follows the servers' clock"
+
+
+def evaluate(folder: Path, options: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    module = Regression()
+    if int(os.environ["RANK"]) == 0:  # others get them
+        module.load_state_dict(weights)
+    strategy = ParameterServerStrategy(**options)
+    of = trainer(folder, 2, strategy)
+    (validated,) = of.validate(module, loader(shuffle=False), verbose=False)
+    (tested,) = of.test(module, loader(shuffle=False), verbose=False)
+    predicted = of.predict(module, loader(shuffle=False))
+    return {"validated": validated, "tested": tested, "predicted": torch.cat(predicted)}
+
+
+def test_evaluation_is_divided_and_exact(pool: RankPool, tmp_path: Path) -> None:
+    module = Regression()
+    nn.init.normal_(module.layer.weight, generator=torch.Generator().manual_seed(5))
+    whole = torch.utils.data.default_collate([Clicks()[index] for index in range(ROWS)])
+    with torch.no_grad():
+        expected = module(whole)
+    loss = float((expected - whole["y"]).square().mean())
+    with services() as where:
+        results = pool.run(evaluate, tmp_path, where, module.state_dict(), world_size=2)
+    for result in results:
+        for found in (result["validated"], result["tested"]):
+            assert found["val_loss"] == pytest.approx(loss, rel=1e-6) and found["metric"] == pytest.approx(loss, rel=1e-6)
+    predicted = torch.cat([result["predicted"] for result in results])
+    assert sorted(predicted[:, 0].tolist()) == list(range(ROWS)), "each sample is predicted by one worker"
+    assert (predicted[predicted[:, 0].argsort(), 1] - expected).abs().max() < 1e-12
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def go_on_alone(folder: Path, ckpt: str, epochs: int, strategy: str) -> dict[str, Tensor]:
+    module = Regression()
+    of = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_epochs=epochs, logger=False, enable_progress_bar=False,
+                 enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder,
+                 use_distributed_sampler=False)  # fmt: skip
+    of.fit(module, loader(10, shuffle=False), ckpt_path=ckpt)
+    return module.state_dict()
+
+
+def stay(folder: Path, ranks: int, options: dict[str, Any], ckpt: str | None, epochs: int, save: str) -> Any:
+    """Like `fit`, in the order of the data set, so that what comes next is known."""
+    module = Regression()
+    strategy = ParameterServerStrategy(**{"shard_steps": 1, **options})
+    strategy.positions_log = []
+    of = trainer(folder, ranks, strategy, max_epochs=epochs, use_distributed_sampler=False)
+    of.fit(module, loader(5, shuffle=False), ckpt_path=ckpt)
+    if save:
+        of.save_checkpoint(save)
+    return module.state_dict(), strategy.positions_log
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_checkpoint_goes_on_in_one_process_and_back(pool: RankPool, tmp_path: Path, strategy: str) -> None:
+    first, second = str(tmp_path / "first.ckpt"), str(tmp_path / "second.ckpt")
+    with services(2) as where:
+        options = {**where, "mode": "bsp", "tables": ["table"]}
+        pool.run(stay, tmp_path, 2, options, None, 1, first, world_size=2)
+        (through, log), _ = pool.run(stay, tmp_path, 2, options, first, 2, second, world_size=2)
+    assert [(epoch, version) for epoch, version, _ in log] == [(1, 7 + step) for step in range(7)]
+    alone = go_on_alone(tmp_path, first, 2, strategy)
+    steps = [list(range(start, min(start + 10, ROWS))) for start in range(0, ROWS, 10)] * 2
+    whole = one_process(steps, "adamw").state_dict()
+    for name, value in whole.items():
+        assert (value - through[name]).abs().max() < 1e-10, name
+        assert (value - alone[name]).abs().max() < 1e-10, name
+    content = torch.load(first, weights_only=True)
+    assert content["antdt_ps"]["version"] == 7 and content["antdt_ps"]["ledger"]["todo"] == []
+
+
+class Terminated(Callback):
+    """Tells one worker in the middle of the epoch to end, as a scheduler does."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(folder: Path, options: dict[str, Any], stop: bool) -> list[Any]:
+    """Train with a checkpoint every other step, until told to stop, or from there on."""
+    module = Regression()
+    strategy = ParameterServerStrategy(**{"shard_steps": 1, **options})
+    strategy.positions_log = []
+    checkpoint = RunCheckpoint(every_n_steps=2, minutes=None)
+    of = trainer(folder, 3, strategy, enable_checkpointing=True, callbacks=[checkpoint, *([Terminated()] if stop else [])])
+    if stop:
+        with pytest.raises(SIGTERMException):
+            of.fit(module, loader(3), loader(3))
+    else:
+        of.fit(module, loader(3), loader(3), ckpt_path=str(checkpoint.path(of)))
+    return [(epoch, version, positions.tolist()) for epoch, version, positions in strategy.positions_log]
+
+
+@pytest.mark.parametrize("options", [{"mode": "asp"}, {"mode": "bsp"}, {"mode": "ssp", "staleness": 1}])
+def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
+    pool: RankPool, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with services() as where:
+        before = pool.run(interrupted, tmp_path, {**where, **options}, True, world_size=3)
+        after = pool.run(interrupted, tmp_path, {**where, **options}, False, world_size=3)
+    first, second = (trained([{"steps": log} for log in logs]) for logs in (before, after))
+    assert 0 < first.total() < ROWS
+    assert first + second == EVERYTHING
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["antdt_ps"]["version"] == len({(e, v) for log in [*before, *after] for e, v, _ in log}) or options["mode"] != "bsp"
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mode": "async"}, "asp, ssp or bsp"), ({"backup": 1}, "bsp only"), ({"servers": 0}, "servers=0 must be at least 1"),
+    ({"servers": []}, "servers=0"), ({"row_update": "no"}, "exact or lazy"), ({"ddp_comm_hook": print}, "process group"),
+    ({"save_every": -1}, "save_every=-1"), ({"frame_limit": 1}, "frame_limit=1"),
+])  # fmt: skip
+def test_arguments_are_checked(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParameterServerStrategy(**options)
+
+
+class Tied(Regression):
+    """Uses its table otherwise than by looking rows up."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.table.weight.square().mean()
+
+
+class Manual(Regression):
+    """Optimizes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Has no numbers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([])
+
+
+@pytest.mark.parametrize(("module", "options", "trainer_options", "message"), [
+    (lambda: Regression("lbfgs"), {}, {}, "cannot run torch.optim.lbfgs.LBFGS"),
+    (Manual, {}, {}, "optimizes by itself"),
+    (Regression, {}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2 must be 1"),
+    (Regression, {}, {"val_check_interval": 0.5}, "validate after epochs"),
+    (Regression, {}, {"limit_train_batches": 3}, "set max_steps"),
+    (Regression, {"tables": ["tabel"]}, {}, "tables names 'tabel', but the embeddings of Regression are table"),
+    (Tied, {"tables": ["table"]}, {}, "table.weight is used otherwise than by looking rows up"),
+])  # fmt: skip
+def test_what_does_not_go_is_refused_by_name(
+    tmp_path: Path, module: Any, options: Any, trainer_options: Any, message: str
+) -> None:
+    with services() as where, pytest.raises((ValueError, RuntimeError), match=message):
+        trainer(tmp_path, 1, ParameterServerStrategy(**where, **options), **trainer_options).fit(module(), loader(), loader())
+
+
+def test_stream_is_refused(tmp_path: Path) -> None:
+    with services() as where, pytest.raises(TypeError, match="Stream.*IterableDataset"):
+        trainer(tmp_path, 1, ParameterServerStrategy(**where)).fit(Regression(), DataLoader(Stream(), batch_size=2))
+
+
+# ---- deaths -------------------------------------------------------------------------------------------------------------
+
+
+class Witness(list[Any]):
+    """Writes down what was trained at once, so that it survives the process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def append(self, entry: Any) -> None:
+        epoch, version, positions = entry
+        with self.path.open("a") as file:
+            file.write(json.dumps([epoch, version, positions.tolist()]) + "\n")
+
+
+class Mortal(Regression):
+    """Is killed in the middle of a step, and takes its time, so that others have something left."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        super().__init__()
+        self.kill_at = kill_at
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.kill_at == batch_idx:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+        return super().training_step(batch, batch_idx)
+
+
+def worker(rank: int, ranks: int, folder: Path, environment: dict[str, str], options: dict[str, Any], kill_at: int | None) -> None:
+    """The body of a process that somebody watches over, one by one."""
+    os.environ.update(environment | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
+    torch.set_num_threads(1)
+    module = Mortal(kill_at)
+    strategy = ParameterServerStrategy(**{"shard_steps": 2, **options})
+    strategy.positions_log = Witness(folder / f"{rank}-{os.getpid()}.jsonl")
+    of = trainer(folder, ranks, strategy, max_epochs=3)
+    of.fit(module, loader(), loader(shuffle=False))
+    torch.save(module.state_dict(), folder / f"{rank}.pt")
+
+
+def start(*arguments: Any) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=runpy.run_path, args=(__file__, {"_as_worker": arguments}, "worker"))
+    with _single_threaded():
+        process.start()
+    return process
+
+
+def test_killed_worker_stops_nobody_and_a_new_one_joins_those_who_train(tmp_path: Path) -> None:
+    with services(1, grace=0.1) as where:
+        environment = {"ANTDT_TOKEN": os.environ["ANTDT_TOKEN"]}
+        processes = {rank: start(rank, 3, tmp_path, environment, where, 2 if rank == 1 else None) for rank in range(3)}
+        processes[1].join()
+        assert processes[1].exitcode == -signal.SIGKILL
+        processes[1] = start(1, 3, tmp_path, environment, where, None)
+        for process in processes.values():
+            process.join()
+        assert [process.exitcode for process in processes.values()] == [0, 0, 0]
+    counted: Counter[tuple[int, int]] = Counter()
+    workers: dict[str, int] = {}
+    for path in sorted(tmp_path.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            epoch, _, positions = json.loads(line)
+            counted.update((epoch, position) for position in positions)
+            workers[path.name] = workers.get(path.name, 0) + 1
+    # One server takes a gradient and commits its samples in one: not even the batch that was being computed comes twice.
+    assert counted == Counter({(epoch, position): 1 for epoch in range(3) for position in range(ROWS)})
+    assert len(workers) == 4 and min(workers.values()) >= 1, "the killed worker trained, and so did the one in its place"
+    weights = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+class KillServer(Callback):
+    """Kills a parameter server, as an operator would who means it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "antdt" / "ps1" / "server.json"
+        self.killed: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 6:
+            self.killed.append(json.loads(self.file.read_text())["pid"])
+            os.kill(self.killed[0], signal.SIGKILL)
+
+
+def test_server_that_is_killed_is_started_again_by_the_workers(tmp_path: Path) -> None:
+    with services() as where:
+        strategy = ParameterServerStrategy(
+            mode="bsp", servers=2, server=where["server"], save_every=0.0, shard_steps=1, server_cost=0.01,
+            server_slowdowns=[Slowdown(rank=1, factor=3.0, pid_bound=True)],
+        )  # fmt: skip
+        killer = KillServer(tmp_path)
+        of = trainer(tmp_path, 1, strategy, callbacks=[killer])
+        of.fit(Regression(), loader(10), loader(10, shuffle=False))
+    assert of.global_step == 14
+    events = [json.loads(line) for line in (tmp_path / "antdt" / "ps-events.jsonl").read_text().splitlines()]
+    kinds = Counter(event["kind"] for event in events)
+    assert kinds["configure"] == 2 and kinds["restored"] == 1
+    (restored,) = [event for event in events if event["kind"] == "restored"]
+    assert restored["server"] == 1 and restored["pid"] != killer.killed[0]
+    lost = sum(event["steps"] for event in events if event["kind"] == "lost steps")
+    assert restored["version"] + lost <= 7 and lost <= 6
+    assert not list((tmp_path / "antdt").glob("ps*/slice.safetensors")), "a run that is over leaves no part behind"
+
+
+if "_as_worker" in globals():
+    worker(*globals()["_as_worker"])

@@ -169,6 +169,7 @@ class ParameterServerStrategy(DDPStrategy):
         self._seen = {"stop": 0, "save": 0}
         self._heard = {"stop": 0, "save": 0}
         self._present: list[int] = []
+        self._divided: list[int] | None = None
         self._failed = self._in_step = self._live = False
         self._synced = True
         self._clip: tuple[float, bool] = (0.0, True)
@@ -179,6 +180,7 @@ class ParameterServerStrategy(DDPStrategy):
         self._max_steps: int | None = None
         self._base = self._scheduled = self._steps = self._pulled_version = 0
         self._restored: dict[str, Any] | None = None
+        self._kept: dict[str, Any] | None = None
         self._plan_version = 0
         self._samples: list[list[float]] = []
         self._begun = self._ended = 0.0
@@ -244,6 +246,7 @@ class ParameterServerStrategy(DDPStrategy):
             self._check(trainer)
         self._client = self._connect()
         self._present = list(range(self.world_size))
+        self._divided = None if self.client.late else list(self._present)
         if self.client.late:
             trainer.num_sanity_val_steps = 0  # the others have done with it  # type: ignore[attr-defined]
 
@@ -444,7 +447,7 @@ class ParameterServerStrategy(DDPStrategy):
             for _ in range(epoch):
                 self._step_schedulers("epoch", trainer.current_epoch + 1)
         self._step_scheduled()
-        self._live, self._synced = True, late is False
+        self._live, self._synced, self._kept = True, not late, None
         self._seen = dict(self.client.requests)
         self._heard = dict(self._seen)
         if self._max_steps is not None:
@@ -545,7 +548,6 @@ class ParameterServerStrategy(DDPStrategy):
     def _begin_epoch(self, epoch: int) -> None:
         if self.client.epoch < epoch:
             self.client.enter(epoch)
-        self._note_present()
 
     def _interrupted(self) -> Literal["", "wanted", "over"]:
         self.client.look()
@@ -765,16 +767,16 @@ class ParameterServerStrategy(DDPStrategy):
                 f"{type(self).__name__}: {what} was asked for in a training step, while workers are at different steps, and would"
                 " never end: do it after the epoch (on_epoch=True), or in validation."
             )
-        found = self.client.gather(value)
-        self._note_present()
-        return found
+        return self.client.gather(value)
 
-    def _note_present(self) -> None:
-        present = list(self.client.present)
-        if present and present != self._present:
-            self._present = present
-            if self._trainer is not None:  # evaluation is divided anew
-                self._trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+    def _divide_evaluation(self) -> None:
+        """Divide samples of evaluation among those who are there now; all workers anew, if it is new for any."""
+        assert self._trainer is not None
+        found = self._gather(self._divided, "a synchronisation")
+        self._present = list(self.client.present) or self._present
+        if any(divided != self._present for divided in found.values()):
+            self._divided = list(self._present)
+            self._trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
     def _meet(self) -> None:
         """Take the servers' weights when all have come, so that all hold the same."""
@@ -783,6 +785,7 @@ class ParameterServerStrategy(DDPStrategy):
         layout = self._layout
         assert layout is not None
         self._in_step = False
+        self._divide_evaluation()
         self._share(self._untrained())
         clip = self._clip[0] if self._clip[1] else 0.0
         dense = unflatten(layout, self.client.pull(layout, self.consistency.kind, clip_norm=clip, gate=False))
@@ -875,10 +878,15 @@ class ParameterServerStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add what is left of the epoch, and write on rank 0 (Lightning hook)."""
-        if self._live and self.is_global_zero and "optimizer_states" in checkpoint:
-            assert self._data is not None
-            checkpoint = {**checkpoint, KEY: {"version": self.client.version, "ledger": self._data.snapshot()["ledger"]}}
+        if self._live and self.is_global_zero:
+            self._kept = self._position()
+        if self._kept is not None and "optimizer_states" in checkpoint:
+            checkpoint = {**checkpoint, KEY: self._kept}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _position(self) -> dict[str, Any]:
+        assert self._data is not None
+        return {"version": self.client.version, "ledger": self._data.snapshot()["ledger"]}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of this strategy or another (Lightning hook)."""
@@ -894,6 +902,7 @@ class ParameterServerStrategy(DDPStrategy):
         if self.is_global_zero and self._live:
             state = self.optimizer_state(self.optimizers[0])
             self.optimizers[0].load_state_dict(state)
+            self._kept = self._position()  # for checkpoints that are saved after the run
         if self._data is not None:
             if self._samples:
                 self._data.report(self._steps, self._samples, version=self._plan_version)

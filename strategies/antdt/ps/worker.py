@@ -308,7 +308,7 @@ class ParameterClient:
         """
         header: dict[str, Any] = {"op": "pull", "known": self.version, "gate": gate}
         if kind == "bsp":
-            if self._last is None:
+            if self._last is None or not gate:
                 self.look()
             if self._last is not None:
                 decision = self._last.to_json()
