@@ -117,6 +117,7 @@ def services(count: int = 1, **options: Any) -> Iterator[dict[str, Any]]:
 
 def trainer(folder: Path, ranks: int, strategy: Any, **options: Any) -> Trainer:
     if distributed.is_initialized():
+        distributed.barrier()
         distributed.destroy_process_group()  # workers share none
     return Trainer(
         accelerator="cpu", devices=ranks, strategy=strategy, default_root_dir=folder, logger=False, enable_progress_bar=False,
@@ -330,12 +331,15 @@ def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
 ) -> None:
     with services() as where:
         before = pool.run(interrupted, tmp_path, {**where, **options}, True, world_size=3)
+        kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["antdt_ps"]
         after = pool.run(interrupted, tmp_path, {**where, **options}, False, world_size=3)
     first, second = (trained([{"steps": log} for log in logs]) for logs in (before, after))
-    assert 0 < first.total() < ROWS
-    assert first + second == EVERYTHING
-    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert content["antdt_ps"]["version"] == len({(e, v) for log in [*before, *after] for e, v, _ in log}) or options["mode"] != "bsp"
+    left = {position for lo, hi in kept["ledger"]["todo"] for position in range(lo, hi)}
+    done = Counter({(0, position): 1 for position in range(ROWS) if position not in left})
+    assert kept["ledger"]["epoch"] == 0 and 0 < done.total() < ROWS
+    # A worker may train a batch after the last save, before it hears that it is to stop: that is undone in weights and ledger.
+    assert done <= first and max(first.values()) == 1
+    assert done + second == EVERYTHING
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------

@@ -703,11 +703,7 @@ class ParameterServerStrategy(DDPStrategy):
 
     def _end_epoch(self) -> None:
         """All is trained: say so to the loop before it asks, and take the servers' weights, which no one changes any more."""
-        assert self._trainer is not None
-        loop = self._trainer.fit_loop
-        loop.epoch_loop.batch_progress.is_last_batch = True
-        if loop._data_fetcher is not None:
-            loop._data_fetcher.done = True
+        self._note_end()
         self._meet()
 
     # ---- the controller -----------------------------------------------------------------------------------------------
@@ -767,16 +763,39 @@ class ParameterServerStrategy(DDPStrategy):
                 f"{type(self).__name__}: {what} was asked for in a training step, while workers are at different steps, and would"
                 " never end: do it after the epoch (on_epoch=True), or in validation."
             )
-        return self.client.gather(value)
+        found = self.client.gather([what, value])
+        if len({kind for kind, _ in found.values()}) > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: workers are at different places:"
+                f" {', '.join(f'{rank} at {kind}' for rank, (kind, _) in found.items())}. Something is done on some of them only."
+            )
+        return {rank: own for rank, (_, own) in found.items()}
 
-    def _divide_evaluation(self) -> None:
-        """Divide samples of evaluation among those who are there now; all workers anew, if it is new for any."""
-        assert self._trainer is not None
-        found = self._gather(self._divided, "a synchronisation")
+    def _confer(self) -> None:
+        """Know alike who is there, what was asked for, and whether the epoch has ended: some may have heard it too late."""
+        assert self._trainer is not None and self._loader is not None
+        found = list(self._gather([self._divided, self._heard, self._loader.ended], "a synchronisation").values())
+        for request in self._heard:
+            self._heard[request] = max(heard[request] for _, heard, _ in found)
         self._present = list(self.client.present) or self._present
-        if any(divided != self._present for divided in found.values()):
+        if any(divided != self._present for divided, _, _ in found):  # samples of evaluation are divided anew
             self._divided = list(self._present)
             self._trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+        if not self._loader.ended and any(ended for _, _, ended in found) and not self._failed:
+            # A worker that saves while it waits for the last samples of others.
+            self._loader.ended = True
+            self._note_end()
+            self._step_schedulers("epoch", self._trainer.current_epoch + 1)
+
+    def _note_end(self) -> None:
+        """Tell the loop that the batch in its hands is the last."""
+        assert self._trainer is not None
+        self.client.look()
+        self._trainer.should_stop |= self._is_spent
+        loop = self._trainer.fit_loop
+        loop.epoch_loop.batch_progress.is_last_batch = True
+        if loop._data_fetcher is not None:
+            loop._data_fetcher.done = True
 
     def _meet(self) -> None:
         """Take the servers' weights when all have come, so that all hold the same."""
@@ -785,7 +804,7 @@ class ParameterServerStrategy(DDPStrategy):
         layout = self._layout
         assert layout is not None
         self._in_step = False
-        self._divide_evaluation()
+        self._confer()
         self._share(self._untrained())
         clip = self._clip[0] if self._clip[1] else 0.0
         dense = unflatten(layout, self.client.pull(layout, self.consistency.kind, clip_norm=clip, gate=False))
