@@ -213,7 +213,11 @@ def least_squares(values: dict[str, nn.Parameter], x: Tensor) -> Tensor:
     """A loss, the mean over samples, to which all parameters and some rows of the table matter."""
     rows = (x[:, 0].abs() * 5).long() % 11
     table = nn.functional.embedding(rows, values["table"])
-    return ((x @ values["a"].T).sum(1) * values["c"] + (table * x).sum(1) + values["b"].sum() * values["d"].mean() - 1).square().mean()
+    return (
+        ((x @ values["a"].T).sum(1) * values["c"] + (table * x).sum(1) + values["b"].sum() * values["d"].mean() - 1)
+        .square()
+        .mean()
+    )
 
 
 def union_steps(name: str, batches: list[Tensor], clip: float = 0.0) -> dict[str, nn.Parameter]:
@@ -229,7 +233,9 @@ def union_steps(name: str, batches: list[Tensor], clip: float = 0.0) -> dict[str
     return values
 
 
-def train(worker: ParameterClient, layout: Layout, groups: Any, batches: list[Tensor], kind: str, clip: float = 0.0) -> list[bool]:
+def train(
+    worker: ParameterClient, layout: Layout, groups: Any, batches: list[Tensor], kind: str, clip: float = 0.0
+) -> list[bool]:
     """What a worker does, without a loader."""
     values = parameters()
     accepted = []
@@ -270,7 +276,9 @@ def run_workers(count: int, body: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize(("name", "count", "clip"), [("adamw", 1, 0.0), ("momentum", 2, 0.0), ("adam", 2, 0.5), ("adagrad", 3, 0.0)])
+@pytest.mark.parametrize(
+    ("name", "count", "clip"), [("adamw", 1, 0.0), ("momentum", 2, 0.0), ("adam", 2, 0.5), ("adagrad", 3, 0.0)]
+)
 def test_synchronous_steps_are_those_of_one_process_with_the_union_batch(name: str, count: int, clip: float) -> None:
     sizes = [(5, 2, 9), (1, 14, 1), (6, 5, 5), (3, 3, 3), (2, 7, 1)]
     batches = [[random(size, 3, seed=10 * step + worker) for worker, size in enumerate(row)] for step, row in enumerate(sizes)]

@@ -35,9 +35,7 @@ def is_alive(address: Address, index: int, timeout: float = 5.0) -> bool:
         connection.close()
 
 
-def find_or_start_server(
-    folder: Path, index: int, *, timeout: float = 120.0, options: Sequence[str] = ()
-) -> Address:
+def find_or_start_server(folder: Path, index: int, *, timeout: float = 120.0, options: Sequence[str] = ()) -> Address:
     """A server of a folder: the one that runs, or a new one, which goes on from the file of the one before.
 
     Args:

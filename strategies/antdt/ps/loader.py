@@ -215,7 +215,10 @@ class ShardLoader:
         for sid, lo, _ in pieces:
             starts.setdefault(sid, lo)
         return ShardBatch(
-            torch.cat([torch.arange(lo, hi) for _, lo, hi in pieces]), tuple(upto.items()), tuple(starts.items()), self.batch - missing
+            torch.cat([torch.arange(lo, hi) for _, lo, hi in pieces]),
+            tuple(upto.items()),
+            tuple(starts.items()),
+            self.batch - missing,
         )
 
     def tasks(self) -> Iterator[tuple[int, int, list[tuple[list[int], list[int]]]]]:

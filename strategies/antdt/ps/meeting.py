@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Meetings", "Member", "MeetingError"]
+__all__ = ["MeetingError", "Meetings", "Member"]
 
 
 class MeetingError(RuntimeError):
@@ -129,6 +129,15 @@ class Meetings:
             self._reset()
         elif self.epoch < 0 and not self.broken:
             self.broken = f"worker {worker} has ended before training began; look at its log, and start all workers again."
+
+    def give_up(self, seconds: float) -> None:
+        """Some have not come in time."""
+        missing = [worker for worker in range(self.world_size) if worker not in self.members]
+        shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+        self.broken = (
+            f"{len(missing)} of {self.world_size} workers have not come within {seconds:g} s: {shown}; look at their logs. A worker"
+            " that was to join a run which has ended meanwhile may be left to end."
+        )
 
     def present(self) -> list[int]:
         """Ranks of the members that have been let in, in ascending order."""

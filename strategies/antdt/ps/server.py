@@ -124,6 +124,7 @@ class ParameterServer:
         event: takes lines of the log.
         grace: seconds for which a worker whose connection has closed may come back.
         ends: called when the run is over, so that nothing is kept.
+        start_timeout: seconds in which all workers of a run must have come.
 
     Attributes:
         stopping: whether it has been told to end.
@@ -140,8 +141,9 @@ class ParameterServer:
         event: Callable[[dict[str, Any]], None] = lambda line: None,
         grace: float = 5.0,
         ends: Callable[[], None] = lambda: None,
+        start_timeout: float = 300.0,
     ) -> None:
-        self._ends = ends
+        self._ends, self._start_timeout, self._began = ends, start_timeout, time.monotonic()
         self.index, self._token, self._file, self._frame_limit = index, token, slice_file, frame_limit
         self._delay, self._event, self._grace = delay, event, grace
         self._connections: set[FrameProtocol] = set()
@@ -290,6 +292,7 @@ class ParameterServer:
                 self._lose(worker, "is replaced by a new process")
             member = self.meetings.hello(worker, int(header["world_size"]), session, str(header.get("run", "")), group)
             if self.meetings.run != former:
+                self._began = time.monotonic()
                 self._forget_run()
             self._closed.pop(worker, None)
             self._seen[worker] = self.last_client = time.monotonic()
@@ -333,6 +336,8 @@ class ParameterServer:
         """Do what is due: declare the silent lost, save, report."""
         now = time.monotonic()
         if self.index == 0:
+            if self.meetings.members and not self.meetings.complete and now - self._began > self._start_timeout:
+                self.meetings.give_up(self._start_timeout)
             timeout = self._settings.heartbeat_timeout if self._settings is not None else 300.0
             for worker in list(self.meetings.members):
                 if worker in self._closed and now - self._closed[worker] >= self._grace:
@@ -925,7 +930,7 @@ def slow(schedule: str, index: int, restarted: bool) -> Delay | None:
     """How much longer this server takes to apply a gradient, by ``{"cost": seconds, "slowdowns": [...]}`` (JSON)."""
     if not schedule:
         return None
-    from strategies.antdt.inject import SleepInjector, Slowdown  # noqa: PLC0415  (only where it is wanted)
+    from strategies.antdt.inject import SleepInjector, Slowdown
 
     content = json.loads(schedule)
     injector = SleepInjector(0.0, [Slowdown(**each) for each in content.get("slowdowns", [])], float(content["cost"]))
@@ -945,10 +950,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m strategies.antdt.ps.server", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for its address (with the token) and its part of the model")
     parser.add_argument("--index", type=int, required=True, help="number of this server; 0 is the clock")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on: the network of the job (default: this machine)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on: the network of the job (default: this machine)"
+    )
     parser.add_argument("--port", type=int, default=0, help="default: any that is free")
     parser.add_argument("--idle-timeout", type=float, default=60.0, help="end after so many seconds without a client (60)")
-    parser.add_argument("--grace", type=float, default=5.0, help="seconds for which a worker whose connection closed may come back")
+    parser.add_argument(
+        "--grace", type=float, default=5.0, help="seconds for which a worker whose connection closed may come back"
+    )
     parser.add_argument("--frame-limit", type=int, default=FRAME_LIMIT, help="largest message, in bytes")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for applying gradients (1)")
     parser.add_argument("--slow", default="", help='emulated slowness: {"cost": seconds a gradient, "slowdowns": [...]} (JSON)')

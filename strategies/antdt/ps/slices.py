@@ -274,7 +274,9 @@ class Slices:
         except FileNotFoundError:
             raise
         except Exception as cause:  # safetensors has errors of its own
-            raise ValueError(f"{path} is no slice of a parameter server, or damaged ({cause}); remove it to begin anew.") from cause
+            raise ValueError(
+                f"{path} is no slice of a parameter server, or damaged ({cause}); remove it to begin anew."
+            ) from cause
         slices = cls(
             Layout.from_json(described["layout"]),
             int(described["server"]),

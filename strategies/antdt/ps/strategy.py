@@ -284,18 +284,24 @@ class ParameterServerStrategy(DDPStrategy):
     def _check(self, trainer: Trainer) -> None:
         name, plugin, module = type(self).__name__, self.precision_plugin, trainer.lightning_module
         if not module.automatic_optimization:
-            raise ValueError(f"{name}: {type(module).__name__} optimizes by itself (automatic_optimization=False), but the servers do.")
+            raise ValueError(
+                f"{name}: {type(module).__name__} optimizes by itself (automatic_optimization=False), but the servers do."
+            )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"{name}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1; use a larger batch_size, or mode bsp,"
                 " where a step accumulates over the workers."
             )
         if getattr(plugin, "scaler", None) is not None:
-            raise ValueError(f"{name}: precision {plugin.precision} scales losses, on each worker by another number: use bf16-mixed.")
+            raise ValueError(
+                f"{name}: precision {plugin.precision} scales losses, on each worker by another number: use bf16-mixed."
+            )
         if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
         if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:  # type: ignore[attr-defined]
-            raise ValueError(f"{name}: workers have different numbers of batches: validate after epochs (val_check_interval 1.0).")
+            raise ValueError(
+                f"{name}: workers have different numbers of batches: validate after epochs (val_check_interval 1.0)."
+            )
         if trainer.limit_train_batches not in (1.0, None) and not (trainer.max_epochs == 1 or trainer.max_steps == 1):  # type: ignore[attr-defined]
             raise ValueError(
                 f"{name}: limit_train_batches={trainer.limit_train_batches} would leave samples of the epoch behind: set max_steps."  # type: ignore[attr-defined]
@@ -354,7 +360,9 @@ class ParameterServerStrategy(DDPStrategy):
             raise TypeError(f"{name} needs a torch DataLoader for training, got {type(dataloader).__name__}.")
         dataset: Any = dataloader.dataset
         if isinstance(dataset, IterableDataset):
-            raise TypeError(f"{name} hands out samples by number, which {type(dataset).__name__} (an IterableDataset) does not have.")
+            raise TypeError(
+                f"{name} hands out samples by number, which {type(dataset).__name__} (an IterableDataset) does not have."
+            )
         if dataloader.batch_size is None and self.global_batch_size is None:
             raise ValueError(f"{name}: the training DataLoader makes batches in its own way: set global_batch_size.")
         batch = self.global_batch_size or (dataloader.batch_size or 1) * self.world_size
