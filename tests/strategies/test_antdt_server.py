@@ -1,5 +1,6 @@
 """Server and clients over real sockets, in threads of this process: bad messages, bad networks, and no sample twice."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -200,7 +201,12 @@ class FlakyNetwork:
             threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
 
     def _serve(self, inner: socket.socket) -> None:
-        with inner, socket.create_connection((self._target.host, self._target.port)) as outer:
+        # Clients that close while a message is on its way are part of a bad network too.
+        with (
+            contextlib.suppress(OSError),
+            inner,
+            socket.create_connection((self._target.host, self._target.port)) as outer,
+        ):
             while data := inner.recv(65536):
                 fate = self._random.random()
                 if fate < self._rate / 2:
@@ -280,12 +286,16 @@ def test_barrier_of_real_connections(server: ServerThread) -> None:
         encode({"op": "join", "token": server.address.token, "worker": 2, "gen": 0, "session": "d", "seq": 1, "world_size": 3,
                 "barrier": True})
     )  # fmt: skip
-    threads = [threading.Thread(target=join, args=(worker,)) for worker in (0, 1)]
+    deadline = time.monotonic() + 20
+    with Client(server.address, -1) as watcher:
+        while watcher.status()["at_barrier"] != [2]:
+            assert time.monotonic() < deadline
+        dying.close()
+        while watcher.status()["at_barrier"]:
+            assert time.monotonic() < deadline
+    threads = [threading.Thread(target=join, args=(worker,)) for worker in range(3)]
     for thread in threads:
         thread.start()
-    dying.close()
-    threads.append(threading.Thread(target=join, args=(2,)))
-    threads[-1].start()
     for thread in threads:
         thread.join()
     assert len({answer["gen"] for answer in answers.values()}) == 1
