@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("zoo", "datamodules", "strategies")
 # The command line and the hub see everything.
-GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.planning", "zoo.serving", "zoo.__main__")
+GATEWAYS = ("zoo.cli", "zoo.hub", "zoo.verbs", "zoo.planning", "zoo.serving", "zoo.simulation", "zoo.__main__")
 # Files that plug the science into Lightning, or into another library.
 # Files that plug the science into Lightning, transformers or an evaluation harness.
 WIRING = (

@@ -61,6 +61,10 @@ def _run(argv: list[str]) -> None:
         from zoo.planning import plan
 
         plan(argv[1:])
+    elif verb == "simulate":
+        from zoo.simulation import simulate
+
+        simulate(argv[1:])
     else:
         from zoo.cli import ZooCLI
 

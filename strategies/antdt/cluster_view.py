@@ -15,7 +15,7 @@ class NodeView(NamedTuple):
 
     Attributes:
         node: Name, such as ``worker:3``.
-        index: Its number among those of its role.
+        number: Its number among those of its role.
         alive: Whether it has joined and was not lost since.
         device: Name of its device.
         cost: c_i, seconds a sample over the short window, fixed cost taken off; None while nothing was reported.
@@ -23,6 +23,7 @@ class NodeView(NamedTuple):
         seconds: Mean seconds of a step over the short window; None while nothing was reported.
         steps: Steps counted since it joined, those skipped at the beginning not among them.
         persistence: p_i, share of the long window during which it was slow, in [0, 1].
+        slow_seconds: How long it has been slow without a break; 0 if it is not.
         restarts: How often it was restarted on purpose.
         restarting: Whether that is going on.
         restartable: Whether it may be restarted now: alive, not too often and not too recently, its errors could pass by
@@ -30,7 +31,7 @@ class NodeView(NamedTuple):
     """
 
     node: str
-    index: int
+    number: int
     alive: bool
     device: str
     cost: float | None
@@ -38,6 +39,7 @@ class NodeView(NamedTuple):
     seconds: float | None
     steps: int
     persistence: float
+    slow_seconds: float
     restarts: int
     restarting: bool
     restartable: bool

@@ -12,7 +12,7 @@ from typing import Any
 from strategies.antdt.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
 from strategies.antdt.cluster_view import ClusterView, NodeView, step_seconds
 from strategies.antdt.failures import classify, describe
-from strategies.antdt.monitor import Monitor, Sample, Statistics
+from strategies.antdt.monitor import Monitor, Sample, Statistics, medians
 from strategies.antdt.solutions import Solution
 
 __all__ = ["Controller", "Sample"]
@@ -40,6 +40,7 @@ class _Node:
         restarted_at: When its last restart was over, in the unit of the windows.
         judged: Whether that restart was found useful or not.
         retryable: Whether its last error might pass.
+        last_cost: Seconds a sample before its last restart, which hold until there are new ones.
     """
 
     role: str
@@ -54,6 +55,7 @@ class _Node:
     restarted_at: float | None = None
     judged: bool = True
     retryable: bool = True
+    last_cost: float | None = None
 
 
 class Controller:
@@ -107,7 +109,9 @@ class Controller:
             )
         limits = [caps] * world_size if caps is None or isinstance(caps, int) else list(caps)
         if len(limits) != world_size or any(cap is not None and cap < 1 for cap in limits):
-            raise ValueError(f"Controller: caps={caps} must be one number of at least 1, or one for each of {world_size} workers.")
+            raise ValueError(
+                f"Controller: caps={caps} must be one number of at least 1, or one for each of {world_size} workers."
+            )
         self.solution, self.world_size, self.global_batch = solution, world_size, global_batch
         self.decide_every, self.group_restart, self.max_restarts_per_node = decide_every, group_restart, max_restarts_per_node
         self.busy = busy
@@ -134,6 +138,7 @@ class Controller:
         self._step = self._plan_step = 0
         self._now = 0.0
         self._shift = 0.0
+        self._resumed = False
         self._events: list[dict[str, Any]] = []
         self._last_reason = ""
 
@@ -183,9 +188,9 @@ class Controller:
         if known.role in self._monitors:
             monitor = self._monitors[known.role]
             if known.killed_at is not None:
-                monitor.forget(known.index)
+                monitor.forget(known.index, device)
             else:
-                monitor.started(known.index)
+                monitor.started(known.index, device)
         known.alive, known.device, known.pid, known.host, known.retryable = True, device or known.device, pid, host, True
         self._kills.pop(node, None)
         self._joined_since.add(node)
@@ -211,25 +216,28 @@ class Controller:
             node_state: ``{"alive": False}`` for one that is lost.
             errors: What went wrong there, as text or ``{"kind", "message"}``.
         """
-        self._tell_time(now)
+        measured_at = self._tell_time(now)
         known = self._node(node)
         if known.role in self._monitors and samples:
             steps = [Sample(*sample[:5]) for sample in samples]
             cap = self._plan_cap[known.index] if known.role == "worker" and known.index < self.world_size else None
-            self._monitors[known.role].add(known.index, steps, cap, self._now)
+            self._monitors[known.role].add(known.index, steps, cap, measured_at)
             self._step = max(self._step, steps[-1].step + 1)
             known.alive = True
             if known.killed_at is not None and node not in self._kills:
-                self._restart_over(known, self._now - sum(step.t_wall for step in steps))
+                self._restart_over(known, measured_at - sum(step.t_wall for step in steps))
         for error in errors:
             self._failed(node, known, error)
         if node_state is not None and not node_state.get("alive", True):
             known.alive = False
 
-    def report_step(self, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float) -> None:
-        """What all workers have measured in one step: the same as `report` for each, for simulations of many.
+    def report_step(
+        self, role: str, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float
+    ) -> None:
+        """What all nodes of a role have measured in one step: the same as `report` for each, for simulations of many.
 
         Args:
+            role: ``worker`` or ``server``.
             counts: n_i; 0 of those that were absent.
             micros: C_i.
             taken: T_i, seconds.
@@ -238,10 +246,11 @@ class Controller:
         """
         self._tell_time(now)
         at = self._now if self._unit == "seconds" else float(self._step)
-        self._monitors["worker"].add_step(counts, micros, taken, wall, at)
-        self._step += 1
-        for node in [node for node in self._restarting() if node.role == "worker" and f"worker:{node.index}" not in self._kills]:
-            if counts[node.index]:
+        self._monitors[role].add_step(counts, micros, taken, wall, at)
+        if role == "worker":
+            self._step += 1
+        for node in self._restarting():
+            if node.role == role and counts[node.index] and f"{role}:{node.index}" not in self._kills:
                 self._restart_over(node, self._now - wall)
 
     def progress(self, remaining_samples: int, step: int) -> None:
@@ -305,29 +314,29 @@ class Controller:
         return [self._decide(action, view) for action in chosen]
 
     def _arbitrate(self, wanted: Sequence[Action], view: ClusterView) -> list[Action]:
-        """One action for all workers at a time; actions for nodes only while there is none."""
+        """Actions for nodes while there is none for all under way, and one for all."""
+        chosen: list[Action] = []
+        nodes = {node.node: node for node in (*view.workers, *view.servers)}
+        for action in wanted:
+            if isinstance(action, KillRestart) and action.kind in view.ready and len(chosen) < view.max_restarts_now:
+                if action.node not in nodes:
+                    raise ValueError(f"{type(self.solution).__name__} wants to restart {action.node!r}, which there is not.")
+                if nodes[action.node].restartable:
+                    chosen.append(action)
         for action in wanted:
             if isinstance(action, AdjustBatch):
                 self._check_batch(action)
                 if action.batch == view.batch and action.cap == view.cap and not view.cap_changed:
                     continue
             if isinstance(action, AdjustBatch | AdjustLR | BackupWorkers) and (action.kind in view.ready or view.cap_changed):
-                return [action]
-        kills: list[Action] = []
-        nodes = {node.node: node for node in (*view.workers, *view.servers)}
-        for action in wanted:
-            if isinstance(action, KillRestart) and action.kind in view.ready and len(kills) < view.max_restarts_now:
-                if action.node not in nodes:
-                    raise ValueError(f"{type(self.solution).__name__} wants to restart {action.node!r}, which there is not.")
-                if nodes[action.node].restartable:
-                    kills.append(action)
-        return kills
+                return [*chosen, action]
+        return chosen
 
     def _check_batch(self, action: AdjustBatch) -> None:
         if len(action.batch) != self.world_size or sum(action.batch) != self.global_batch:
             raise ValueError(
-                f"{type(self.solution).__name__} gave batches for {len(action.batch)} workers with {sum(action.batch)} samples in all;"
-                f" they must be for {self.world_size} with {self.global_batch}."
+                f"{type(self.solution).__name__} gave batches for {len(action.batch)} workers with {sum(action.batch)} samples"
+                f" in all; they must be for {self.world_size} with {self.global_batch}."
             )
 
     def _decide(self, action: Action, view: ClusterView) -> Versioned:
@@ -337,6 +346,8 @@ class Controller:
             node = self._nodes[action.node]
             node.restarts += 1
             node.killed_at, node.judged = self._now, False
+            nodes = view.workers if node.role == "worker" else view.servers
+            node.last_cost = nodes[node.index].cost
             self._kills[action.node] = decision
             self._cool(decision.kind)
         else:
@@ -417,6 +428,7 @@ class Controller:
         )
 
     def _node_views(self, role: str, found: Statistics, clock: float) -> tuple[NodeView, ...]:
+        unit = 1.0 if self._unit == "seconds" else found.wall or 0.0  # seconds of it
         names = [f"{role}:{index}" for index in range(len(found.cost))]
         nodes = [self._nodes[name] for name in names]
         return tuple(
@@ -426,11 +438,12 @@ class Controller:
                 range(len(nodes)),
                 [node.alive for node in nodes],
                 [node.device for node in nodes],
-                found.cost,
+                [node.last_cost if cost is None else cost for cost, node in zip(found.cost, nodes, strict=True)],
                 found.fixed,
                 found.seconds,
                 found.steps,
                 found.persistence,
+                [slow * unit for slow in found.slow_for],
                 [node.restarts for node in nodes],
                 [node.killed_at is not None for node in nodes],
                 [self._restartable(node, clock) for node in nodes],
@@ -481,17 +494,29 @@ class Controller:
         node.killed_at, node.restarted_at = None, self._clock()
 
     def _judge_restarts(self, clock: float, view: ClusterView) -> None:
-        """Find out, one long window later, whether a restart was of use."""
-        wait = self.solution.windows.persistent + 2 * self.solution.windows.width
-        for seen in (*view.workers, *view.servers):
-            node = self._nodes[seen.node]
-            if node.judged or node.restarted_at is None or node.killed_at is not None or clock - node.restarted_at < wait:
-                continue
-            node.judged = True
-            if seen.persistence >= 0.5:
-                node.useless, self._useless = node.useless + 1, self._useless + 1
-            else:
-                node.useless, self._useful = 0, self._useful + 1
+        """Find out whether a restart was of use: whether the node was quick in the first short window thereafter.
+
+        Later, slowness could have ended by itself, or begun anew.
+        """
+        wait = self.solution.windows.transient + self.solution.windows.width
+        for nodes in (view.workers, view.servers):
+            due = [
+                seen
+                for seen in nodes
+                if (node := self._nodes[seen.node]).killed_at is None
+                and not node.judged
+                and node.restarted_at is not None
+                and clock - node.restarted_at >= wait
+                and seen.steps
+            ]
+            usual = medians([node.cost for node in nodes], [node.device for node in nodes]) if due else {}
+            for seen in due:
+                node = self._nodes[seen.node]
+                node.judged = True
+                if (seen.cost or 0.0) > self.solution.windows.slow_factor * usual[seen.device]:
+                    node.useless, self._useless = node.useless + 1, self._useless + 1
+                else:
+                    node.useless, self._useful = 0, self._useful + 1
 
     def _failed(self, name: str, node: _Node, error: Any) -> None:
         what, text = classify(error), f"{name}: {describe(error)}"
@@ -515,11 +540,12 @@ class Controller:
 
     # ---- time ---------------------------------------------------------------------------------------------------------
 
-    def _tell_time(self, now: float) -> None:
-        """Seconds never run backwards, even if the process that tells them was replaced and its clock began anew."""
-        if now + self._shift < self._now:
-            self._shift = self._now - now
-        self._now = now + self._shift
+    def _tell_time(self, now: float) -> float:
+        """Seconds as this controller counts them; they go on where they were when its process, and so its clock, is replaced."""
+        if self._resumed:
+            self._shift, self._resumed = max(self._now - now, 0.0), False
+        self._now = max(self._now, now + self._shift)
+        return now + self._shift
 
     def _clock(self) -> float:
         return self._now if self._unit == "seconds" else float(self._step)
@@ -607,6 +633,11 @@ class Controller:
             monitor.load_state_dict(state["monitors"][role])
         self.solution.load_state_dict(state["solution"])
         self.failure = state["failure"]
-        self._tell_time(max(self._now, float(state["now"])))
+        gained = max(float(state["now"]) - self._now, 0.0)
+        self._now += gained
+        if present:
+            self._shift += gained
+        else:
+            self._resumed = True
         for name, node in present.items():  # they have joined before the state was found
             self.join(name, self._now - self._shift, device=node.device, pid=node.pid, host=node.host)

@@ -1,24 +1,28 @@
 """What was measured, in windows: how fast each node is now, and for how long it has been slow (section 2.2).
 
-Two windows end now. The short one gives a node's seconds a sample, ``c_i = (sum T - a_i C) / sum n``; the long one is cut into
-sub-samples, and ``p_i`` is the share of them in which ``c_i`` exceeded the median of its role by a factor. Steps are kept as
-sums over sub-samples, so that memory does not grow with their number. No clock: the caller says what time it is, in seconds or
-in steps. (The specification's ``c_i = sum T / sum n`` still holds the fixed cost, which the line ``a_i + c_i n`` would count twice.)
+Two windows end now. The short one gives a node's seconds a sample, ``c_i = (sum T - a_i C) / sum n``. The long one is cut into
+sub-samples, and ``p_i`` is the share of them in which ``c_i`` exceeded the median by a factor; of nodes with the same device, for
+one that is slow for all is no straggler that a restart could cure. Steps are kept as sums over sub-samples, so that
+memory does not grow with their number. No clock: the caller says what time it is, in seconds or in steps.
+
+(The specification's ``c_i = sum T / sum n`` still holds the fixed cost, which the line ``a_i + c_i n`` would count twice.)
 """
 
 import math
 import operator
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
-from strategies.antdt.affine import Moments, fit
+from strategies.antdt.affine import Moments
 
-__all__ = ["Monitor", "Sample", "Statistics", "Windows"]
+__all__ = ["Monitor", "Sample", "Statistics", "Windows", "medians"]
 
 FORGET = 0.97  # of a step, in the fit of the line
+PAIRS = 64  # of steps before and after a change of the batch, from which the fixed cost is told
+LEAST_CHANGE = 0.025  # of those batches, half their difference over their mean
 SUBSAMPLES = 30  # of the long window
 
 
@@ -99,6 +103,7 @@ class Statistics:
         seconds: Mean seconds of a step; None while nothing was reported.
         steps: Steps counted since it started.
         persistence: p_i.
+        slow_for: How long it has been slow without a break, in the unit of the windows; 0 if it is not.
         wall: Mean seconds from one step to the next, over all nodes; None while nothing was reported.
         rate: Samples a second of all nodes together, waiting included; None while nothing was reported.
     """
@@ -108,6 +113,7 @@ class Statistics:
     seconds: list[float | None]
     steps: list[int]
     persistence: list[float]
+    slow_for: list[float]
     wall: float | None
     rate: float | None
 
@@ -140,16 +146,18 @@ class _Sums:
 
 @dataclass
 class _Run:
-    """Consecutive steps of all nodes with the same batches: forgetful sums of seconds and of their squares."""
+    """Consecutive steps of all nodes with the same batches: forgetful sums of seconds and of their squares, and the last ones."""
 
     counts: list[int]
     micros: list[int]
     steps: int
     taken: list[float]
     squares: list[float]
+    last: list[float]
 
     def add(self, taken: Sequence[float]) -> None:
         self.steps += 1
+        self.last = list(taken)
         self.taken = [FORGET * before + t for before, t in zip(self.taken, taken, strict=True)]
         self.squares = [FORGET * before + t * t for before, t in zip(self.squares, taken, strict=True)]
 
@@ -168,9 +176,14 @@ class Monitor:
         self._sums: dict[int, _Sums] = {}
         self._verdicts: deque[tuple[int, bytes]] = deque()  # of sub-samples that are over: who was slow
         self._slow: list[int] = []
+        self._since: list[int | None] = []  # first sub-sample of the slowness that goes on
+        self._doubt: list[bool] = []  # whether the last one seen was not slow
+        self._devices: list[str] = []
         self._steps: list[int] = []
         self._skip: list[int] = []
         self._fixed: list[float] = []
+        self._last: list[tuple[int, int, float] | None] = []  # micro-batches, samples and seconds of a node's last step
+        self._pairs: deque[tuple[float, float]] = deque(maxlen=PAIRS)  # fixed cost, weight
         self._moments: list[list[float]] = [[] for _ in Moments._fields]
         self._run: _Run | None = None
         self._first: int | None = None  # sub-sample
@@ -189,31 +202,38 @@ class Monitor:
                 getattr(sums, name).extend(getattr(added, name))
         self._verdicts = deque((key, slow + bytes(more)) for key, slow in self._verdicts)
         self._slow += [0] * more
+        self._since += [None] * more
+        self._doubt += [False] * more
+        self._devices += [""] * more
         self._steps += [0] * more
         self._skip += [self.windows.skip_steps] * more
         self._fixed += [0.0] * more
+        self._last += [None] * more
         for column in self._moments:
             column += [0.0] * more
         self.size = size
 
-    def forget(self, node: int) -> None:
+    def forget(self, node: int, device: str = "") -> None:
         """A node has moved to another machine: nothing known of it holds."""
-        self.started(node)
-        self._fold()
+        self.started(node, device)
         for sums in self._sums.values():
             for name, value in (("seconds", 0.0), ("samples", 0), ("micros", 0), ("steps", 0), ("wall", 0.0)):
                 getattr(sums, name)[node] = value
             sums.least[node] = math.inf
         self._verdicts = deque((key, slow[:node] + b"\0" + slow[node + 1 :]) for key, slow in self._verdicts)
         self._slow[node] = 0
+        self._since[node], self._doubt[node] = None, False
         self._fixed[node] = 0.0
         for column in self._moments:
             column[node] = 0.0
 
-    def started(self, node: int) -> None:
-        """A node's process is new: its first steps do not count."""
+    def started(self, node: int, device: str = "") -> None:
+        """A node's process is new: its first steps do not count. It is compared with nodes that have the same device."""
+        self._devices[node] = device or self._devices[node]
+        self._fold()
         self._skip[node] = self.windows.skip_steps
         self._steps[node] = 0
+        self._last[node] = None
 
     def add(self, node: int, samples: Sequence[Sample], cap: int | None, now: float) -> None:
         """Take measurements of one node.
@@ -231,7 +251,7 @@ class Monitor:
             at[place] = end if seconds else float(samples[place].step)
             end -= samples[place].t_wall
         for sample, time in zip(samples, at, strict=True):
-            if self._skip[node]:
+            if sample.n > 0 and self._skip[node]:
                 self._skip[node] -= 1
             elif sample.n > 0:
                 self._add(node, sample, 1 if cap is None else -(-sample.n // cap), time)
@@ -247,6 +267,7 @@ class Monitor:
         sums.wall[node] += sample.t_wall
         sums.least[node] = min(sums.least[node], taken / micros)
         self._steps[node] += 1
+        self._compare(node, micros, sample.n, taken)
         for column, value in zip(self._moments, self.moments(node).after(FORGET, micros, sample.n, taken), strict=True):
             column[node] = value
 
@@ -277,14 +298,26 @@ class Monitor:
         self._steps = [a + 1 for a in self._steps]
         if self._run is None or self._run.counts != counts or self._run.micros != micros:
             self._fold()
-            self._run = _Run(list(counts), list(micros), 0, [0.0] * self.size, [0.0] * self.size)
+            for node, (n, c, t) in enumerate(zip(counts, micros, taken, strict=True)):
+                self._compare(node, c, n, t)
+            self._run = _Run(list(counts), list(micros), 0, [0.0] * self.size, [0.0] * self.size, [])
         self._run.add(taken)
+
+    def _compare(self, node: int, micros: int, samples: int, taken: float) -> None:
+        """Tell the fixed cost from a step and the one before it, if the batch has changed in between."""
+        if (last := self._last[node]) is not None and (last[0], last[1]) != (micros, samples):
+            one, other = last[0] * samples, micros * last[1]
+            weight = abs(one - other) / (one + other)
+            if weight >= LEAST_CHANGE:
+                self._pairs.append(((last[2] * samples - taken * last[1]) / (one - other), weight))
+        self._last[node] = (micros, samples, taken)
 
     def _fold(self) -> None:
         """Take steps of one shape, which were summed for all nodes together, into the moments."""
         if self._run is None:
             return
         run, self._run = self._run, None
+        self._last = list(zip(run.micros, run.counts, run.last, strict=True))
         old, weight = FORGET**run.steps, (1 - FORGET**run.steps) / (1 - FORGET)
         for node, (c, n, t, tt) in enumerate(zip(run.micros, run.counts, run.taken, run.squares, strict=True)):
             new = (weight, weight * c * c, weight * c * n, weight * n * n, c * t, n * t, tt)
@@ -323,11 +356,19 @@ class Monitor:
     def _judge(self, key: int) -> None:
         sums = self._sums[key]
         costs = list(map(_cost, sums.seconds, sums.samples, sums.micros, self._fixed))
-        known = [cost for cost in costs if cost is not None]
-        if not known:
+        if not any(sums.samples):
             return
-        limit = self.windows.slow_factor * statistics.median_low(known)
-        slow = bytes(cost is not None and cost > limit for cost in costs)
+        usual = medians(costs, self._devices)
+        factor = self.windows.slow_factor
+        slow = bytes(
+            cost is not None and cost > factor * usual[device] for cost, device in zip(costs, self._devices, strict=True)
+        )
+        for node, (cost, verdict) in enumerate(zip(costs, slow, strict=True)):
+            if verdict:
+                self._since[node] = key if self._since[node] is None else self._since[node]
+                self._doubt[node] = False
+            elif cost is not None and self._since[node] is not None:  # over once two in a row are not slow
+                self._since[node], self._doubt[node] = (None, False) if self._doubt[node] else (self._since[node], True)
         self._verdicts.append((key, slow))
         self._slow = [before + verdict for before, verdict in zip(self._slow, slow, strict=True)]
 
@@ -342,7 +383,8 @@ class Monitor:
                 total.add(part)
             elif min(total.steps) < windows.min_steps:
                 total.add(part, [steps < windows.min_steps for steps in total.steps])
-        self._find_fixed(total.least)
+        usual = self._usual_fixed()
+        self._fixed = [min(usual, 0.8 * quickest) for quickest in total.least]
         walls = [wall / steps for wall, steps in zip(total.wall, total.steps, strict=True) if wall]
         rates = [samples / wall for samples, wall in zip(total.samples, total.wall, strict=True) if wall]
         return Statistics(
@@ -351,19 +393,28 @@ class Monitor:
             [seconds / steps if steps else None for seconds, steps in zip(total.seconds, total.steps, strict=True)],
             list(self._steps),
             self._persistence() if any(self._slow) else [0.0] * self.size,
+            [0.0 if since is None else clock - since * windows.width for since in self._since],
             math.fsum(walls) / len(walls) if walls else None,
             math.fsum(rates) if rates else None,
         )
 
-    def _find_fixed(self, least: Sequence[float]) -> None:
-        """a_i, carefully: two standard errors below what was fitted, between 0 and the quickest micro-batch."""
-        _, cc, cn, nn, *_ = self._moments
-        for node, (a, b, c) in enumerate(zip(cc, cn, nn, strict=True)):
-            if a * c - b * b > 1e-4 * a * c:  # else the batch has not changed for a while: what was found before still holds
-                line = fit(self.moments(node))
-                if line is not None:
-                    self._fixed[node] = max(line.fixed - 2 * line.fixed_error, 0.0)
-        self._fixed = list(map(min, self._fixed, least))
+    def _usual_fixed(self) -> float:
+        """a, the same for all nodes: the weighted median over pairs of steps before and after a change of the batch.
+
+        A line through all steps of one node means nothing where batches follow speed: a slow node takes as long for its small
+        batch as it took for a large one when it was quick, as if all of that were fixed. Two steps in a row are of the same
+        speed, but for few nodes. What a node's fixed cost has more or less than this goes to c_i, which so stays exact for the
+        batch at hand.
+        """
+        if len(self._pairs) < 2:
+            return 0.0
+        half = math.fsum(weight for _, weight in self._pairs) / 2
+        passed = 0.0
+        for fixed, weight in sorted(self._pairs):
+            passed += weight
+            if passed >= half:
+                return max(fixed, 0.0)
+        return 0.0
 
     def _persistence(self) -> list[float]:
         """p_i; time before the first report counts as not slow.
@@ -400,9 +451,14 @@ class Monitor:
                 for key, sums in sorted(self._sums.items())
             ],
             "verdicts": [[key, slow.hex()] for key, slow in self._verdicts],
+            "since": list(self._since),
+            "doubt": list(self._doubt),
+            "devices": list(self._devices),
             "steps": list(self._steps),
             "skip": list(self._skip),
             "fixed": list(self._fixed),
+            "last": [None if last is None else list(last) for last in self._last],
+            "pairs": [list(pair) for pair in self._pairs],
             "moments": [list(column) for column in self._moments],
             "first": self._first,
             "open": self._open,
@@ -419,10 +475,24 @@ class Monitor:
             sums.least = [math.inf if value is None else value for value in sums.least]
         self._verdicts = deque((int(key), bytes.fromhex(slow)) for key, slow in state["verdicts"])
         self._slow = [sum(column) for column in zip(*(slow for _, slow in self._verdicts), strict=True)] or [0] * self.size
+        self._since, self._doubt, self._devices = list(state["since"]), list(state["doubt"]), list(state["devices"])
+        self._last = [None if last is None else (last[0], last[1], last[2]) for last in state["last"]]
+        self._pairs = deque(((fixed, weight) for fixed, weight in state["pairs"]), maxlen=PAIRS)
         self._steps, self._skip, self._fixed = list(state["steps"]), list(state["skip"]), list(state["fixed"])
         self._moments = [list(column) for column in state["moments"]]
         self._first = cast(int | None, state["first"])
         self._open = int(state["open"])
+
+
+def medians(costs: Iterable[float | None], devices: Sequence[str]) -> dict[str, float]:
+    """Median cost of the nodes of each device, of those that are known (of all, for a device of which none is)."""
+    known: dict[str, list[float]] = {}
+    for cost, device in zip(costs, devices, strict=True):
+        if cost is not None:
+            known.setdefault(device, []).append(cost)
+    found = {device: statistics.median_low(values) for device, values in known.items()}
+    whole = statistics.median_low([cost for values in known.values() for cost in values]) if known else 0.0
+    return {device: found.get(device, whole) for device in set(devices)}
 
 
 _STORED = ("seconds", "samples", "micros", "steps", "wall", "least")
@@ -433,4 +503,4 @@ def _cost(seconds: float, samples: int, micros: int, fixed: float) -> float | No
     if not samples:
         return None
     cost = (seconds - fixed * micros) / samples
-    return cost if cost > 1e-3 * seconds / samples else seconds / samples
+    return cost if cost > 0 else seconds / samples

@@ -1,19 +1,26 @@
-"""Whether restarts pay: what they take against what they save in the rest of the job (section 2.5) [derived].
+"""Whether restarts pay: what they take against what they save (section 2.5) [derived].
 
-With ``k = remaining / B`` steps to go and times T of a step before and after, a restart saves ``k (T_before - T_after)`` seconds,
-times the probability that it helps. It takes R seconds if all wait, else the part of R that the absent worker's share of the
-speed is.
+Workers: the rest of the job takes ``H = remaining / throughput`` seconds as it goes, and goes as the balanced step does, so that
+a restart saves ``H (1 - T_after / T_before)``, with T the shortest possible step before and after. (The specification's
+``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of that, without fixed costs and least batches, and promises too much.)
+Servers: a step gets shorter by as much as the slowest server does. A restart takes R seconds if all wait, else the part of R that
+the absent worker's share of the speed is; and it is never for nothing: a twentieth of R is the least that it must save.
 
-The specification's ``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of the exact ``H (1 - T_after / T_before)``; we take
-the exact form, with fixed costs and least batches.
+Nobody knows how long a node will stay slow. We take what it has been so far, and at most H: so a node is restarted when what it
+has cost reaches what the restart takes, which is never more than twice what would have been best (as for skis that may be rented
+or bought). With H alone, episodes that end by themselves stop a whole group for nothing. What is saved counts with the
+probability that a restart helps, from those that were seen.
 """
 
 import statistics
 from collections.abc import Sequence
 
 from strategies.antdt.cluster_view import ClusterView, NodeView
+from strategies.antdt.monitor import medians
 
 __all__ = ["server_restarts", "worker_restarts"]
+
+LEAST = 0.05  # of R
 
 
 def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch: int = 1) -> int:
@@ -27,31 +34,32 @@ def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch:
         min_local_batch: Least samples of a worker.
     """
     costs = view.costs()
-    if costs is None or view.remaining is None:
+    horizon = view.horizon
+    if costs is None or horizon is None:
         return 0
-    fixed, cost = list(costs[0]), list(costs[1])
-    known = [worker.index for worker in view.workers if worker.cost is not None]
-    usual = statistics.median(cost[number] for number in known)
-    usual_fixed = statistics.median(fixed[number] for number in known)
-    steps = view.remaining / view.global_batch
+    fixed, cost = costs
+    devices = [worker.device for worker in view.workers]
+    usual, usual_fixed = medians(cost, devices), medians(fixed, devices)
     low = min(min_local_batch, view.global_batch // len(cost))
 
     speed = whole = sum(1 / c for c in cost)
     load = view.global_batch + sum(a / c for a, c in zip(fixed, cost, strict=True))
     floors = sorted((a + c * low for a, c in zip(fixed, cost, strict=True)), reverse=True)  # nobody is quicker than that
-    floor_of = {number: fixed[number] + cost[number] * low for number in (node.index for node in bad)}
+    floor_of = {node.number: fixed[node.number] + cost[node.number] * low for node in bad}
     before = max(load / speed, floors[0])
 
-    best, chosen, absent = 0.0, 0, 0.0
+    best, chosen, absent, saved, last = 0.0, 0, 0.0, 0.0, before
+    least = LEAST * view.restart_seconds
     for count, node in enumerate(bad, 1):
-        own = cost[node.index]
+        own, then, then_fixed = cost[node.number], usual[node.device], usual_fixed[node.device]
         absent += 1 / own / whole
-        speed += 1 / usual - 1 / own
-        load += usual_fixed / usual - fixed[node.index] / own
-        floors.remove(floor_of[node.index])
-        after = max(load / speed, floors[0] if floors else 0.0, usual_fixed + usual * low)
-        saved = view.restart_success * steps * (before - after)
-        if (profit := saved - view.restart_seconds * (1.0 if view.group_restart else absent)) > best:
+        speed += 1 / then - 1 / own
+        load += then_fixed / then - fixed[node.number] / own
+        floors.remove(floor_of[node.number])
+        after = max(load / speed, floors[0] if floors else 0.0, then_fixed + then * low)
+        saved += view.restart_success * min(horizon, node.slow_seconds) * (last - after) / before
+        last = after
+        if (profit := saved - max(view.restart_seconds * (1.0 if view.group_restart else absent), least)) > best:
             best, chosen = profit, count
     return chosen
 
@@ -61,17 +69,18 @@ def server_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch:
 
     All steps wait for the slowest server, and nothing can be taken off it.
     """
-    if view.remaining is None:
+    horizon = view.horizon
+    if horizon is None or not view.step_seconds:
         return 0
-    steps = view.remaining / view.global_batch
-    bad_names = {node.node for node in bad}
+    names = {node.node for node in bad}
     times = [node.seconds for node in view.servers if node.seconds is not None]
-    others = max((node.seconds for node in view.servers if node.seconds is not None and node.node not in bad_names), default=0.0)
+    others = max((node.seconds for node in view.servers if node.seconds is not None and node.node not in names), default=0.0)
     worst = [node.seconds or 0.0 for node in bad]
-    best, chosen = 0.0, 0
-    for count in range(1, len(bad) + 1):
+    best, chosen, still = 0.0, 0, horizon
+    for count, node in enumerate(bad, 1):
+        still = min(still, node.slow_seconds)
         left = max([*worst[count:], others, statistics.median_low(times)])
-        saved = view.restart_success * steps * (worst[0] - left)
+        saved = view.restart_success * still * (worst[0] - left) / view.step_seconds
         if (profit := saved - view.restart_seconds) > best:
             best, chosen = profit, count
     return chosen

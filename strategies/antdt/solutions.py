@@ -116,7 +116,8 @@ class AntDTND(Solution):
         times = step_seconds(fixed, cost, view.batch, view.cap)
         slowest, mean = max(times), math.fsum(times) / len(times)
         # Whoever was restarted is quick again, but has the batch of a slow one until batches are solved anew.
-        moved = restarts > self._restarts and all(w.steps >= self.windows.min_steps or not w.restarts for w in view.workers)
+        back = all(w.steps >= self.windows.min_steps and not w.restarting for w in view.workers if w.restarts)
+        moved = restarts > self._restarts and back
         if not (view.cap_changed or moved or slowest > self.lambda_transient * mean):
             return []
         batch = bounded_balance(fixed, cost, view, self.min_local_batch)
@@ -134,12 +135,14 @@ class AntDTND(Solution):
         chosen: list[NodeView] = []
         for nodes, gate in ((view.workers, worker_restarts), (view.servers, server_restarts)):
             bad = [node for node in nodes if node.restartable and node.persistence >= self.persistent_fraction]
-            bad.sort(key=lambda node: (-((node.seconds if node.node.startswith("server") else node.cost) or 0.0), node.index))
+            bad.sort(key=lambda node: (-((node.seconds if node.node.startswith("server") else node.cost) or 0.0), node.number))
             bad = bad[: view.max_restarts_now - len(chosen)]
             if bad:
                 chosen += bad[: gate(view, bad, self.min_local_batch)] if self.cost_gate else bad
         return [
-            KillRestart(node.node, f"slow during {node.persistence:.0%} of the last {self.windows.persistent:g} {self.windows.unit}")
+            KillRestart(
+                node.node, f"slow during {node.persistence:.0%} of the last {self.windows.persistent:g} {self.windows.unit}"
+            )
             for node in chosen
         ]
 
@@ -251,7 +254,7 @@ class AntDTDD(Solution):
         groups: dict[Any, list[int]] = {}
         if self.classes == "device_name":
             for worker in view.workers:
-                groups.setdefault(worker.device, []).append(worker.index)
+                groups.setdefault(worker.device, []).append(worker.number)
             return list(groups.values())
         _, cost = view.costs() or ([], [1.0] * len(view.workers))
         begin = 0.0
@@ -334,7 +337,9 @@ class LBBSP(Solution):
         costs = view.costs()
         if costs is None:
             return []
-        speeds = [1 / c for c in costs[1]]
+        # As LB-BSP has it, without fixed costs: samples a second of the batch at hand.
+        times = step_seconds(*costs, view.batch, view.cap)
+        speeds = [max(n, 1) / t for n, t in zip(view.batch, times, strict=True)]
         if len(self._speeds) == len(speeds):
             w = self.smoothing
             speeds = [w * new + (1 - w) * old for new, old in zip(speeds, self._speeds, strict=True)]
