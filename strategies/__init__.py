@@ -4,12 +4,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from strategies.antdt.ps.strategy import ParameterServerStrategy
     from strategies.antdt.strategy import AntDTStrategy
     from strategies.edit import EDiTShardedStrategy, EDiTStrategy
     from strategies.expert import ExpertParallelStrategy
     from strategies.paro import PaROStrategy
 
-__all__ = ["AntDTStrategy", "EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy", "PaROStrategy"]
+__all__ = [
+    "AntDTStrategy",
+    "EDiTShardedStrategy",
+    "EDiTStrategy",
+    "ExpertParallelStrategy",
+    "PaROStrategy",
+    "ParameterServerStrategy",
+]
 
 _HOME = {
     "AntDTStrategy": "antdt.strategy",
@@ -17,6 +25,7 @@ _HOME = {
     "EDiTStrategy": "edit",
     "ExpertParallelStrategy": "expert",
     "PaROStrategy": "paro",
+    "ParameterServerStrategy": "antdt.ps.strategy",
 }
 
 

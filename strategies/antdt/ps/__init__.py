@@ -1,0 +1,1 @@
+"""Parameter servers: asynchronous and semi-synchronous training, whose workers share no process group."""
