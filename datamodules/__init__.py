@@ -1,7 +1,11 @@
 """Lightning DataModules by kind of data."""
 
 from datamodules.chat import SFT
+from datamodules.click_table import ClickBatch as ClickBatch
+from datamodules.clicks import ClickData as ClickData
+from datamodules.criteo import Criteo
 from datamodules.datamodule import ZooDataModule as ZooDataModule
+from datamodules.flights import Flights
 from datamodules.image_folder import ImageFolder, ImageNet
 from datamodules.images import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images import ImageDataModule as ImageDataModule
@@ -19,8 +23,10 @@ __all__ = [
     "MNIST",
     "SFT",
     "CachedLatents",
+    "Criteo",
     "Digits",
     "FashionMNIST",
+    "Flights",
     "ImageFolder",
     "ImageNet",
     "Preferences",

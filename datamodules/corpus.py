@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.assets import cache_folder
+from datamodules.cached_folder import Preparing
 from datamodules.deduplication import Dedup, Deduplicator
 from datamodules.documents import Document, Source, text_source
 from datamodules.held_out import held_out
@@ -111,7 +110,7 @@ def read_corpora(
             parts = [_FORMAT, source.sha256, tokenizer.fingerprint, repr(val_fraction), dedup, on_error, *before]
             folder = cache_folder() / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
             if not folder.is_dir():
-                with _locked(folder) as partial:
+                with Preparing(folder) as partial:
                     if not folder.is_dir():
                         for other in earlier[len(shown) :]:
                             for document in other.documents(on_error):
@@ -134,28 +133,6 @@ def read_corpora(
                 f"{facts.text_bytes:,}. Bits per byte come out wrong by a factor of {facts.text_bytes / facts.num_bytes:.4f}."
             )
     return corpora
-
-
-class _locked:
-    """Holds the lock of a cache folder, and gives an empty folder to prepare it in."""
-
-    def __init__(self, folder: Path) -> None:
-        cache = cache_folder()
-        for part in ("tokens", "locks", "partial"):
-            (cache / part).mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(cache / "locks" / f"tokens-{folder.name}.lock")
-        self.partial = cache / "partial" / f"tokens-{folder.name}"
-
-    def __enter__(self) -> Path:
-        self.lock.acquire()
-        # The lock is ours: what lies here was left by a process that was killed.
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
-        return self.partial
-
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.lock.release()
 
 
 def _tokenise(

@@ -4,13 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from strategies.antdt.strategy import AntDTStrategy
     from strategies.edit import EDiTShardedStrategy, EDiTStrategy
     from strategies.expert import ExpertParallelStrategy
     from strategies.paro import PaROStrategy
 
-__all__ = ["EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy", "PaROStrategy"]
+__all__ = ["AntDTStrategy", "EDiTShardedStrategy", "EDiTStrategy", "ExpertParallelStrategy", "PaROStrategy"]
 
 _HOME = {
+    "AntDTStrategy": "antdt.strategy",
     "EDiTShardedStrategy": "edit",
     "EDiTStrategy": "edit",
     "ExpertParallelStrategy": "expert",

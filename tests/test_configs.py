@@ -27,6 +27,7 @@ PUBLISHED = {
     "bfn/cifar10_256d": 30_722_584,
     "bfn/mnist_binarized": 24_808_961,
     "bfn/text8": 170_175_003,
+    "ctr/criteo": 41_296_089,
     "emigm/cifar10": 40_051_608,
     "emigm/imagenet256_xsmall": 69_018_848,
     "emigm/imagenet256_small": 96_640_544,
@@ -146,7 +147,7 @@ def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_be
 def test_strategies_compose_with_every_method(name, capsys):
     if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("not measured: pip install lightning-zoo[deepspeed]")
-    for whole in ("bfn/digits", "emigm/digits", "ling/tiny"):  # one of each method: what is composed is the trainer
+    for whole in ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny"):  # of each method one: the trainer is composed
         with pytest.raises(SystemExit) as stop:
             main(["fit", "-c", whole, "-c", name, "--print_config"])
         assert not stop.value.code

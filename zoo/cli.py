@@ -24,6 +24,7 @@ import datamodules
 import strategies
 import zoo.bfn
 import zoo.callbacks
+import zoo.ctr
 import zoo.emigm
 import zoo.ling
 import zoo.metrics
@@ -184,6 +185,8 @@ class ZooCLI(LightningCLI):
         ckpt, typed = _take_ckpt_path(typed)
         if ckpt is None:
             ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
+        if ckpt is None and stage == "fit" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            ckpt = "last"  # torchrun has started the processes again: what they had done goes on
         self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
         root = _typed_value(typed, "--trainer.default_root_dir")
         root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)
@@ -450,7 +453,7 @@ def list_everything() -> None:
     def row(*cells: str) -> None:
         table.add_row(*map(escape, cells))  # `[deepspeed]` is no markup
 
-    for package in (zoo.bfn, zoo.emigm, zoo.ling, zoo.metrics):
+    for package in (zoo.bfn, zoo.ctr, zoo.emigm, zoo.ling, zoo.metrics):
         for name in names(package, ZooModule):
             row("model", name, (getattr(package, name).__doc__ or "").strip().split("\n")[0])
     for name in names(datamodules, LightningDataModule):

@@ -188,7 +188,9 @@ class ZooModule(Configurable, LightningModule):
             return batch_idx * nominal + within
         # A strategy that deals out samples in another way says which ones these are.
         if hasattr(self.trainer.strategy, "sample_positions"):
-            return self.trainer.strategy.sample_positions(batch_size).to(self.device)
+            positions = self.trainer.strategy.sample_positions(batch_size)
+            if positions is not None:  # as it is outside of training
+                return positions.to(self.device)
         sampler = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         return (batch_idx * nominal + within) * sampler["num_replicas"] + sampler["rank"]
 

@@ -1,5 +1,6 @@
 """Lightning callbacks of the zoo."""
 
+from zoo.callbacks.antdt_monitor import AntDTMonitor
 from zoo.callbacks.batch_size_warmup import BatchSizeWarmup
 from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
@@ -20,6 +21,7 @@ from zoo.callbacks.traffic_monitor import TrafficMonitor
 
 __all__ = [
     "EMA",
+    "AntDTMonitor",
     "BatchSizeWarmup",
     "ChoiceEval",
     "ClassAgreementWriter",

@@ -1,0 +1,172 @@
+"""Lightning modules that predict clicks: wiring only."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAUROC
+
+from zoo.ctr.click_network import ClickNetwork
+from zoo.ctr.xdeepfm import XDeepFMNetwork
+from zoo.module import ZooModule
+from zoo.random import SampleRandom
+
+__all__ = ["ClickModule", "XDeepFM"]
+
+
+class ClickModule(ZooModule):
+    """The base of models that predict clicks; a subclass builds the network.
+
+    Batches are dictionaries ``{"sparse": int64 (B, F), "dense": float (B, N), "label": float (B,), "index": int64 (B,)}``;
+    ``index``, the number of the row in its data set, decides what is drawn for it, so that results do not depend on how rows
+    are divided into batches and among processes (absent: its place in the epoch does).
+
+    The loss is the binary cross-entropy, its mean over the batch. Logged are ``train/loss``, and of validation and test
+    ``log_loss`` (the same mean over all rows, in nats) and ``auc`` (area under the receiver operating characteristic).
+
+    Args:
+        network: Scores rows.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the schedule, stepped each step.
+        compile: Compile the network.
+    """
+
+    def __init__(
+        self,
+        network: ClickNetwork,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
+        self.network = network
+        self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
+        self.val_log_loss, self.test_log_loss = MeanMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Compare the columns of model and data before anything runs (Lightning hook).
+
+        Raises:
+            ValueError: They differ.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        dims = getattr(data, "field_dims", None)
+        if dims is None:
+            return
+        num_dense = getattr(data, "num_dense", 0)
+        if tuple(dims) != self.network.field_dims or num_dense != self.network.num_dense:
+            raise ValueError(
+                f"The model is built for field_dims={list(self.network.field_dims)} and num_dense={self.network.num_dense}, but"
+                f" {type(data).__name__} has others: give --model.field_dims '{list(dims)}' --model.num_dense {num_dense}."
+            )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check a batch before it leaves the CPU: an id beyond its field would be another field's (Lightning hook).
+
+        Raises:
+            ValueError: The batch has other columns than the model, or an id that its field does not have.
+        """
+        if isinstance(batch, Mapping):  # a strategy that gives several batches at once gives each of them to `check`
+            self.check(batch)
+        return batch
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that does not fit the network.
+
+        Raises:
+            ValueError: It has other columns, or an id that its field does not have.
+        """
+        dims, num_dense = self.network.field_dims, self.network.num_dense
+        missing = {"sparse", "dense"} - batch.keys()
+        if missing or batch["sparse"].shape[1:] != (len(dims),) or batch["dense"].shape[1:] != (num_dense,):
+            found = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+            raise ValueError(
+                f"{type(self).__name__} needs batches with sparse (B, {len(dims)}) and dense (B, {num_dense}), as the DataModules"
+                f" Flights and Criteo give them, not {found}."
+            )
+        ids_BF = batch["sparse"]
+        outside_F = ((ids_BF < 0) | (ids_BF >= torch.tensor(dims, device=ids_BF.device))).any(dim=0)
+        if bool(outside_F.any()):
+            field = int(outside_F.nonzero()[0])
+            column = ids_BF[:, field]
+            raise ValueError(
+                f"Field {field} of the batch has ids from {int(column.min())} to {int(column.max())}, the model has"
+                f" {dims[field]} for it: build it with the field_dims of the data."
+            )
+
+    def forward(self, batch: Mapping[str, Tensor], drawn: Sequence[Tensor] = ()) -> Tensor:
+        """Logits (B,) of a batch."""
+        logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
+        return logit_B
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean binary cross-entropy of a batch."""
+        logit_B = self(batch, self.network.draw(self._random(batch)))
+        loss = binary_cross_entropy_with_logits(logit_B, batch["label"].to(logit_B.dtype))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logit_B))
+        return loss
+
+    def _random(self, batch: Mapping[str, Tensor]) -> SampleRandom:
+        """What is drawn for the rows of a training batch, whichever process has them."""
+        if "index" not in batch:
+            return self.train_random(len(batch["sparse"]))
+        epoch = 0 if self._trainer is None else self.trainer.current_epoch
+        return SampleRandom(self.random_seed, batch["index"], epoch=epoch)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """AUC and log loss of a validation batch."""
+        self._evaluate("val", batch, self.val_auc, self.val_log_loss)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """AUC and log loss of a test batch."""
+        self._evaluate("test", batch, self.test_auc, self.test_log_loss)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: MeanMetric) -> None:
+        logit_B = self(batch).float()
+        auc.update(logit_B.sigmoid(), batch["label"].long())
+        log_loss.update(binary_cross_entropy_with_logits(logit_B, batch["label"].float(), reduction="none"))
+        self.log_dict({f"{stage}/auc": auc, f"{stage}/log_loss": log_loss}, prog_bar=True, batch_size=len(logit_B))
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Probability of a click for each row: ``{"index", "probability"}``, and ``"label"`` (0 or 1) where it is known."""
+        found = {"index": batch["index"], "probability": self(batch).float().sigmoid()}
+        return {**found, "label": batch["label"].long()} if "label" in batch else found
+
+
+class XDeepFM(ClickModule):
+    """Predicts clicks from categories and numbers: linear term, compressed interaction network (CIN), hidden layers (DNN).
+
+    Args:
+        field_dims: How many ids each field of categories has. The data know it, and say it if it is wrong.
+        num_dense: How many numbers a row has.
+        embed_dim: Size of a field's vector.
+        cin: Feature maps of each layer of the CIN.
+        dnn: Width of each hidden layer.
+        dropout: Dropout after each hidden layer; published without.
+        optimizer: Makes the optimizer; the published L2 penalty of 1e-4 is Adam's ``weight_decay``.
+        lr_scheduler: Makes the schedule, stepped each step.
+        compile: Compile the network.
+
+    Raises:
+        ValueError: A size is less than 1, or dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        field_dims: list[int],
+        num_dense: int = 0,
+        embed_dim: int = 10,
+        cin: Sequence[int] = (200, 200, 200),
+        dnn: Sequence[int] = (400, 400),
+        dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
+    ) -> None:
+        network = XDeepFMNetwork(field_dims, num_dense, embed_dim, cin, dnn, dropout)
+        super().__init__(network, optimizer, lr_scheduler, compile)
