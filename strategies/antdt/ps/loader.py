@@ -1,8 +1,8 @@
 """Batches of a worker whose number nobody knows before: it takes what the data-sharding service has, and stops when all is done.
 
-A worker that finds nothing waits while others hold samples that might come back, unless it is wanted for something else. That
-its loop be never surprised, an epoch's last item is known as such before it ends (`peek`), or is a *shadow batch*, one sample that
-counts nothing.
+A worker that finds nothing waits while others hold samples that might come back, unless it is wanted for something else. So
+that its loop is not surprised, an epoch's last item is known as such before it ends (`peek`), or is a *shadow batch*, one
+sample that counts nothing.
 """
 
 import time

@@ -70,8 +70,8 @@ class ParameterServerStrategy(DDPStrategy):
 
     Batches are those of the DataLoader's data set and collate function, ``batch_size`` samples a worker. Each worker's loop has
     as many as it gets; ``max_steps`` and schedules by step count steps as one process with all workers' batches would: in ``asp``
-    and ``ssp``, W gradients are one. Validation and checkpoints are done by all workers together, with the servers' weights, between
-    epochs; `RunCheckpoint` also saves in between. Gradients are clipped as in one process (``bsp``), or each on its own.
+    and ``ssp``, W gradients are one. Validation and checkpoints are done by all workers together, with the servers' weights,
+    between epochs; `RunCheckpoint` also saves in between. Gradients are clipped as in one process (``bsp``), or each on its own.
 
     Args:
         mode: see above.
@@ -696,8 +696,8 @@ class ParameterServerStrategy(DDPStrategy):
                 continue
             if not grad.is_sparse:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the table {layout.entries[number].name} is used otherwise than by looking rows up, so"
-                    " all of it has a gradient: leave it out of tables."
+                    f"{type(self).__name__}: the table {layout.entries[number].name} is used otherwise than by looking rows up,"
+                    " so all of it has a gradient: leave it out of tables."
                 )
             grad = grad.coalesce()
             rows[number] = grad.indices()[0].cpu(), grad.values().cpu()
