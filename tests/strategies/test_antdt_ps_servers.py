@@ -621,7 +621,7 @@ def test_clock_that_is_started_again_knows_its_workers(tmp_path: Path) -> None:
 def test_server_that_is_gone_is_named(tmp_path: Path) -> None:
     with servers(1) as started:
         worker = client(started, patience=0.3)
-    with pytest.raises(ServersUnreachable, match="parameter server 0 at 127.0.0.1.*--ckpt_path last"):
+    with pytest.raises(ServersUnreachable, match=r"parameter server 0 at 127\.0\.0\.1.*--ckpt_path last"):
         worker.look()
     worker.close()
 

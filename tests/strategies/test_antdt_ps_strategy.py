@@ -399,7 +399,7 @@ def test_what_does_not_go_is_refused_by_name(
 
 
 def test_stream_is_refused(tmp_path: Path) -> None:
-    with services() as where, pytest.raises(TypeError, match="Stream.*IterableDataset"):
+    with services() as where, pytest.raises(TypeError, match=r"Stream.*IterableDataset"):
         trainer(tmp_path, 1, ParameterServerStrategy(**where)).fit(Regression(), DataLoader(Stream(), batch_size=2))
 
 

@@ -1,4 +1,4 @@
-"""Messages with tensors between workers and parameter servers: a length, a small JSON header, and raw bytes; nothing is unpickled.
+"""Messages with tensors between workers and parameter servers: lengths, a JSON header, and raw bytes; nothing is unpickled.
 
 A frame is ``>IQ`` (bytes of the header, bytes of the body), the header, and the body, in which each tensor that the header lists
 under ``tensors`` as ``[dtype, shape]`` begins at a multiple of eight bytes.
@@ -46,7 +46,8 @@ class Frame(NamedTuple):
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(raw)
 
 
 def encode_frame(header: dict[str, Any], tensors: Sequence[Tensor] = (), limit: int | None = None) -> list[memoryview | bytes]:
@@ -61,7 +62,9 @@ def encode_frame(header: dict[str, Any], tensors: Sequence[Tensor] = (), limit: 
         MessageTooLarge: it has more.
         TypeError: a dtype that does not travel, or a header that is no JSON.
     """
-    described, buffers, size = [], [], 0
+    described: list[Any] = []
+    buffers: list[memoryview | bytes] = []
+    size = 0
     for tensor in tensors:
         name = str(tensor.dtype).removeprefix("torch.")
         if name not in _DTYPES:

@@ -1,14 +1,15 @@
 """Batches of a worker whose number nobody knows before: it takes what the data-sharding service has, and stops when all is done.
 
-A worker that finds nothing waits while others hold samples that might come back, unless it is wanted for something else. So that
-its loop is never surprised, an epoch's last item is known as such before it ends (`peek`), or is a *shadow batch*, one sample that
-counts nothing.
+A worker that finds nothing waits while others hold samples that might come back, unless it is wanted for something else. So
+that its loop is not surprised, an epoch's last item is known as such before it ends (`peek`), or is a *shadow batch*, one
+sample that counts nothing.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -257,4 +258,4 @@ def _as_it_is(batches: Any) -> Any:
 def _runs(positions: Tensor) -> list[tuple[int, int]]:
     """Ranges of which the positions consist."""
     cuts = [0, *((positions.diff() != 1).nonzero().squeeze(1) + 1).tolist(), len(positions)]
-    return [(int(positions[lo]), int(positions[hi - 1]) + 1) for lo, hi in zip(cuts, cuts[1:], strict=False)]
+    return [(int(positions[lo]), int(positions[hi - 1]) + 1) for lo, hi in pairwise(cuts)]

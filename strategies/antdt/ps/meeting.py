@@ -135,8 +135,8 @@ class Meetings:
         missing = [worker for worker in range(self.world_size) if worker not in self.members]
         shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
         self.broken = (
-            f"{len(missing)} of {self.world_size} workers have not come within {seconds:g} s: {shown}; look at their logs. A worker"
-            " that was to join a run which has ended meanwhile may be left to end."
+            f"{len(missing)} of {self.world_size} workers have not come within {seconds:g} s: {shown}; look at their logs. A"
+            " worker that was to join a run which has ended meanwhile may be left to end."
         )
 
     def present(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Optimizers that parameter servers can run: those that treat each element for itself, so that a part is updated as in the whole."""
+"""Optimizers that servers can run: those that treat each element for itself, so that a part is updated as in the whole."""
 
 import inspect
 from collections.abc import Mapping, Sequence

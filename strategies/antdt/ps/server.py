@@ -471,7 +471,7 @@ class ParameterServer:
 
     def _apply_decision(self, decision: Decision, scale: float | None) -> None:
         """Apply a synchronous step, of which the first worker that tells makes it so."""
-        slices, settings = self._ready
+        settings = self._ready[1]
         if decision.version < self.version:
             return
         if decision.version > self.version:
@@ -566,7 +566,7 @@ class ParameterServer:
     def _push_synchronous(
         self, peer: FrameProtocol, worker: int, push: _Push, gradient: Gradient, hyperparameters: list[Any]
     ) -> tuple[dict[str, Any], list[Tensor]] | None:
-        slices, settings = self._ready
+        settings = self._ready[1]
         if push.version == self.clock.version:
             self._pending.setdefault(push.version, {})[worker] = gradient, hyperparameters
         outcome = self.clock.push(worker, push.version)
@@ -721,15 +721,15 @@ class ParameterServer:
             if not wait:
                 return
             self._saving.result()
+        answered = {worker: push for worker, push in self._pushes.items() if push.reply is not None}
         about = {
             "version": self.version,
             "clock": self.clock.state_dict(),
             "meetings": self.meetings.state_dict(),
             "settings": self._settings.raw,
             "lost": self.lost,
-            "pushes": {str(worker): [p.session, p.number, p.version, p.items, p.gen, p.reply] for worker, p in self._pushes.items()
-                       if p.reply is not None},
-        }  # fmt: skip
+            "pushes": {str(w): [p.session, p.number, p.version, p.items, p.gen, p.reply] for w, p in answered.items()},
+        }
         copied = self.slices.copy_out(about)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._saving = self._disk.submit(Slices.write_file, self._file, *copied)

@@ -57,9 +57,9 @@ class WeighsBatches(Protocol):
 class ParameterServerStrategy(DDPStrategy):
     """Workers fetch weights from parameter servers and send gradients to them; they share no process group (AntDT, PS mode).
 
-    Parameters and optimizer are divided over the servers, which apply gradients as they come (``asp``), let no worker be more than
-    ``staleness`` gradients ahead of the slowest (``ssp``), or make a step of one gradient of each worker (``bsp``), of which the
-    last ``backup`` ones of each step are dropped. ``bsp`` without backup is the training of one process with the union of the
+    Parameters and optimizer are divided over the servers, which apply gradients as they come (``asp``), let no worker be more
+    than ``staleness`` gradients ahead of the slowest (``ssp``), or make a step of one gradient of each worker (``bsp``), of which
+    the last ``backup`` ones of each step are dropped. ``bsp`` without backup is the training of one process with the union of the
     batches. Samples are handed out by the data-sharding service in all modes, so that fast workers train more of them.
 
     A worker that is killed stops nobody: its samples are given to others, and a new process with its rank (started by whoever
@@ -68,10 +68,10 @@ class ParameterServerStrategy(DDPStrategy):
     and said so in its log. With one server, a gradient and the word that its samples are trained arrive in one message, so that a
     killed worker leaves both or nothing; with several, the samples of a message that reached some of them only come again.
 
-    Batches are those of the DataLoader's data set and collate function, ``batch_size`` samples a worker. Each worker's loop has as
-    many as it gets; ``max_steps`` and schedules by step count steps as one process with all workers' batches would: in ``asp`` and
-    ``ssp``, W gradients are one. Validation and checkpoints are done by all workers together, with the servers' weights, between
-    epochs; `RunCheckpoint` also saves in between. Gradients are clipped as in one process (``bsp``), or each on its own.
+    Batches are those of the DataLoader's data set and collate function, ``batch_size`` samples a worker. Each worker's loop has
+    as many as it gets; ``max_steps`` and schedules by step count steps as one process with all workers' batches would: in ``asp``
+    and ``ssp``, W gradients are one. Validation and checkpoints are done by all workers together, with the servers' weights,
+    between epochs; `RunCheckpoint` also saves in between. Gradients are clipped as in one process (``bsp``), or each on its own.
 
     Args:
         mode: see above.
@@ -259,8 +259,8 @@ class ParameterServerStrategy(DDPStrategy):
             if self.num_nodes > 1:
                 raise ValueError(
                     f"{type(self).__name__}: servers={self.servers} starts parameter servers on this machine, where others do not"
-                    " find them: start them (python -m strategies.antdt.ps.server --folder ... --index j --host 0.0.0.0 --port ...)"
-                    " and give servers=[host:port, ...] and $ANTDT_TOKEN to all."
+                    " find them: start each (python -m strategies.antdt.ps.server --folder ... --index j --host 0.0.0.0"
+                    " --port ...) and give servers=[host:port, ...] and $ANTDT_TOKEN to all."
                 )
             slow = {"cost": self.server_cost, "slowdowns": [asdict(each) for each in self.server_slowdowns]}
             options = ["--frame-limit", str(self.frame_limit), "--grace", str(self.grace)]
@@ -289,8 +289,8 @@ class ParameterServerStrategy(DDPStrategy):
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"{name}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1; use a larger batch_size, or mode bsp,"
-                " where a step accumulates over the workers."
+                f"{name}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1; use a larger batch_size, or mode"
+                " bsp, where a step accumulates over the workers."
             )
         if getattr(plugin, "scaler", None) is not None:
             raise ValueError(
@@ -298,25 +298,26 @@ class ParameterServerStrategy(DDPStrategy):
             )
         if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
-        if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:  # type: ignore[attr-defined]
+        if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:
             raise ValueError(
                 f"{name}: workers have different numbers of batches: validate after epochs (val_check_interval 1.0)."
             )
-        if trainer.limit_train_batches not in (1.0, None) and not (trainer.max_epochs == 1 or trainer.max_steps == 1):  # type: ignore[attr-defined]
+        if trainer.limit_train_batches not in (1.0, None) and not (trainer.max_epochs == 1 or trainer.max_steps == 1):
             raise ValueError(
-                f"{name}: limit_train_batches={trainer.limit_train_batches} would leave samples of the epoch behind: set max_steps."  # type: ignore[attr-defined]
+                f"{name}: limit_train_batches={trainer.limit_train_batches} would leave samples of the epoch behind: set"
+                " max_steps."
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and (callback._every_n_train_steps or callback._train_time_interval):
                 raise ValueError(
-                    f"{name}: ModelCheckpoint(every_n_train_steps or train_time_interval) acts at each worker's own count of steps:"
-                    " save after epochs, or use RunCheckpoint."
+                    f"{name}: ModelCheckpoint(every_n_train_steps or train_time_interval) acts at each worker's own count of"
+                    " steps: save after epochs, or use RunCheckpoint."
                 )
         overridden = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if self.consistency.kind == "bsp" and self.world_size > 1 and overridden:
             raise ValueError(
-                f"{name}: {type(module).__name__}.configure_gradient_clipping would clip the gradient of each worker, not that of the"
-                " step, which only the servers know: use gradient_clip_val, or mode asp or ssp."
+                f"{name}: {type(module).__name__}.configure_gradient_clipping would clip the gradient of each worker, not that of"
+                " the step, which only the servers know: use gradient_clip_val, or mode asp or ssp."
             )
 
     def setup(self, trainer: Trainer) -> None:
@@ -324,7 +325,7 @@ class ParameterServerStrategy(DDPStrategy):
         assert self.accelerator is not None and self.model is not None
         self._trainer = trainer
         self.accelerator.setup(trainer)
-        self.precision_plugin.convert_module(self.model)  # type: ignore[arg-type]
+        self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -333,6 +334,7 @@ class ParameterServerStrategy(DDPStrategy):
             OptimizerSpec.of(self.optimizers[0])  # refuse now what servers cannot run
         self.setup_precision_plugin()
         assert self.lightning_module is not None
+        metric: Any
         for metric in self.lightning_module.modules():  # torchmetrics would ask a process group
             if hasattr(metric, "dist_sync_fn") and hasattr(metric, "distributed_available_fn"):
                 metric.dist_sync_fn = self._gather_for_metric
@@ -372,7 +374,7 @@ class ParameterServerStrategy(DDPStrategy):
         if self._data is None:
             self._data = self._join_data(identity, batch)
         share = batch // self.world_size + (self.global_rank < batch % self.world_size)
-        limit = trainer.limit_train_batches  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
         if self.on_drop == "requeue" and dataloader.num_workers:
             raise ValueError(f"{name}: on_drop=requeue gives back what workers of the DataLoader are loading: set num_workers=0.")
         self._loader = ShardLoader(
@@ -448,7 +450,7 @@ class ParameterServerStrategy(DDPStrategy):
             self.barrier()  # no one begins before the servers are filled
         if late:
             epoch = self.client.enter(0)
-            progress = trainer.fit_loop.epoch_progress.current
+            progress: Any = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = epoch
             self.client.look()
             self._scheduled = 0
@@ -510,7 +512,8 @@ class ParameterServerStrategy(DDPStrategy):
                 raise ValueError(f"{type(self).__name__}: {name} has max_norm or scale_grad_by_freq, which need the whole table.")
             if sum(other.weight is each.weight for other in embeddings.values()) > 1:
                 raise ValueError(f"{type(self).__name__}: the table {name} is shared by several modules; leave it out of tables.")
-        entries, self._names = [], {}
+        entries: list[Entry] = []
+        self._names = {}
         for group, content in enumerate(self.optimizers[0].param_groups):
             for parameter in content["params"]:
                 table = tables.get(parameter)
@@ -641,9 +644,9 @@ class ParameterServerStrategy(DDPStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Run the step's passes here, and the optimizer on the servers (Lightning hook)."""
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came first
-        return self.precision_plugin.optimizer_step(
-            _Remote(optimizer, self._push), model=model or self.lightning_module, closure=closure, **kwargs
-        )
+        remote: Any = _Remote(optimizer, self._push)
+        module: Any = model or self.lightning_module
+        return self.precision_plugin.optimizer_step(remote, model=module, closure=closure, **kwargs)
 
     def _push(self) -> None:
         layout, batch, loader = self._layout, self._batch, self._loader
@@ -693,8 +696,8 @@ class ParameterServerStrategy(DDPStrategy):
                 continue
             if not grad.is_sparse:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the table {layout.entries[number].name} is used otherwise than by looking rows up, so all"
-                    " of it has a gradient: leave it out of tables."
+                    f"{type(self).__name__}: the table {layout.entries[number].name} is used otherwise than by looking rows up,"
+                    " so all of it has a gradient: leave it out of tables."
                 )
             grad = grad.coalesce()
             rows[number] = grad.indices()[0].cpu(), grad.values().cpu()
@@ -850,13 +853,13 @@ class ParameterServerStrategy(DDPStrategy):
         return Path(result) if isinstance(obj, Path) and isinstance(result, str) else result
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over all workers; in a training step, of which others know nothing, it stays as it is (Lightning hook)."""
+        """Reduce a tensor over all workers; in a training step, of which others know nothing, it stays (Lightning hook)."""
         if not isinstance(tensor, Tensor) or not self._meets():
             return tensor
         if self._in_step and self._live:
             rank_zero_warn(
-                f"{type(self).__name__}: what a training step logs with sync_dist=True is each worker's own; means of epochs are of"
-                " all workers."
+                f"{type(self).__name__}: what a training step logs with sync_dist=True is each worker's own; means of epochs are"
+                " of all workers."
             )
             return tensor
         found = self._gather(tensor.detach().cpu(), "a reduction")
