@@ -1,5 +1,6 @@
 """Server and clients over real sockets, in threads of this process: bad messages, bad networks, and no sample twice."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -200,7 +201,12 @@ class FlakyNetwork:
             threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
 
     def _serve(self, inner: socket.socket) -> None:
-        with inner, socket.create_connection((self._target.host, self._target.port)) as outer:
+        # Clients that close while a message is on its way are part of a bad network too.
+        with (
+            contextlib.suppress(OSError),
+            inner,
+            socket.create_connection((self._target.host, self._target.port)) as outer,
+        ):
             while data := inner.recv(65536):
                 fate = self._random.random()
                 if fate < self._rate / 2:
