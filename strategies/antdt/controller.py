@@ -107,7 +107,9 @@ class Controller:
             )
         limits = [caps] * world_size if caps is None or isinstance(caps, int) else list(caps)
         if len(limits) != world_size or any(cap is not None and cap < 1 for cap in limits):
-            raise ValueError(f"Controller: caps={caps} must be one number of at least 1, or one for each of {world_size} workers.")
+            raise ValueError(
+                f"Controller: caps={caps} must be one number of at least 1, or one for each of {world_size} workers."
+            )
         self.solution, self.world_size, self.global_batch = solution, world_size, global_batch
         self.decide_every, self.group_restart, self.max_restarts_per_node = decide_every, group_restart, max_restarts_per_node
         self.busy = busy

@@ -171,6 +171,7 @@ class Monitor:
         self._steps: list[int] = []
         self._skip: list[int] = []
         self._fixed: list[float] = []
+        self._usual = 0.0
         self._moments: list[list[float]] = [[] for _ in Moments._fields]
         self._run: _Run | None = None
         self._first: int | None = None  # sub-sample
@@ -356,14 +357,20 @@ class Monitor:
         )
 
     def _find_fixed(self, least: Sequence[float]) -> None:
-        """a_i, carefully: two standard errors below what was fitted, between 0 and the quickest micro-batch."""
-        _, cc, cn, nn, *_ = self._moments
-        for node, (a, b, c) in enumerate(zip(cc, cn, nn, strict=True)):
-            if a * c - b * b > 1e-4 * a * c:  # else the batch has not changed for a while: what was found before still holds
-                line = fit(self.moments(node))
-                if line is not None:
-                    self._fixed[node] = max(line.fixed - 2 * line.fixed_error, 0.0)
-        self._fixed = list(map(min, self._fixed, least))
+        """a_i: what most nodes have, carefully, and less than a node's quickest micro-batch.
+
+        A line through one node's steps is not to be trusted: when a node gets slower just as its batch changes, two clouds of
+        points lie on a line that means nothing, without any residual. So the median over nodes is taken, of each two standard
+        errors less than was fitted; most nodes do not change at the same time. What is left over goes to c_i, which so stays
+        exact for the batch at hand. While batches do not change, what was found before still holds.
+        """
+        weight, cc, cn, nn, *_ = self._moments
+        told = [node for node, (a, b, c) in enumerate(zip(cc, cn, nn, strict=True)) if a * c - b * b > 1e-4 * a * c]
+        if len(told) >= max(2, sum(1 for each in weight if each) / 2):
+            lines = [line for node in told if (line := fit(self.moments(node))) is not None]
+            if len(lines) >= 2:
+                self._usual = statistics.median_low(max(line.fixed - 2 * line.fixed_error, 0.0) for line in lines)
+        self._fixed = [min(self._usual, 0.8 * quickest) for quickest in least]
 
     def _persistence(self) -> list[float]:
         """p_i; time before the first report counts as not slow.
@@ -403,6 +410,7 @@ class Monitor:
             "steps": list(self._steps),
             "skip": list(self._skip),
             "fixed": list(self._fixed),
+            "usual": self._usual,
             "moments": [list(column) for column in self._moments],
             "first": self._first,
             "open": self._open,
@@ -419,6 +427,7 @@ class Monitor:
             sums.least = [math.inf if value is None else value for value in sums.least]
         self._verdicts = deque((int(key), bytes.fromhex(slow)) for key, slow in state["verdicts"])
         self._slow = [sum(column) for column in zip(*(slow for _, slow in self._verdicts), strict=True)] or [0] * self.size
+        self._usual = float(state["usual"])
         self._steps, self._skip, self._fixed = list(state["steps"]), list(state["skip"]), list(state["fixed"])
         self._moments = [list(column) for column in state["moments"]]
         self._first = cast(int | None, state["first"])
@@ -433,4 +442,4 @@ def _cost(seconds: float, samples: int, micros: int, fixed: float) -> float | No
     if not samples:
         return None
     cost = (seconds - fixed * micros) / samples
-    return cost if cost > 1e-3 * seconds / samples else seconds / samples
+    return cost if cost > 0 else seconds / samples

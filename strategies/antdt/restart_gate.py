@@ -1,11 +1,11 @@
 """Whether restarts pay: what they take against what they save in the rest of the job (section 2.5) [derived].
 
-With ``k = remaining / B`` steps to go and times T of a step before and after, a restart saves ``k (T_before - T_after)`` seconds,
-times the probability that it helps. It takes R seconds if all wait, else the part of R that the absent worker's share of the
-speed is.
+Workers: the rest of the job takes ``H = remaining / throughput`` seconds as it goes, and goes as the balanced step does, so that a
+restart saves ``H (1 - T_after / T_before)``, with T the shortest possible step before and after. (The specification's
+``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of that, without fixed costs and least batches, and promises too much.)
+Servers: a step gets shorter by as much as the slowest server does. Both count with the probability that a restart helps.
 
-The specification's ``H (1/c_med - 1/c_i) / sum 1/c_j`` is the first order of the exact ``H (1 - T_after / T_before)``; we take
-the exact form, with fixed costs and least batches.
+A restart takes R seconds if all wait, else the part of R that the absent worker's share of the speed is.
 """
 
 import statistics
@@ -27,13 +27,13 @@ def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch:
         min_local_batch: Least samples of a worker.
     """
     costs = view.costs()
-    if costs is None or view.remaining is None:
+    horizon = view.horizon
+    if costs is None or horizon is None:
         return 0
     fixed, cost = list(costs[0]), list(costs[1])
     known = [worker.index for worker in view.workers if worker.cost is not None]
     usual = statistics.median(cost[number] for number in known)
     usual_fixed = statistics.median(fixed[number] for number in known)
-    steps = view.remaining / view.global_batch
     low = min(min_local_batch, view.global_batch // len(cost))
 
     speed = whole = sum(1 / c for c in cost)
@@ -50,7 +50,7 @@ def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch:
         load += usual_fixed / usual - fixed[node.index] / own
         floors.remove(floor_of[node.index])
         after = max(load / speed, floors[0] if floors else 0.0, usual_fixed + usual * low)
-        saved = view.restart_success * steps * (before - after)
+        saved = view.restart_success * horizon * (1 - after / before)
         if (profit := saved - view.restart_seconds * (1.0 if view.group_restart else absent)) > best:
             best, chosen = profit, count
     return chosen

@@ -139,7 +139,9 @@ class AntDTND(Solution):
             if bad:
                 chosen += bad[: gate(view, bad, self.min_local_batch)] if self.cost_gate else bad
         return [
-            KillRestart(node.node, f"slow during {node.persistence:.0%} of the last {self.windows.persistent:g} {self.windows.unit}")
+            KillRestart(
+                node.node, f"slow during {node.persistence:.0%} of the last {self.windows.persistent:g} {self.windows.unit}"
+            )
             for node in chosen
         ]
 
@@ -334,7 +336,9 @@ class LBBSP(Solution):
         costs = view.costs()
         if costs is None:
             return []
-        speeds = [1 / c for c in costs[1]]
+        # As LB-BSP has it, without fixed costs: samples a second of the batch at hand.
+        times = step_seconds(*costs, view.batch, view.cap)
+        speeds = [max(n, 1) / t for n, t in zip(view.batch, times, strict=True)]
         if len(self._speeds) == len(speeds):
             w = self.smoothing
             speeds = [w * new + (1 - w) * old for new, old in zip(speeds, self._speeds, strict=True)]
