@@ -8,27 +8,13 @@ from typing import Any
 
 from strategies.antdt.address import Address
 from strategies.antdt.client import Client
-from strategies.antdt.controller import Controller
-from strategies.antdt.launch import find_or_start
-from strategies.antdt.server import TOKEN_VARIABLE, BuildController, ServerThread
-from strategies.antdt.service import find_solution
+from strategies.antdt.launch import find_or_start, revive
+from strategies.antdt.server import TOKEN_VARIABLE, ServerThread
 from strategies.antdt.wire import ServiceError
 
-__all__ = ["Connection", "build_controller", "restarts_left"]
+__all__ = ["Connection", "restarts_left"]
 
 _FIRST_PATIENCE = 20.0  # seconds for a server that was named; one that runs answers at once
-
-
-def build_controller(settings: dict[str, Any]) -> Any:
-    """The controller that ``configure`` describes; see `Service`."""
-    solution = settings["solution"]
-    return Controller(
-        find_solution(solution["class_path"])(**solution["init_args"]),
-        world_size=settings["world_size"],
-        global_batch=settings["global_batch"],
-        caps=settings["caps"],
-        **settings["controller"],
-    )
 
 
 def restarts_left() -> int:
@@ -84,23 +70,17 @@ class Connection:
             ServerNotStarted: there is none, and none could be started.
         """
         if self.kind == "process":
-
-            def resolve() -> Address:
-                return find_or_start(self.folder)
-
-            self._client = Client(resolve(), self.rank, patience=self.patience, resolve=resolve)
+            address = find_or_start(self.folder)
+            self._client = Client(address, self.rank, patience=self.patience, resolve=lambda: revive(self.folder))
         elif self._named is not None:
             self._client = Client(self._named, self.rank, patience=_FIRST_PATIENCE)
             self._client.status()
             self._client.patience = self.patience
 
-    def host(
-        self, build_controller: BuildController, event: Callable[[dict[str, Any]], None], broadcast: Callable[[Any], Any]
-    ) -> None:
+    def host(self, event: Callable[[dict[str, Any]], None], broadcast: Callable[[Any], Any]) -> None:
         """Start the server in rank 0's process, if it is to be there; a collective call.
 
         Args:
-            build_controller: see `Service`.
             event: takes lines of the log.
             broadcast: gives rank 0's object to all.
         """
@@ -109,7 +89,7 @@ class Connection:
         if self.rank == 0:
             # Ranks of other machines must reach it.
             alone = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) == self.world_size
-            self._thread = ServerThread(build_controller, host="127.0.0.1" if alone else "0.0.0.0", event=event)
+            self._thread = ServerThread(host="127.0.0.1" if alone else "0.0.0.0", event=event)
             address = self._thread.address
             if not alone:
                 address = address._replace(host=socket.gethostname())

@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from strategies.antdt.actions import AdjustLR
 from strategies.antdt.agent import Agent
-from strategies.antdt.connection import Connection, build_controller, restarts_left
+from strategies.antdt.connection import Connection, restarts_left
 from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
 from strategies.antdt.inject import Injector
 from strategies.antdt.loader import SamplerOrder, StepBatch, StepLoader, SupportsRange
@@ -125,7 +125,7 @@ class AntDTStrategy(DDPStrategy):
     ) -> None:
         for argument, value, least in (
             ("global_batch_size", global_batch_size, 1), ("shard_steps", shard_steps, 1), ("tail_factor", tail_factor, 1),
-            ("prefetch", prefetch, 1), ("report_every", report_every, 1), ("decide_every", decide_every, 0),
+            ("prefetch", prefetch, 1), ("report_every", report_every, 1), ("decide_every", decide_every, 1e-3),
             ("heartbeat_timeout", heartbeat_timeout, 1),
         ):  # fmt: skip
             if value is not None and value < least:
@@ -341,7 +341,7 @@ class AntDTStrategy(DDPStrategy):
         if not may_restart:
             controller["max_restarts_per_node"] = 0
         self._log = StepLog(self._folder / "events.jsonl") if self.is_global_zero else None
-        connection.host(build_controller, self._log.write if self._log else lambda line: None, self.broadcast)
+        connection.host(self._log.write if self._log else lambda line: None, self.broadcast)
         joined = connection.take_part(
             {
                 "dataset": {**identity, "epochs": None},
@@ -424,8 +424,7 @@ class AntDTStrategy(DDPStrategy):
             if stored is not None:
                 if (stored["ledger"]["epoch"], stored["ledger"]["consumed"]) == (epoch, consumed):
                     ledger = stored["ledger"]
-                fresh = self._connection.joined["gen"] == 1  # else the service knows more than the checkpoint
-                controller = stored["controller"] if fresh and stored["world_size"] == self.world_size else None
+                controller = stored["controller"]  # of which the service takes what it does not know better
             client.restore(ledger, controller)
             plan = client.status()["plan"]
         plan = self.broadcast(plan)
@@ -745,8 +744,7 @@ class AntDTStrategy(DDPStrategy):
 
 def _described(exception: BaseException) -> dict[str, Any]:
     """An error as the controller wants to know it."""
-    memory = isinstance(exception, torch.OutOfMemoryError) or "out of memory" in str(exception).lower()
-    return {"type": type(exception).__name__, "message": str(exception)[:500], "out_of_memory": memory}
+    return {"type": type(exception).__name__, "message": str(exception)[:500]}
 
 
 def _allocation(plan: Mapping[str, Any]) -> Allocation:

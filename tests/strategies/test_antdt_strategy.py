@@ -10,29 +10,42 @@ import torch
 import torch.distributed as dist
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from tiny import MLP, Tiny, TinyData
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
 from strategies import AntDTStrategy
 from strategies.antdt.actions import Action, AdjustBatch
+from strategies.antdt.monitor import Windows
 from strategies.antdt.solutions import Solution, StaticBSP
 from zoo import ZooModule
 
 
 class Plans(Solution):
-    """Decides on given batches at given steps."""
+    """Decides on the given batches, one decision after the other."""
 
-    def __init__(self, plans: list[list[int]] | None = None, cap: list[int | None] | None = None) -> None:
-        self.plans, self.cap = plans or [], cap
+    windows = Windows(1, 2, "steps", min_steps=1, skip_steps=0)
+
+    def __init__(self, plans: list[list[int]], cap: list[int | None] | None = None) -> None:
+        self.plans, self.cap = plans, cap
         self.given = 0
 
     def decide(self, view: Any, now: float) -> list[Action]:
-        if self.given >= len(self.plans):
+        if self.given >= len(self.plans) or AdjustBatch.kind not in view.ready:
             return []
-        batch = self.plans[self.given]
         self.given += 1
-        return [AdjustBatch(tuple(batch), tuple(self.cap or [None] * len(batch)))]
+        batch = self.plans[self.given - 1]
+        return [AdjustBatch(tuple(batch), tuple(self.cap or view.cap))]
+
+    def cooldowns(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.given = state["given"]
 
 
 class Rows(Dataset):
@@ -83,7 +96,8 @@ class Noisy(ZooModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, index = batch["x"], batch["index"]
-        if self.trainer.strategy._step.is_shadow if hasattr(self.trainer.strategy, "_step") else False:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, AntDTStrategy) and strategy._step.is_shadow:
             index = index[:0]
         self.seen.append((self.trainer.current_epoch, self.trainer.global_step, index.tolist()))
         noise = self.train_random(len(x)).normal("noise", (3,), dtype=torch.float64).to(x)
@@ -150,10 +164,68 @@ def samples(runs: list[Run], epoch: int) -> list[int]:
     return sorted(index for run in runs for at, _, indices in run.seen if at == epoch for index in indices)
 
 
-def test_equal_to_one_process(pool: RankPool, tmp_path: Path) -> None:
-    (one,) = pool.run(fit, tmp_path / "one", None, {"batch_size": 8}, world_size=1)
-    two = pool.run(fit, tmp_path / "two", {"shard_steps": 1}, {"batch_size": 4}, world_size=2)
-    for run in two:
-        assert run.metrics == pytest.approx(one.metrics, rel=1e-12)
+def assert_same(runs: list[Run], one: Run, tolerance: float = 1e-10) -> None:
+    for run in runs:
+        assert run.metrics == pytest.approx(one.metrics, rel=tolerance)
         for name, value in run.weights.items():
-            torch.testing.assert_close(value, one.weights[name], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(value, one.weights[name], rtol=tolerance, atol=tolerance)
+
+
+UNEVEN = [[6, 2], [1, 7], [3, 5], [7, 1]]
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # of AntDT, of the data, of the trainer
+    "equal": ({}, {}, {}),
+    "uneven": ({"solution": Plans(UNEVEN)}, {}, {}),
+    "hook": ({"solution": Plans(UNEVEN), "weighting": "hook"}, {}, {}),
+    "micro-batches": ({"solution": Plans(UNEVEN), "max_micro_batch": 2}, {}, {}),
+    "micro-batches by hook": ({"solution": Plans(UNEVEN), "max_micro_batch": [1, 3], "weighting": "hook"}, {}, {}),
+    "clipped": ({"solution": Plans(UNEVEN), "max_micro_batch": 3}, {}, {"gradient_clip_val": 0.05}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equal_to_one_process(pool: RankPool, tmp_path: Path, name: str) -> None:
+    """Losses and weights of the DataLoader's own epochs in one process, whatever the batches, in float64."""
+    antdt, data, options = SETTINGS[name]
+    (one,) = pool.run(fit, tmp_path / "one", None, {"batch_size": 8}, world_size=1, **options)
+    fast = {"report_every": 1, "decide_every": 1.0, "shard_steps": 1}
+    two = pool.run(fit, tmp_path / "two", {**fast, **antdt}, {"batch_size": 4, **data}, world_size=2, **options)
+    assert_same(two, one)
+    sizes = {len(indices) for _, _, indices in two[0].seen}
+    if "uneven" in name:
+        assert len(sizes) > 2, "no decision came into force"
+
+
+def test_what_is_compared_makes_a_difference(pool: RankPool, tmp_path: Path) -> None:
+    (one,) = pool.run(fit, tmp_path, None, {"batch_size": 8}, world_size=1)
+    (clipped,) = pool.run(fit, tmp_path, None, {"batch_size": 8}, world_size=1, gradient_clip_val=0.05)
+    (other,) = pool.run(fit, tmp_path, None, {"batch_size": 6}, world_size=1)
+    assert one.metrics != pytest.approx(clipped.metrics, rel=1e-4)
+    assert one.metrics != pytest.approx(other.metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (2, 3)])
+def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, world: int) -> None:
+    """A last step that is not full, ranks that have nothing in it, and fewer samples than ranks."""
+    antdt = {"solution": Plans([[6, 1, 1][:world], [1, 6, 1][:world]] if world == 3 else UNEVEN), "shuffle": "global"}
+    fast = {"report_every": 1, "decide_every": 1.0, "shard_steps": 3, "global_batch_size": 8}
+    runs = pool.run(fit, tmp_path, {**fast, **antdt}, {"rows": rows, "batch_size": 1 if rows == 2 else 4}, world_size=world)
+    for epoch in (0, 1):
+        assert samples(runs, epoch) == list(range(rows))
+    steps = {(epoch, step) for epoch, step, _ in runs[0].seen}
+    assert len(steps) == 2 * -(-rows // 8)
+    assert runs[0].metrics == runs[1].metrics
+
+
+def fit_tiny(folder: Path, num_workers: int) -> dict[str, Tensor]:
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    module = Tiny(MLP(dropout=0.0))
+    strategy = AntDTStrategy(solution=StaticBSP(), server="inprocess", shard_steps=1, max_micro_batch=3)
+    trainer_of(strategy, folder).fit(module, TinyData(batch_size=8, num_workers=num_workers))
+    return weights_of(module)
+
+
+def test_workers_change_nothing(pool: RankPool, tmp_path: Path) -> None:
+    here, there = (pool.run(fit_tiny, tmp_path, workers)[0] for workers in (0, 1))
+    for name, value in there.items():
+        torch.testing.assert_close(value, here[name], rtol=1e-10, atol=1e-10)
