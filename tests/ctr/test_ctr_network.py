@@ -80,7 +80,7 @@ def test_each_part_takes_part() -> None:
     assert {name.partition(".")[0] for name, _ in network.named_parameters()} == {"linear", "embedding", "cin", "dnn", "output"}
 
 
-@pytest.mark.parametrize(("cin", "dnn"), [([], [4]), ([3], []), ([], [])])
+@pytest.mark.parametrize(("cin", "dnn"), [([], [4]), ([3], [])])
 def test_parts_can_be_left_out(cin: list[int], dnn: list[int]) -> None:
     network = XDeepFMNetwork([3, 4], num_dense=0, embed_dim=2, cin=cin, dnn=dnn, dropout=0.5)
     drawn = network.draw(SampleRandom(0, torch.arange(2)))
@@ -110,6 +110,7 @@ def test_dropout_belongs_to_the_sample_and_keeps_the_mean() -> None:
         (lambda: FieldEmbedding([], 0, 2), "must be a field"),
         (lambda: CompressedInteraction(3, [2, 0]), r"widths=\[2, 0\]"),
         (lambda: DeepLayers(3, [2], dropout=1.0), "dropout=1.0"),
+        (lambda: XDeepFMNetwork([3], 0, 2, [], [], 0.0), "cin and dnn are both empty"),
     ],
 )
 def test_impossible_sizes_are_named(build, message: str) -> None:

@@ -116,7 +116,7 @@ def test_workers_give_the_same_batches(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
-    data = Stored(tmp_path)
+    data = Stored(tmp_path, batch_size=8)
     data.prepare_data()
     damage(data.folder())
     with pytest.raises(ValueError, match=message):

@@ -31,13 +31,15 @@ class XDeepFMNetwork(ClickNetwork):
         dropout: Dropout after each hidden layer of the DNN.
 
     Raises:
-        ValueError: A size is less than 1.
+        ValueError: A size is less than 1, or neither part has a layer.
     """
 
     def __init__(
         self, field_dims: Sequence[int], num_dense: int, embed_dim: int, cin: Sequence[int], dnn: Sequence[int], dropout: float
     ) -> None:
         super().__init__(field_dims, num_dense)
+        if not cin and not dnn:
+            raise ValueError("cin and dnn are both empty: give at least one of them a layer.")
         num_fields = len(field_dims) + num_dense
         self.linear = FieldEmbedding(field_dims, num_dense, 1)
         self.embedding = FieldEmbedding(field_dims, num_dense, embed_dim)
