@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from strategies.antdt.exchange import Reading
 from strategies.antdt.planner import StepPlan, StepPlanner
@@ -110,6 +110,7 @@ class StepLoader:
         planner: of the steps.
         order: of the samples.
         seed: of the global generators while a sample is loaded.
+        length: of the data set, samples of an epoch that are left out included.
         prefetch: steps that are planned ahead, at least 1; with workers, those are given at least as many steps in advance.
         epoch: tells the number of the epoch when a pass begins.
         rewind: ``(epoch) -> None`` puts the service to the beginning of an epoch, when the one before was left unfinished.
@@ -126,6 +127,7 @@ class StepLoader:
         order: Order,
         *,
         seed: int = 0,
+        length: int | None = None,
         prefetch: int = 2,
         epoch: Callable[[], int] = lambda: 0,
         rewind: Callable[[int], None] = lambda epoch: None,
@@ -141,7 +143,7 @@ class StepLoader:
         self.current: StepBatch | None = None
         self._engine = _engine(source, self, prefetch)
         self._planned: deque[tuple[StepPlan, list[Tensor]]] = deque()
-        self._position = {"epoch": 0, "samples": 0, "length": planner.num_samples}
+        self._position = {"epoch": 0, "samples": 0, "length": length or planner.num_samples}
         self._resumed = False
 
     def __len__(self) -> int:
@@ -170,11 +172,11 @@ class StepLoader:
     def _open(self, epoch: int) -> None:
         while self._planned:  # of an epoch that all ranks have left early
             self._planned.popleft()[0].answer()
-        at, length = self._position, self.planner.num_samples
+        at = self._position
         if not (self._resumed and at["epoch"] == epoch):
-            if (at["epoch"], at["samples"]) != (epoch - 1, length):
+            if (at["epoch"], at["samples"]) != (epoch - 1, self.planner.num_samples):
                 self.rewind(epoch)
-            self._position = {"epoch": epoch, "samples": 0, "length": length}
+            at |= {"epoch": epoch, "samples": 0}
         self._resumed = False
         self.planner.begin(epoch, self._position["samples"])
 
@@ -281,7 +283,7 @@ class _Reader(Dataset[list[Any]]):
     def _samples(self, seed: int, epoch: int, indices: list[int], positions: list[int]) -> Any:
         if hasattr(self.dataset, "__getitems__") or isinstance(self.dataset, SupportsRange):
             _seed_generators(seed, epoch, positions[0])
-        if isinstance(self.dataset, IterableDataset):
+        if isinstance(self.dataset, SupportsRange):
             return [sample for lo, hi in _runs(indices) for sample in self.dataset.__getrange__(lo, hi)]
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(indices)

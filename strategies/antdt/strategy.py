@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -94,6 +94,8 @@ class AntDTStrategy(DDPStrategy):
         decide_every: seconds between two decisions.
         heartbeat_timeout: seconds after which a silent process is held for lost.
         max_micro_batch: most samples of a micro-batch, of all ranks or of each; null: no limit.
+        restart_cost: seconds that a restart of the group takes, as long as none was seen.
+        max_restarts_per_node: how often the controller may have a process started again; 0: never.
         injector: makes processes slow on purpose, for tests and benchmarks.
         kwargs: of Lightning's ``DDPStrategy``.
 
@@ -120,13 +122,16 @@ class AntDTStrategy(DDPStrategy):
         decide_every: float = 10.0,
         heartbeat_timeout: float = 60.0,
         max_micro_batch: int | list[int] | None = None,
+        restart_cost: float = 60.0,
+        max_restarts_per_node: int = 3,
         injector: Injector | None = None,
         **kwargs: Any,
     ) -> None:
         for argument, value, least in (
             ("global_batch_size", global_batch_size, 1), ("shard_steps", shard_steps, 1), ("tail_factor", tail_factor, 1),
             ("prefetch", prefetch, 1), ("report_every", report_every, 1), ("decide_every", decide_every, 1e-3),
-            ("heartbeat_timeout", heartbeat_timeout, 1),
+            ("heartbeat_timeout", heartbeat_timeout, 1), ("restart_cost", restart_cost, 0),
+            ("max_restarts_per_node", max_restarts_per_node, 0),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"AntDTStrategy: {argument}={value} must be at least {least}.")
@@ -153,6 +158,7 @@ class AntDTStrategy(DDPStrategy):
         self.weighting: Weighting = weighting
         self.prefetch, self.report_every, self.decide_every = prefetch, report_every, decide_every
         self.heartbeat_timeout, self.max_micro_batch, self.injector = heartbeat_timeout, max_micro_batch, injector
+        self.restart_cost, self.max_restarts_per_node = restart_cost, max_restarts_per_node
         self._trainer: Trainer | None = None
         self._control: dist.ProcessGroup | None = None
         self._connection: Connection | None = None
@@ -191,7 +197,7 @@ class AntDTStrategy(DDPStrategy):
                 self._join_processes()
         super().setup_distributed()
         if fitting and self.world_size > 1:
-            self._control = dist.new_group(backend="gloo")
+            self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     def _join_processes(self) -> None:
         """Make the group under a name of its own: torch elastic keeps the store, with addresses of a group that is gone."""
@@ -200,7 +206,7 @@ class AntDTStrategy(DDPStrategy):
         attempt = f"gen{generation}" if generation is not None else f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
         store = dist.TCPStore(address, port, is_master=False)
-        device = {"device_id": self.root_device} if self.root_device.type != "cpu" else {}
+        device: dict[str, Any] = {"device_id": self.root_device} if self.root_device.type != "cpu" else {}
         dist.init_process_group(
             self._get_process_group_backend(), store=dist.PrefixStore(f"antdt/{attempt}", store), rank=self.global_rank,
             world_size=self.world_size, timeout=self._timeout, **device,
@@ -275,9 +281,10 @@ class AntDTStrategy(DDPStrategy):
                     " global_batch_size, and let the data set give samples."
                 )
             batch = dataloader.batch_size * self.world_size
-        samples = identity["n"] // batch * batch if self.drop_last else identity["n"]
+        length = identity["n"]
+        samples = length // batch * batch if self.drop_last else length
         if samples == 0:
-            raise ValueError(f"AntDTStrategy: drop_last, and the {identity['n']} samples fill no global batch of {batch}.")
+            raise ValueError(f"AntDTStrategy: drop_last, and the {length} samples fill no global batch of {batch}.")
         identity["n"] = samples
         if self._loader is not None:  # reloaded between epochs
             if self._loader.planner.num_samples != samples:
@@ -286,7 +293,7 @@ class AntDTStrategy(DDPStrategy):
         else:
             planner = self._take_part(trainer, identity, batch)
         former, self._loader = self._loader, StepLoader(
-            dataloader, planner, order, seed=self._seed(), prefetch=self.prefetch,
+            dataloader, planner, order, seed=self._seed(), length=length, prefetch=self.prefetch,
             epoch=lambda: trainer.current_epoch, rewind=self._rewind, waited=self._waited,
         )  # fmt: skip
         if former is not None:
@@ -337,9 +344,11 @@ class AntDTStrategy(DDPStrategy):
         self._check_resumed(batch)
         caps = self.max_micro_batch if isinstance(self.max_micro_batch, list) else [self.max_micro_batch] * world
         may_restart = restarts_left() > 0 and trainer.checkpoint_callback is not None
-        controller: dict[str, Any] = {"decide_every": self.decide_every}
-        if not may_restart:
-            controller["max_restarts_per_node"] = 0
+        controller = {
+            "decide_every": self.decide_every,
+            "restart_cost": self.restart_cost,
+            "max_restarts_per_node": self.max_restarts_per_node if may_restart else 0,
+        }
         self._log = StepLog(self._folder / "events.jsonl") if self.is_global_zero else None
         connection.host(self._log.write if self._log else lambda line: None, self.broadcast)
         joined = connection.take_part(
@@ -417,7 +426,7 @@ class AntDTStrategy(DDPStrategy):
         assert self._connection is not None and self._loader is not None and self._connection.joined is not None
         planner, client = self._loader.planner, self._connection.client
         self._wait_for_all()  # no request of before may come after
-        plan = None
+        plan: dict[str, Any] = {}
         if self.is_global_zero:
             ledger: dict[str, Any] = {"epoch": epoch, "todo": [[consumed, planner.num_samples]][: consumed < planner.num_samples]}
             controller = None
@@ -462,11 +471,12 @@ class AntDTStrategy(DDPStrategy):
         stopped = isinstance(exception, SIGTERMException)
         if self._restarting and isinstance(exception, SystemExit):
             exception.code = RESTART_EXIT_CODE
-        if self._agent is None or self._connection is None:
-            return
-        self._agent.stop()
-        if not stopped:
-            self._connection.fail([_described(exception)], self._agent.step)
+        step = 0
+        if self._agent is not None:
+            self._agent.stop()
+            step = self._agent.step
+        if self._connection is not None and not stopped:
+            self._connection.fail([_described(exception)], step)
         self._close(job_is_over=restarts_left() == 0)
 
     def teardown(self) -> None:
@@ -709,7 +719,7 @@ class AntDTStrategy(DDPStrategy):
             snapshot = self._snapshot() if self._connection is not None else self._last_snapshot
             if snapshot is not None:
                 todo, at = snapshot["ledger"]["todo"], snapshot["ledger"]["consumed"]
-                for state in checkpoint["loops"]["fit_loop"].get("combined_loader", []):
+                for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
                     if todo not in ([], [[at, snapshot["ledger"]["n"]]]):
                         # What is left is no rest of the order: other strategies' loaders cannot go on with it, and will say so.
                         state["todo"] = todo

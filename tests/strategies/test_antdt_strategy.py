@@ -1,167 +1,25 @@
 """AntDT on real processes: what it computes, in which steps, from which samples, and that it goes on where it was."""
 
-from dataclasses import dataclass, field
-from functools import partial
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from antdt_job import Noisy, Plans, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
 from distributed import RankPool
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from tiny import MLP, Tiny, TinyData
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
-from datamodules import ZooDataModule
 from strategies import AntDTStrategy
-from strategies.antdt.actions import Action, AdjustBatch
-from strategies.antdt.monitor import Windows
-from strategies.antdt.solutions import Solution, StaticBSP
-from zoo import ZooModule
-
-
-class Plans(Solution):
-    """Decides on the given batches, one decision after the other."""
-
-    windows = Windows(1, 2, "steps", min_steps=1, skip_steps=0)
-
-    def __init__(self, plans: list[list[int]], cap: list[int | None] | None = None) -> None:
-        self.plans, self.cap = plans, cap
-        self.given = 0
-
-    def decide(self, view: Any, now: float) -> list[Action]:
-        if self.given >= len(self.plans) or AdjustBatch.kind not in view.ready:
-            return []
-        self.given += 1
-        batch = self.plans[self.given - 1]
-        return [AdjustBatch(tuple(batch), tuple(self.cap or view.cap))]
-
-    def cooldowns(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.given = state["given"]
-
-
-class Rows(Dataset):
-    """Regression data that know their index."""
-
-    def __init__(self, rows: int) -> None:
-        self.x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        self.y = self.x.sin().sum(1, keepdim=True)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        dtype = torch.get_default_dtype()
-        return {"x": self.x[index].to(dtype), "y": self.y[index].to(dtype), "index": torch.tensor(index)}
-
-
-class RowsData(ZooDataModule):
-    """The rows, for training and evaluation."""
-
-    def __init__(self, rows: int = 48, batch_size: int = 4, num_workers: int = 0) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers)
-        self.rows = rows
-
-    def train_dataloader(self) -> DataLoader:
-        return self.train_loader(Rows(self.rows))
-
-    def val_dataloader(self) -> DataLoader:
-        return self.eval_loader(Rows(12))
-
-    test_dataloader = predict_dataloader = val_dataloader
-
-
-class Noisy(ZooModule):
-    """Regression with noise on the input, drawn per sample."""
-
-    def __init__(self, lr: float = 0.05, noise: float = 0.1) -> None:
-        super().__init__(
-            optimizer=partial(torch.optim.AdamW, lr=lr),
-            lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=5, gamma=0.9),
-        )
-        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.noise = noise
-        self.seen: list[tuple[int, int, list[int]]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, index = batch["x"], batch["index"]
-        strategy = self.trainer.strategy
-        if isinstance(strategy, AntDTStrategy) and strategy._step.is_shadow:
-            index = index[:0]
-        self.seen.append((self.trainer.current_epoch, self.trainer.global_step, index.tolist()))
-        noise = self.train_random(len(x)).normal("noise", (3,), dtype=torch.float64).to(x)
-        loss = (self(x + self.noise * noise) - batch["y"]).square().mean()
-        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        noise = self.eval_random(len(batch["x"])).normal("noise", (3,), dtype=torch.float64).to(batch["x"])
-        self.log("val_loss", (self(batch["x"] + noise) - batch["y"]).square().mean(), sync_dist=True)
-
-    test_step = validation_step
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch["x"])
-
-
-@dataclass
-class Run:
-    """What one rank saw."""
-
-    seen: list[tuple[int, int, list[int]]]
-    weights: dict[str, Tensor]
-    metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-class Epochs(Callback):
-    """Keeps the mean loss of each epoch."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.losses.append(float(trainer.callback_metrics["loss"]))
-
-
-def trainer_of(strategy: Any, folder: Path, **options: Any) -> Trainer:
-    options = {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 2, **options}
-    return Trainer(
-        accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, precision="64-true", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
-    )  # fmt: skip
-
-
-def weights_of(module: LightningModule) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in LightningModule.state_dict(module).items()}
-
-
-def fit(folder: Path, antdt: dict[str, Any] | None, data: dict[str, Any] | None = None, **options: Any) -> Run:
-    """Train, with AntDT or, given None, with whatever Lightning takes."""
-    torch.set_default_dtype(torch.float64)
-    seed_everything(3, verbose=False)
-    module, epochs = Noisy(), Epochs()
-    strategy: Any = "ddp"
-    if antdt is not None:
-        strategy = AntDTStrategy(**{"server": "inprocess", "solution": StaticBSP(), **antdt})
-    trainer = trainer_of(strategy, folder, callbacks=[epochs], **options)
-    trainer.fit(module, RowsData(**data or {}))
-    return Run(module.seen, weights_of(module), {f"loss {n}": loss for n, loss in enumerate(epochs.losses)})
-
-
-def samples(runs: list[Run], epoch: int) -> list[int]:
-    return sorted(index for run in runs for at, _, indices in run.seen if at == epoch for index in indices)
+from strategies.antdt.inject import SleepInjector, Slowdown
+from strategies.antdt.solutions import BackupWorkersSolution, StaticBSP
+from zoo.callbacks import AntDTMonitor
 
 
 def assert_same(runs: list[Run], one: Run, tolerance: float = 1e-10) -> None:
@@ -203,12 +61,12 @@ def test_what_is_compared_makes_a_difference(pool: RankPool, tmp_path: Path) -> 
     assert one.metrics != pytest.approx(other.metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (2, 3)])
+@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (3, 3)])
 def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, world: int) -> None:
-    """A last step that is not full, ranks that have nothing in it, and fewer samples than ranks."""
+    """A last step that is not full, ranks that have nothing in it, and hardly a sample for each rank."""
     antdt = {"solution": Plans([[6, 1, 1][:world], [1, 6, 1][:world]] if world == 3 else UNEVEN), "shuffle": "global"}
     fast = {"report_every": 1, "decide_every": 1.0, "shard_steps": 3, "global_batch_size": 8}
-    runs = pool.run(fit, tmp_path, {**fast, **antdt}, {"rows": rows, "batch_size": 1 if rows == 2 else 4}, world_size=world)
+    runs = pool.run(fit, tmp_path, {**fast, **antdt}, {"rows": rows, "batch_size": 1 if rows == 3 else 4}, world_size=world)
     for epoch in (0, 1):
         assert samples(runs, epoch) == list(range(rows))
     steps = {(epoch, step) for epoch, step, _ in runs[0].seen}
@@ -216,16 +74,184 @@ def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, w
     assert runs[0].metrics == runs[1].metrics
 
 
-def fit_tiny(folder: Path, num_workers: int) -> dict[str, Tensor]:
+def test_evaluation_is_that_of_ddp(pool: RankPool, tmp_path: Path) -> None:
+    ddp = pool.run(evaluate, tmp_path, None)
+    assert pool.run(evaluate, tmp_path, {}) == ddp
+
+
+def evaluate(folder: Path, antdt: dict[str, Any] | None) -> tuple[Any, ...]:
     torch.set_default_dtype(torch.float64)
     seed_everything(3, verbose=False)
-    module = Tiny(MLP(dropout=0.0))
-    strategy = AntDTStrategy(solution=StaticBSP(), server="inprocess", shard_steps=1, max_micro_batch=3)
-    trainer_of(strategy, folder).fit(module, TinyData(batch_size=8, num_workers=num_workers))
-    return weights_of(module)
+    module, data = Noisy(), RowsData()
+    trainer = trainer_of("ddp" if antdt is None else AntDTStrategy(**antdt), folder, limit_val_batches=1.0)
+    (validation,) = trainer.validate(module, data, verbose=False)
+    (test,) = trainer.test(module, data, verbose=False)
+    return validation, test, [batch.tolist() for batch in trainer.predict(module, data) or []]
 
 
-def test_workers_change_nothing(pool: RankPool, tmp_path: Path) -> None:
-    here, there = (pool.run(fit_tiny, tmp_path, workers)[0] for workers in (0, 1))
-    for name, value in there.items():
-        torch.testing.assert_close(value, here[name], rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("limit", [3, 1.0])
+def test_epochs_cut_short_and_validation_between(pool: RankPool, tmp_path: Path, limit: Any) -> None:
+    """What is left of an epoch that ends early is not used in the next; validation leaves training alone."""
+    options = {"limit_train_batches": limit, "limit_val_batches": 2, "val_check_interval": 2, "max_epochs": 3}
+    (one,) = pool.run(fit, tmp_path, None, {"batch_size": 8}, world_size=1, **options)
+    assert_same(pool.run(fit, tmp_path, {"shard_steps": 1}, {"batch_size": 4}, **options), one)
+
+
+class Schedule(Noisy):
+    """Asks Lightning for the number of steps; that of the weights of tokens instead of samples."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def antdt_weight(self, batch: Any) -> int:
+        return int(_tokens(batch).sum())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tokens = _tokens(batch)
+        self.log("loss", torch.zeros(()), on_step=False, on_epoch=True)
+        self.seen.append((self.trainer.current_epoch, self.trainer.global_step, batch["index"].tolist()))
+        return ((self(batch["x"]) - batch["y"]).square().squeeze(1) * tokens).sum() / tokens.sum()
+
+
+def _tokens(batch: Any) -> Tensor:
+    return batch["index"] % 5 + 1
+
+
+def fit_plain(folder: Path, antdt: dict[str, Any], **loading: Any) -> Run:
+    """A plain DataLoader, a schedule that needs the number of steps, losses that are means over tokens."""
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    module = Schedule()
+    trainer = trainer_of(AntDTStrategy(server="inprocess", shard_steps=1, **antdt), folder)
+    trainer.fit(module, DataLoader(Rows(48), batch_size=8 // dist.get_world_size(), shuffle=True, **loading))
+    return Run(module.seen, weights_of(module))
+
+
+def test_plain_loaders_schedules_token_means_and_workers(pool: RankPool, tmp_path: Path) -> None:
+    uneven = {"solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0, "max_micro_batch": 3}
+    (one,) = pool.run(fit_plain, tmp_path, {}, world_size=1)
+    for loading in ({}, {"num_workers": 2, "multiprocessing_context": "fork"}):
+        two = pool.run(fit_plain, tmp_path, uneven, **loading)
+        assert_same(two, one)
+        assert samples(two, 0) == samples([one], 0) == list(range(48))
+    assert one.seen[0][2] != list(range(8))
+
+
+def measure(folder: Path) -> list[dict[str, Any]]:
+    """Rank 0 sleeps 30 ms a step more than rank 1; the lines of all steps."""
+    torch.set_default_dtype(torch.float64)
+    injector = SleepInjector(0.0, [Slowdown(0, 6.0)], cost_per_batch=0.006)
+    monitor = AntDTMonitor(every_n_steps=1)
+    strategy = AntDTStrategy(solution=StaticBSP(), server="inprocess", injector=injector)
+    trainer = trainer_of(strategy, folder, max_epochs=3, callbacks=[monitor])
+    trainer.fit(Noisy(), RowsData(rows=64))
+    if dist.get_rank():
+        return []
+    assert monitor.latest["antdt/imbalance"] > 1.2
+    assert 0 < monitor.latest["antdt/overhead"] < 0.5
+    return [json.loads(line) for line in (folder / "antdt" / "events.jsonl").read_text().splitlines()]
+
+
+def test_times_of_ranks_leave_out_the_waiting(pool: RankPool, tmp_path: Path) -> None:
+    rows = [row for row in pool.run(measure, tmp_path)[0] if row["kind"] == "step"]
+    assert len(rows) > 15
+    slow, fast, wall = (statistics.median(row[key] for row in each) for each, key in (
+        ([{"t": row["bpt"][0]} for row in rows], "t"), ([{"t": row["bpt"][1]} for row in rows], "t"), (rows, "wall")
+    ))  # fmt: skip
+    assert slow > 0.036
+    assert fast < slow - 0.02
+    assert wall > slow
+    assert all(sum(row["n"]) == 8 and row["batch"] == [4, 4] and row["bubble"] >= 0 for row in rows)
+
+
+class Ranges(IterableDataset):
+    """Has no samples by number."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "accumulation": ("accumulate_grad_batches=2 must be 1", lambda folder: refuse(folder, accumulate_grad_batches=2)),
+    "an iterable": ("__getrange__", lambda folder: refuse(folder, DataLoader(Ranges()))),
+    "a sampler": (
+        "chooses samples in its own way",
+        lambda folder: refuse(folder, DataLoader(Rows(8), sampler=WeightedRandomSampler([1.0] * 8, 8))),
+    ),
+    "several loaders": ("one DataLoader", lambda folder: refuse(folder, [DataLoader(Rows(8)), DataLoader(Rows(8))])),
+    "no torch loader": ("needs a torch DataLoader", lambda folder: refuse(folder, [Rows(8)[0]])),
+    "caps of others": ("names 3 ranks, there are 1", lambda folder: refuse(folder, antdt={"max_micro_batch": [1, 2, 3]})),
+    "an empty set": ("is empty", lambda folder: refuse(folder, DataLoader(Rows(0), sampler=SequentialSampler(Rows(0))))),
+    "a callback that accumulates": (
+        "a callback accumulates",
+        lambda folder: refuse(folder, callbacks=[GradientAccumulationScheduler({1: 2})], max_epochs=2),
+    ),
+    "a server that is none": ("must be host:port", lambda folder: refuse(folder, antdt={"server": "somewhere"})),
+    "drop_last": ("fill no global batch", lambda folder: refuse(folder, antdt={"drop_last": True, "global_batch_size": 90})),
+}
+
+
+def refuse(folder: Path, data: Any = None, antdt: dict[str, Any] | None = None, **options: Any) -> None:
+    strategy = AntDTStrategy(**{"server": "inprocess", **(antdt or {})})
+    data = RowsData(rows=16) if data is None else data
+    trainer = trainer_of(strategy, folder, **options)
+    if isinstance(data, RowsData):
+        trainer.fit(Noisy(), data)
+    else:
+        trainer.fit(Noisy(), train_dataloaders=data)
+
+
+def refused(folder: Path) -> dict[str, str]:
+    torch.set_default_dtype(torch.float64)
+    messages = {}
+    for name, (_, attempt) in REFUSED.items():
+        try:
+            attempt(folder)
+        except (ValueError, TypeError) as refusal:
+            messages[name] = str(refusal)
+    return messages
+
+
+def test_what_cannot_be_is_refused_before_it_does_harm(pool: RankPool, tmp_path: Path) -> None:
+    messages = pool.run(refused, tmp_path, world_size=1)[0]
+    for name, (message, _) in REFUSED.items():
+        assert message in messages[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefetch": 0}, "prefetch=0 must be at least 1"),
+        ({"max_micro_batch": [4, 0]}, "at least 1"),
+        ({"shuffle": "yes"}, "shuffle='yes'"),
+        ({"weighting": "hook", "ddp_comm_hook": print}, "weighting=hook"),
+        ({"solution": BackupWorkersSolution(1)}, "ParameterServerStrategy"),
+        ({"model_averaging_period": 4}, "model_averaging_period"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AntDTStrategy(**arguments)
+
+
+def fit_scaled(folder: Path, antdt: dict[str, Any] | None) -> Run:
+    """float16 with scaled losses, from a scale that overflows in the first steps."""
+    seed_everything(3, verbose=False)
+    module, world = Noisy(lr=0.01), dist.get_world_size()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+    strategy: Any = "ddp" if antdt is None else AntDTStrategy(server="inprocess", shard_steps=1, **antdt)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = trainer_of(strategy, folder, plugins=[plugin], precision=None, gradient_clip_val=1.0)
+    trainer.fit(module, RowsData(batch_size=8 // world))
+    return Run(module.seen, weights_of(module), {"scale": scaler.get_scale(), "applied": float(module.applied_steps)})
+
+
+def test_scaled_losses(pool: RankPool, tmp_path: Path) -> None:
+    (one,) = pool.run(fit_scaled, tmp_path, None, world_size=1)
+    uneven = {"solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0, "max_micro_batch": 3}
+    two = pool.run(fit_scaled, tmp_path, uneven)
+    assert 0 < one.metrics["applied"] < 12, "no step was skipped"
+    assert_same(two, one, tolerance=2e-2)
