@@ -104,6 +104,7 @@ class HotRestart:
         self.rejoins = self.trains = self.replace_me = False
         self.trained: list[int] = []
         self.restarts = 0
+        self._max_steps: int | None = None
         self._split = self._over = False
 
     # Lightning's interface of launchers
@@ -145,6 +146,14 @@ class HotRestart:
 
     # What the strategy tells
 
+    def loads(self, trainer: Any) -> None:
+        """The newest snapshot is there, and about to be loaded."""
+        loop = trainer.fit_loop.epoch_loop
+        assert self.snapshot is not None
+        if loop.max_steps != -1 and self.snapshot.step >= loop.max_steps:
+            # Lightning would begin no training, and so not end it either: what is left to be done is.
+            self._max_steps, loop.max_steps = loop.max_steps, self.snapshot.step + 1
+
     def begins(self, trainer: Any, num_ranks: int) -> None:
         """Training begins, or goes on (``on_train_start``)."""
         self.trained = [0] * num_ranks
@@ -154,7 +163,14 @@ class HotRestart:
                 total = loop.batch_progress.total
                 total.ready = total.started = total.completed
             loop.val_loop._has_run = loop._skip_next_val = False
+            if not loop.val_loop.restarted_mid_evaluation:
+                self.validates(trainer)
         self.trains, self.snapshot = True, None
+
+    def validates(self, trainer: Any) -> None:
+        """A validation begins: the loop may look at the number of steps again."""
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 
     def step_begins(self, trainer: Any) -> None:
         """A step begins: the last moment before which nothing of it has happened."""

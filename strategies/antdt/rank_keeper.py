@@ -7,6 +7,7 @@ It is itself the warm spare: a copy takes milliseconds, and memory only for what
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -146,6 +147,7 @@ def _check_and_prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _end_openmp_threads()
+    gc.freeze()  # what was built is not looked through again, which would copy it into each process, and take half a second
 
 
 def _end_openmp_threads() -> None:

@@ -271,12 +271,12 @@ class AntDTStrategy(DDPStrategy):
         self._make_groups(fitting=True)
         assert self._control is not None
         self._hot.snapshot = newest(self._hot.snapshot, self._control)
-        checkpoint = self._hot.snapshot.checkpoint()
-        extra = checkpoint.pop(f"{KEY}_hot")
-        self._lr_factor = extra["lr_factor"]
         trainer = self._trainer_of()
         assert trainer is not None
-        trainer.should_stop = extra["should_stop"]
+        self._hot.loads(trainer)
+        checkpoint = self._hot.snapshot.checkpoint()
+        extra = checkpoint.pop(f"{KEY}_hot")
+        self._lr_factor, trainer.should_stop = extra["lr_factor"], extra["should_stop"]
         return checkpoint
 
     def _device_name(self) -> str:
@@ -619,6 +619,12 @@ class AntDTStrategy(DDPStrategy):
             self._connection = None
         if self._log is not None:
             self._log.close()
+
+    def on_validation_start(self) -> None:
+        """A validation begins (Lightning hook)."""
+        super().on_validation_start()
+        if self._hot is not None:
+            self._hot.validates(self._trainer)
 
     # A step
 
