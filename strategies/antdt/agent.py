@@ -68,6 +68,8 @@ class Agent:
         self._samples: list[StepSample] = []
         #: Optimizer steps that are done.
         self.step = 0
+        #: Called when the controller wants this rank to be started again; by default, all end together.
+        self.on_restart: Callable[[], None] = lambda: self.wish(RESTART)
         #: Looks after the other ranks, once `start` has been called.
         self.peers: PeerWatch | None = None
         self._told_to_end = False
@@ -230,14 +232,16 @@ class Agent:
         return True
 
     def _receive(self, decisions: Any) -> None:
+        new = []
         with self._wake:
             for decision in decisions:
                 if decision.version in self._received or decision.version <= self.applied:
                     continue
                 self._received[decision.version] = decision
-                if isinstance(decision.action, KillRestart):
-                    self.wishes |= RESTART
+                new.append(decision)
             self._prepared = max([self._prepared, *self._received])
+        if any(isinstance(decision.action, KillRestart) for decision in new):
+            self.on_restart()
 
     def flush(self) -> None:
         """Commit all that is trained, now.

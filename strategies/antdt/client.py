@@ -113,7 +113,16 @@ class Client:
             heartbeat_timeout=heartbeat_timeout,
         )
 
-    def join(self, world_size: int, *, barrier: bool, device: str = "", host: str = "", timeout: float = 300.0) -> dict[str, Any]:
+    def join(
+        self,
+        world_size: int,
+        *,
+        barrier: bool,
+        device: str = "",
+        host: str = "",
+        timeout: float = 300.0,
+        survived: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Take part, from now on in the generation that is returned.
 
         Args:
@@ -122,6 +131,8 @@ class Client:
             device: its name, by which like devices are known.
             host: where this process runs; this machine's name by default.
             timeout: seconds to wait for the others.
+            survived: of a worker that goes on where its former group broke: ``{step: optimizer steps that are done, trained:
+                [samples that each worker of that group has trained]}``. What the one that is furthest says is committed.
 
         Returns:
             ``{gen, plan: {version, batch, cap}, epoch, consumed}``.
@@ -138,6 +149,7 @@ class Client:
             host=host or socket.gethostname(),
             pid=os.getpid(),
             timeout=timeout,
+            survived=None if survived is None else dict(survived),
         )
         self.gen = answer["gen"]
         return answer

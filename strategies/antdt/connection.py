@@ -95,8 +95,12 @@ class Connection:
                 address = address._replace(host=socket.gethostname())
         self._client = Client(Address(*broadcast(tuple(address) if self.rank == 0 else None)), self.rank, patience=self.patience)
 
-    def try_join(self, device: str) -> int | None:
+    def try_join(self, device: str, survived: Mapping[str, Any] | None = None) -> int | None:
         """Join the generation of a group that starts again, before its processes know each other.
+
+        Args:
+            device: name of this rank's device.
+            survived: see `Client.join`.
 
         Returns:
             Its number; None if this is the first start, of which the service knows nothing yet.
@@ -108,7 +112,7 @@ class Connection:
         if failure and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise RuntimeError(f"AntDT: {failure}")
         try:
-            self.joined = self.client.join(self.world_size, barrier=True, device=device)
+            self.joined = self.client.join(self.world_size, barrier=True, device=device, survived=survived)
         except ServiceError as refusal:
             if refusal.kind != "not_configured":
                 raise

@@ -303,6 +303,13 @@ class RecordedLedger:
     def _do_commit(self, worker: int, gen: int, items: Sequence[Sequence[int]]) -> None:
         self.ledger.commit(worker, gen, items)
 
+    def settle(self, trained: Mapping[int, int]) -> None:
+        """`DataShardingService.settle`."""
+        self._record("settle", trained=[list(item) for item in sorted(trained.items())])
+
+    def _do_settle(self, trained: Sequence[Sequence[int]]) -> None:
+        self.ledger.settle({worker: count for worker, count in trained})
+
     def release(self, worker: int, gen: int, sid: int, start: int) -> None:
         """`DataShardingService.release`."""
         self._record("release", worker=worker, gen=gen, sid=sid, start=start)

@@ -154,7 +154,7 @@ class DataShardingService:
     =====================  ===============================================================================================
     exactly_once           ``[committed, hi)`` is to do again. When the whole group restarts from a checkpoint of the
                            model, `restore` puts the ledger back to the snapshot stored in it, and work after it is undone
-                           in both.
+                           in both. When survivors go on from where they are, `settle` first commits what was trained.
     at_least_once          all of ``[lo, hi)`` is to do again
     at_least_once_batch    ``[committed, hi)`` is to do again
     at_most_once           ``[committed, hi)`` counts as done and is never trained
@@ -191,6 +191,7 @@ class DataShardingService:
         """Generation in which each worker that is alive has joined."""
         self._next_sid = 0
         self._grants: dict[int, _Grant] = {}
+        self._committed: dict[int, int] = {}
         self._newest = 0
         self._epochs: dict[int, _Epoch] = {0: self._fresh()}
 
@@ -209,6 +210,7 @@ class DataShardingService:
             self._lose(sid)
         self.generation += 1
         self.members = dict.fromkeys(sorted(workers), self.generation)
+        self._committed = {}
         return self.generation
 
     def join(self, worker: int) -> int:
@@ -216,6 +218,7 @@ class DataShardingService:
         self.fail(worker)
         self.generation += 1
         self.members[worker] = self.generation
+        self._committed[worker] = 0
         return self.generation
 
     def leave(self, worker: int, gen: int) -> None:
@@ -336,12 +339,43 @@ class DataShardingService:
         for sid, upto, grant in found:
             if grant is None or upto <= grant.committed:
                 continue
-            epoch = self._epochs[grant.epoch]
-            epoch.doing_size -= upto - grant.committed
-            epoch.done += upto - grant.committed
-            grant.committed = upto
-            if upto == grant.hi:
-                del self._grants[sid]
+            self._advance(sid, upto)
+
+    def settle(self, trained: Mapping[int, int]) -> None:
+        """Commit what workers have trained and had no time to commit, on behalf of those too that are gone.
+
+        A worker trains its ranges one after the other, in the order in which it was given them, so that a number says which
+        positions it has trained.
+
+        Args:
+            trained: for each worker, samples that it has trained since it joined, or since the last `restore`.
+
+        Raises:
+            LedgerError: a worker was not given that many; nothing is changed then.
+        """
+        for worker, count in trained.items():
+            given = self._committed.get(worker, 0) + sum(
+                grant.hi - grant.committed for grant in self._grants.values() if grant.worker == worker
+            )
+            if count > given:
+                raise LedgerError(f"settle: worker {worker} was given {given} samples, it cannot have trained {count}.")
+        for worker, count in trained.items():
+            for sid in reversed(self._held_by(worker)):
+                left = count - self._committed.get(worker, 0)
+                if left <= 0:
+                    break
+                grant = self._grants[sid]
+                self._advance(sid, min(grant.hi, grant.committed + left))
+
+    def _advance(self, sid: int, upto: int) -> None:
+        grant = self._grants[sid]
+        epoch, count = self._epochs[grant.epoch], upto - grant.committed
+        epoch.doing_size -= count
+        epoch.done += count
+        self._committed[grant.worker] = self._committed.get(grant.worker, 0) + count
+        grant.committed = upto
+        if upto == grant.hi:
+            del self._grants[sid]
 
     def release(self, worker: int, gen: int, sid: int, start: int) -> None:
         """Give positions from ``start`` to the end of a range back.
@@ -467,7 +501,7 @@ class DataShardingService:
             for name in ("lost", "repeated"):
                 setattr(epochs[newest], name, int(snapshot.get(name, 0)))
             newest = max(epochs)
-        self._epochs, self._newest, self._grants = epochs, newest, {}
+        self._epochs, self._newest, self._grants, self._committed = epochs, newest, {}, {}
 
     def _check_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         missing = {"epoch", "todo"} - snapshot.keys()
@@ -499,6 +533,7 @@ class DataShardingService:
             "newest": self._newest,
             "epochs": [[number, list(state.todo), state.counts()] for number, state in sorted(self._epochs.items())],
             "grants": [[sid, g.worker, g.epoch, g.lo, g.hi, g.committed] for sid, g in sorted(self._grants.items())],
+            "committed": sorted(self._committed.items()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -510,6 +545,7 @@ class DataShardingService:
             for number, todo, counts in state["epochs"]
         }
         self._grants = {int(sid): _Grant(*numbers) for sid, *numbers in state["grants"]}
+        self._committed = {int(worker): int(count) for worker, count in state["committed"]}
         for grant in self._grants.values():
             self._epochs[grant.epoch].doing_size += grant.hi - grant.committed
 

@@ -310,7 +310,7 @@ class Service:
         if role == "worker" and request.get("barrier"):
             waiting = Waiting(peer, session, seq, now + float(request.get("timeout", 300.0)))
             self._event({"t": now, "kind": "waits", "node": name, **about})
-            self._about_joining[worker] = about
+            self._about_joining[worker] = about | {"survived": request.get("survived")}
             group = self._barrier.enter(worker, int(request["world_size"]), waiting)
             if group is not None:
                 self._begin(group, now)
@@ -321,6 +321,12 @@ class Service:
         return self._joined(gen)
 
     def _begin(self, group: Mapping[int, Waiting[Any]], now: float) -> None:
+        try:
+            self._settle([self._about_joining.get(worker, {}).pop("survived", None) for worker in group])
+        except LedgerError as refusal:
+            for waiting in group.values():
+                waiting.peer.send(error("bad_request", f"join: {refusal}"))
+            return
         gen = self._recorded.begin({worker: (waiting.session, waiting.seq) for worker, waiting in group.items()})
         for name in [name for name in self._nodes if name.startswith("worker:")]:
             del self._nodes[name]
@@ -331,6 +337,13 @@ class Service:
         self._event({"t": now, "kind": "generation", "gen": gen, "world_size": len(group)})
         for waiting in group.values():
             waiting.peer.send(self._joined(gen))
+
+    def _settle(self, survived: Sequence[Mapping[str, Any] | None]) -> None:
+        """Commit what was trained when the former group broke, as the survivor that was furthest knows it."""
+        known = [each for each in survived if each is not None]
+        if known:
+            newest = max(known, key=lambda each: int(each["step"]))
+            self._recorded.settle({worker: int(count) for worker, count in enumerate(newest["trained"])})
 
     def _admit(self, name: str, gen: int, peer: Peer, session: str, seq: int, about: dict[str, Any], now: float) -> None:
         self._nodes[name] = node = _Node(gen, now, answers={session: (seq, {"gen": gen})})
@@ -473,7 +486,9 @@ class Service:
             gone = node.closed is not None and now - node.closed >= self._disconnect_grace
             silent = now - node.seen >= settings["heartbeat_timeout"]
             if gone or silent:
-                if name.startswith("worker:"):
+                # A group in lockstep stands still without it. What it holds is settled when the next one begins, by survivors
+                # who know how far it came, or put back.
+                if name.startswith("worker:") and settings["semantics"] != "exactly_once":
                     self._recorded.fail(int(name.partition(":")[2]))
                 self._forget(name, "is gone" if gone else "is silent", now)
         self._decide(now)

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +30,13 @@ from strategies.antdt.actions import AdjustLR
 from strategies.antdt.agent import Agent
 from strategies.antdt.connection import Connection, restarts_left
 from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
+from strategies.antdt.hot_restart import HotRestart, newest
 from strategies.antdt.inject import Injector
 from strategies.antdt.loader import SamplerOrder, StepBatch, StepLoader, SupportsRange
 from strategies.antdt.order import SampleOrder
 from strategies.antdt.peer_watch import PeerWatch, own_address
 from strategies.antdt.planner import Allocation, StepPlanner
+from strategies.antdt.rank_keeper import RankKeeper
 from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
 from strategies.antdt.step_log import StepLog
@@ -76,6 +79,12 @@ class AntDTStrategy(DDPStrategy):
     A controller that finds a process slow for long has the group started again, if torchrun may do that (``--max-restarts``) and
     checkpoints are saved: all ranks save after the same step and exit with code 75. Use ``--ckpt_path last``.
 
+    With ``restart=hot`` (gloo on Linux, under torchrun) a process that was killed, or that the controller finds slow for long, is
+    replaced while the others live on: each process that torchrun has started splits off the one that trains, and another when that
+    is lost. The others drop the interrupted step, hand the state after the last one over, and repeat it. When the spares are used
+    up, or a process ends by an error of its own, the group is started again as above. Functions called before ``fit`` must start
+    no threads and not touch the GPU. Means over an epoch that are logged in such an epoch are over what follows the loss.
+
     Args:
         solution: what decides; null: `AntDTND`.
         global_batch_size: B, samples of an optimizer step on all processes; null: the DataLoader's batch size times their number.
@@ -97,6 +106,9 @@ class AntDTStrategy(DDPStrategy):
         max_micro_batch: most samples of a micro-batch, of all ranks or of each; null: no limit.
         restart_cost: seconds that a restart of the group takes, as long as none was seen.
         max_restarts_per_node: how often the controller may have a process started again; 0: never.
+        restart: what becomes of the others when a process is lost: ``group``: all end, and torchrun starts them again from the last
+            checkpoint; ``hot``: they live on, and a new process takes the place of the lost one.
+        spares: with ``restart=hot``, how often each process may be replaced before the group is started again.
         injector: makes processes slow on purpose, for tests and benchmarks.
         kwargs: of Lightning's ``DDPStrategy``.
 
@@ -125,6 +137,8 @@ class AntDTStrategy(DDPStrategy):
         max_micro_batch: int | list[int] | None = None,
         restart_cost: float = 60.0,
         max_restarts_per_node: int = 3,
+        restart: Literal["group", "hot"] = "group",
+        spares: int = 3,
         injector: Injector | None = None,
         **kwargs: Any,
     ) -> None:
@@ -132,7 +146,7 @@ class AntDTStrategy(DDPStrategy):
             ("global_batch_size", global_batch_size, 1), ("shard_steps", shard_steps, 1), ("tail_factor", tail_factor, 1),
             ("prefetch", prefetch, 1), ("report_every", report_every, 1), ("decide_every", decide_every, 1e-3),
             ("heartbeat_timeout", heartbeat_timeout, 1), ("restart_cost", restart_cost, 0),
-            ("max_restarts_per_node", max_restarts_per_node, 0),
+            ("max_restarts_per_node", max_restarts_per_node, 0), ("spares", spares, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"AntDTStrategy: {argument}={value} must be at least {least}.")
@@ -142,6 +156,11 @@ class AntDTStrategy(DDPStrategy):
         if shuffle not in ("auto", "global", "shard", "none") or weighting not in ("loss", "hook"):
             raise ValueError(
                 f"AntDTStrategy: shuffle={shuffle!r} must be auto, global, shard or none, weighting={weighting!r} loss or hook."
+            )
+        if restart not in ("group", "hot") or (restart == "hot" and server == "inprocess"):
+            raise ValueError(
+                f"AntDTStrategy: restart={restart!r} must be group or hot, and with hot the server must outlive all ranks: not"
+                " server=inprocess."
             )
         if kwargs.get("model_averaging_period") is not None:
             raise ValueError("AntDTStrategy: model_averaging_period belongs to another way of averaging replicas; leave it out.")
@@ -160,6 +179,8 @@ class AntDTStrategy(DDPStrategy):
         self.prefetch, self.report_every, self.decide_every = prefetch, report_every, decide_every
         self.heartbeat_timeout, self.max_micro_batch, self.injector = heartbeat_timeout, max_micro_batch, injector
         self.restart_cost, self.max_restarts_per_node = restart_cost, max_restarts_per_node
+        self.restart, self.spares = restart, spares
+        self._hot: HotRestart | None = None
         self._trainer: Trainer | None = None
         self._control: dist.ProcessGroup | None = None
         self._connection: Connection | None = None
@@ -187,6 +208,26 @@ class AntDTStrategy(DDPStrategy):
 
     # A run begins
 
+    def _configure_launcher(self) -> None:
+        """Split off the process that trains, for a hot restart (Lightning hook)."""
+        super()._configure_launcher()
+        if self.restart == "group":
+            return
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not sys.platform.startswith("linux"):
+            raise ValueError("AntDTStrategy: restart=hot needs Linux, and torchrun to start the processes.")
+        if self._get_process_group_backend() != "gloo":
+            raise ValueError(
+                "AntDTStrategy: restart=hot needs collective calls that fail when a rank is lost, which those of NCCL do not: set"
+                " process_group_backend to gloo, or restart to group."
+            )
+        assert self._launcher is not None
+        keeper = RankKeeper(self.spares, f"rank {os.environ.get('RANK', '0')}")
+        self._launcher = self._hot = HotRestart(self, keeper, self._launcher.launch)  # type: ignore[assignment]
+
+    @property
+    def _rejoins(self) -> bool:
+        return self._hot is not None and self._hot.rejoins
+
     def setup_distributed(self) -> None:
         """Find the service, join the generation and the other ranks (Lightning hook)."""
         self.set_world_ranks()
@@ -199,24 +240,50 @@ class AntDTStrategy(DDPStrategy):
             self._folder = Path(trainer.default_root_dir) / KEY
             self._connection = Connection(self.server, self._folder, self.global_rank, self.world_size, self.num_nodes)
             self._connection.connect()
+            if self._rejoins:
+                return  # each rank prepares by itself, until load_checkpoint
             if not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 self._join_processes()
-        super().setup_distributed()
-        if fitting and self.world_size > 1:
-            self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._make_groups(fitting)
+
+    def _make_groups(self, fitting: bool) -> None:
+        with nullcontext() if self._hot is None else self._hot.links.remembered():
+            super().setup_distributed()
+            if fitting and self.world_size > 1:
+                self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     def _join_processes(self) -> None:
         """Make the group under a name of its own: torch elastic keeps the store, with addresses of a group that is gone."""
         assert self._connection is not None and self.cluster_environment is not None
-        generation = self._connection.try_join(self._device_name()) if self._connection.kind != "thread" else None
+        survived = None if self._hot is None or self._hot.snapshot is None else self._hot.snapshot.told()
+        generation = None
+        if self._connection.kind != "thread":
+            generation = self._connection.try_join(self._device_name(), survived)
         attempt = f"gen{generation}" if generation is not None else f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
         store = dist.TCPStore(address, port, is_master=False)
         device: dict[str, Any] = {"device_id": self.root_device} if self.root_device.type != "cpu" else {}
-        dist.init_process_group(
-            self._get_process_group_backend(), store=dist.PrefixStore(f"antdt/{attempt}", store), rank=self.global_rank,
-            world_size=self.world_size, timeout=self._timeout, **device,
-        )  # fmt: skip
+        with nullcontext() if self._hot is None else self._hot.links.remembered():
+            dist.init_process_group(
+                self._get_process_group_backend(), store=dist.PrefixStore(f"antdt/{attempt}", store), rank=self.global_rank,
+                world_size=self.world_size, timeout=self._timeout, **device,
+            )  # fmt: skip
+
+    def _rejoin(self) -> dict[str, Any]:
+        """Join the next group, and take over the newest state of its members."""
+        assert self._hot is not None
+        self._join_processes()
+        self._hot.joined()
+        self._make_groups(fitting=True)
+        assert self._control is not None
+        self._hot.snapshot = newest(self._hot.snapshot, self._control)
+        trainer = self._trainer_of()
+        assert trainer is not None
+        self._hot.loads(trainer)
+        checkpoint = self._hot.snapshot.checkpoint()
+        extra = checkpoint.pop(f"{KEY}_hot")
+        self._lr_factor, trainer.should_stop = extra["lr_factor"], extra["should_stop"]
+        return checkpoint
 
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.root_device) if self.root_device.type == "cuda" else self.root_device.type
@@ -349,11 +416,12 @@ class AntDTStrategy(DDPStrategy):
         assert connection is not None and self._timer is not None
         self._check_resumed(batch)
         caps = self.max_micro_batch if isinstance(self.max_micro_batch, list) else [self.max_micro_batch] * world
-        may_restart = restarts_left() > 0 and trainer.checkpoint_callback is not None
+        may_restart = self._hot is not None or (restarts_left() > 0 and trainer.checkpoint_callback is not None)
         controller = {
             "decide_every": self.decide_every,
             "restart_cost": self.restart_cost,
             "max_restarts_per_node": self.max_restarts_per_node if may_restart else 0,
+            "group_restart": self._hot is None,
         }
         self._log = StepLog(self._folder / "events.jsonl") if self.is_global_zero else None
         connection.host(self._log.write if self._log else lambda line: None, self.broadcast)
@@ -415,14 +483,21 @@ class AntDTStrategy(DDPStrategy):
         if states and trainer.fit_loop.restarting:  # Lightning forgets them if a schedule has asked for the number of steps
             loader.load_state_dict(states[0])
         at = loader.resume()
-        self._restore(at["epoch"], at["samples"], self._restored)
+        if self._rejoins:
+            self._check_rejoined(at["epoch"], at["samples"])
+        else:
+            self._restore(at["epoch"], at["samples"], self._restored)
+        if self._hot is not None:
+            self._hot.begins(trainer, self.world_size)
+            agent.on_restart = self._to_be_restarted
         addresses: list[Any] = [own_address()] * self.world_size
         if self._control is not None:
             dist.all_gather_object(addresses, own_address(), group=self._control)
         agent.peers = PeerWatch(addresses, self.global_rank, self.heartbeat_timeout)
         agent.start()
         if self.injector is not None:
-            self.injector.begin(self.global_rank, restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+            anew = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            self.injector.begin(self.global_rank, restarted=anew or (self._hot is not None and self._hot.keeper.number > 0))
         if self.world_size > 1 and threading.current_thread() is threading.main_thread():
             self._former_handler = signal.getsignal(signal.SIGTERM)
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -451,6 +526,46 @@ class AntDTStrategy(DDPStrategy):
     def _rewind(self, epoch: int) -> None:
         """To the beginning of an epoch: the one before was left before its end."""
         self._restore(epoch, 0)
+        if self._hot is not None:
+            self._hot.trained = [0] * self.world_size
+
+    # Another rank is lost, and this one lives on; see `HotRestart`
+
+    def somebody_is_gone(self) -> bool:
+        """Whether the service misses a member of this rank's group."""
+        if self._connection is None or self._connection.joined is None:
+            return False
+        return not PeerWatch([("", 0)] * self.world_size, self.global_rank, 0.0).all_there(self._connection.client.status())
+
+    def position(self) -> tuple[int, int]:
+        """Epoch, and steps of it, that are trained."""
+        assert self._loader is not None
+        at, planner = self._loader.state_dict(), self._loader.planner
+        return at["epoch"], planner.num_steps - -(-(planner.num_samples - at["samples"]) // planner.global_batch)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint does not hold, and the next group needs."""
+        assert self._trainer is not None
+        return {f"{KEY}_hot": {"lr_factor": self._lr_factor, "should_stop": self._trainer.should_stop}}
+
+    def _check_rejoined(self, epoch: int, consumed: int) -> None:
+        """Ledger and model are at the same place."""
+        assert self._connection is not None and self._connection.joined is not None and self._loader is not None
+        whole = self._loader.planner.num_samples
+        ledger = self._connection.joined["epoch"], self._connection.joined["consumed"]
+        if _without_end(*ledger, whole) != _without_end(epoch, consumed, whole):
+            raise ValueError(
+                f"AntDT: after ranks were lost, the ledger has {ledger[1]} samples of epoch {ledger[0]}, training has {consumed} of"
+                f" epoch {epoch}. torchrun starts all ranks again from the last checkpoint, if --max-restarts allows it."
+            )
+
+    def _to_be_restarted(self) -> None:
+        """The controller wants this rank to be started again."""
+        assert self._hot is not None and self._agent is not None and self._trainer is not None
+        if self._hot.keeper.left > 0:
+            self._hot.replace_me = True
+        elif restarts_left() > 0 and self._trainer.checkpoint_callback is not None:
+            self._agent.wish(RESTART)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """Stop after a step on which all agree; at once if a peer is gone, for which this rank would wait forever."""
@@ -511,6 +626,12 @@ class AntDTStrategy(DDPStrategy):
         if self._log is not None:
             self._log.close()
 
+    def on_validation_start(self) -> None:
+        """A validation begins (Lightning hook)."""
+        super().on_validation_start()
+        if self._hot is not None:
+            self._hot.validates(self._trainer)
+
     # A step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -532,6 +653,8 @@ class AntDTStrategy(DDPStrategy):
             self._wish(STOP)
         if trainer.accumulate_grad_batches != 1:
             raise ValueError("AntDTStrategy: a callback accumulates gradients over batches; set global_batch_size instead.")
+        if self._hot is not None:
+            self._hot.step_begins(trainer)
         agent.in_force(step.plan.decisions)
         for decision in step.plan.decisions:
             if isinstance(decision.action, AdjustLR):
@@ -646,6 +769,8 @@ class AntDTStrategy(DDPStrategy):
         self._timer.end(self._last_loss)
         self._loader.trained()
         self._agent.trained(self._step.plan, self._trainer.global_step + 1)
+        if self._hot is not None:
+            self._hot.step_done(self._step.reading.counts)
         return output
 
     def _adjust_lr(self, factor: float) -> None:
@@ -706,7 +831,7 @@ class AntDTStrategy(DDPStrategy):
             state |= {
                 "batch": list(allocation.batch),
                 "version": allocation.version,
-                "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+                "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + (self._hot.restarts if self._hot else 0),
                 "agent_seconds": self._agent.seconds + self._loader.planning,
             }
             if self._connection is not None and self._connection.joined is not None:
@@ -751,7 +876,9 @@ class AntDTStrategy(DDPStrategy):
         return {**snapshot, "world_size": self.world_size, "global_batch": batch, "lr_factor": self._lr_factor}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of this strategy or another one (Lightning hook)."""
+        """Read a checkpoint, of this strategy or another one, or another rank's memory (Lightning hook)."""
+        if self._rejoins:
+            return self._rejoin()
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._restored = checkpoint.pop(KEY, None)
         self._lr_factor = self._restored["lr_factor"] if self._restored is not None else 1.0
@@ -761,6 +888,11 @@ class AntDTStrategy(DDPStrategy):
 def _described(exception: BaseException) -> dict[str, Any]:
     """An error as the controller wants to know it."""
     return {"type": type(exception).__name__, "message": str(exception)[:500]}
+
+
+def _without_end(epoch: int, consumed: int, whole: int) -> tuple[int, int]:
+    """A position, the end of an epoch taken for the beginning of the next."""
+    return (epoch + 1, 0) if consumed == whole else (epoch, consumed)
 
 
 def _allocation(plan: Mapping[str, Any]) -> Allocation:

@@ -1,0 +1,204 @@
+"""A job with hot restarts for tests: real processes as torchrun starts them, killed where a test wants it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from antdt_job import Noisy, RowsData, weights_of
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+
+from benchmarks.sample_trace import SampleTrace
+from strategies import AntDTStrategy
+from strategies.antdt.solutions import StaticBSP
+from zoo.callbacks import RunCheckpoint
+
+
+@dataclass(frozen=True)
+class Death:
+    """A process that ends itself by SIGKILL.
+
+    Attributes:
+        rank: of it.
+        step: number of optimizer steps that are done.
+        where: name of a hook.
+        life: number of the process, of those of this rank.
+    """
+
+    rank: int
+    step: int
+    where: str
+    life: int = 0
+
+
+class Die(Callback):
+    """Ends processes where they are told to."""
+
+    def __init__(self, deaths: tuple[Death, ...]) -> None:
+        self.deaths = deaths
+
+    def at(self, trainer: Trainer, where: str) -> None:
+        life = trainer.strategy._hot.keeper.number  # type: ignore[attr-defined]
+        if Death(trainer.global_rank, trainer.global_step, where, life) in self.deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "batch_end")
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "epoch_start")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "epoch_end")
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "validation")
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "saving")
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self.at(trainer, "train_end")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.at(trainer, "setup")
+
+
+class Mortal(Noisy):
+    """Has a buffer that counts forward passes in training, and may end in the midst of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: Tensor
+        self.register_buffer("passes", torch.tensor(0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.passes += 1
+        loss = super().training_step(batch, batch_idx)
+        next(callback for callback in self.trainer.callbacks if isinstance(callback, Die)).at(self.trainer, "forward")  # type: ignore[attr-defined]
+        return loss
+
+
+class Slow(Callback):
+    """Makes steps long enough to be hit from outside."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+
+@dataclass
+class Job:
+    """What to train.
+
+    Attributes:
+        folder: of the run, and of what processes tell.
+        deaths: on the way.
+        ranks: processes.
+        spares: of each rank.
+        options: of the strategy.
+        trainer: options of the trainer.
+        callbacks: further ones.
+        slow: seconds that each step takes longer.
+        save_every: steps between checkpoints.
+    """
+
+    folder: Path
+    deaths: tuple[Death, ...] = ()
+    ranks: int = 2
+    spares: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: tuple[Callback, ...] = ()
+    slow: float = 0.0
+    save_every: int = 4
+    rows: int = 45
+
+    def train(self, rank: int, port: int) -> None:
+        """Body of a process that torchrun would start."""
+        os.setsid()
+        log = os.open(self.folder / f"log{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        size = str(self.ranks)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, GROUP_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests", TORCHELASTIC_RESTART_COUNT="0",
+            TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float64)
+        seed_everything(3, verbose=False)
+        module = Mortal()
+        strategy = AntDTStrategy(
+            solution=StaticBSP(), restart="hot", spares=self.spares, report_every=3,
+            **{"global_batch_size": 8, "shard_steps": 1, "shuffle": "global", **self.options},
+        )  # fmt: skip
+        trainer = Trainer(
+            accelerator="cpu", devices=self.ranks, strategy=strategy, logger=False, precision="64-true",
+            default_root_dir=self.folder, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            callbacks=[
+                RunCheckpoint(every_n_steps=self.save_every, minutes=None), SampleTrace(self.folder / "trace"), Die(self.deaths),
+                Slow(self.slow), *self.callbacks,
+            ],
+            **{"max_epochs": 2, "limit_val_batches": 0, **self.trainer},
+        )  # fmt: skip
+        trainer.fit(module, RowsData(rows=self.rows))
+        torch.save(weights_of(module), self.folder / f"weights{rank}.pt")
+        with (self.folder / f"end{rank}.json").open("w") as file:
+            json.dump({"step": trainer.global_step, "epoch": trainer.current_epoch, "pid": os.getpid(),
+                       "stepped": trainer.fit_loop.epoch_loop._batches_that_stepped,
+                       "batches": trainer.fit_loop.epoch_loop.batch_progress.state_dict()}, file)  # fmt: skip
+        sys.stdout.flush()
+        os._exit(0)
+
+
+class Group:
+    """The processes of a job, and the store that torchrun's agent would host."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        job.folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes: list[BaseProcess] = [
+            context.Process(target=job.train, args=(rank, self.store.port)) for rank in range(job.ranks)
+        ]
+
+    def __enter__(self) -> "Group":
+        for process in self.processes:
+            process.start()
+        return self
+
+    def wait(self, seconds: float = 60.0) -> list[int | None]:
+        """Exit codes; as torchrun does, all are ended once one has ended badly."""
+        end = time.monotonic() + seconds
+        while any(process.exitcode is None for process in self.processes) and time.monotonic() < end:
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.terminate()
+            multiprocessing.connection.wait(
+                [process.sentinel for process in self.processes if process.exitcode is None], timeout=end - time.monotonic()
+            )
+        return [process.exitcode for process in self.processes]
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+            process.join()
+
+    def logs(self) -> str:
+        """What the processes wrote."""
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(self.job.folder.glob("log*.txt")))
