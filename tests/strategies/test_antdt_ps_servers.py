@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from strategies.antdt.actions import KillRestart, Versioned
+from strategies.antdt.client import Client
+from strategies.antdt.inject import SleepInjector, Slowdown
 from strategies.antdt.ps.clock import Clock, Consistency, Decision
 from strategies.antdt.ps.frames import Connection, encode_frame, pack, unpack
 from strategies.antdt.ps.meeting import MeetingError, Meetings
@@ -22,6 +25,7 @@ from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.ps.slices import Gradient, Slices, merge
 from strategies.antdt.ps.worker import ParameterClient, ServersUnreachable, flatten, unflatten
+from strategies.antdt.server import ServerThread as DataServer
 from strategies.antdt.wire import MessageTooLarge, ServiceError
 
 SHAPES = {"a": (5, 3), "b": (7,), "c": (), "d": (4, 2, 2)}
@@ -213,11 +217,8 @@ def least_squares(values: dict[str, nn.Parameter], x: Tensor) -> Tensor:
     """A loss, the mean over samples, to which all parameters and some rows of the table matter."""
     rows = (x[:, 0].abs() * 5).long() % 11
     table = nn.functional.embedding(rows, values["table"])
-    return (
-        ((x @ values["a"].T).sum(1) * values["c"] + (table * x).sum(1) + values["b"].sum() * values["d"].mean() - 1)
-        .square()
-        .mean()
-    )
+    error = (x @ values["a"].T).sum(1) * values["c"] + (table * x).sum(1) + values["b"].sum() * values["d"].mean() - 1
+    return error.square().mean() / 100
 
 
 def union_steps(name: str, batches: list[Tensor], clip: float = 0.0) -> dict[str, nn.Parameter]:
@@ -616,6 +617,142 @@ def test_clock_that_is_started_again_knows_its_workers(tmp_path: Path) -> None:
     assert worker.gather("here") == {0: "here"}
     worker.leave()
     again.stop()
+
+
+class Scripted:
+    """A controller that wants one server to be started again, and tells what it was told."""
+
+    decide_every, version, failure = 1.0, 1, None
+    plan = {"version": 1, "batch": [4], "cap": [None]}  # noqa: RUF012
+    events: list[Any] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, list[Any]]] = []
+        self.joined: list[str] = []
+
+    def report(self, node: str, samples: Any, now: float, **about: Any) -> None:
+        self.reports.append((node, list(samples)))
+
+    def join(self, node: str, now: float, **about: Any) -> None:
+        self.joined.append(node)
+
+    def actions_after(self, version: int, node: str) -> list[Versioned]:
+        """After three gradients, until it has come back."""
+        enough = sum(len(samples) for _, samples in self.reports) >= 3 and self.joined.count("server:0") == 1
+        return [Versioned(1, KillRestart("server:0"), "slow")] if enough and version < 1 and node == "server:0" else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: []
+
+
+def test_controller_sees_a_slow_server_and_has_it_started_again_without_loss(tmp_path: Path) -> None:
+    controller = Scripted()
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))
+    expected = parameters()
+    alone = OPTIMIZERS["adam"](in_groups(expected))
+    with DataServer(lambda settings: controller) as data:
+        owner = Client(data.address, 0)
+        owner.configure({"n": 100}, {"class_path": "", "init_args": {}}, world_size=1, global_batch=4)
+        slow = SleepInjector(0.0, [Slowdown(rank=0, factor=5.0, pid_bound=True)], cost_per_batch=0.01)
+        file = tmp_path / "slice.safetensors"
+        started = [ServerThread(0, slice_file=file, delay=slow.delay)]
+
+        def start_again(index: int) -> Any:
+            started[-1]._thread.join()  # it has said that it ends
+            started.append(ServerThread(0, started[0].token, slice_file=file))
+            return started[-1].address
+
+        worker = client(started[:1], resolve=start_again)
+        about = {"mode": "asp", "report_every": 0.0, "save_every": 1e9, "data": list(data.address[:3])}
+        worker.configure(layout, spec, about, list(values.values()))
+        worker.enter(0)
+        pushed = 0
+        while len(started) == 1:
+            push_both(worker, layout, spec, values, alone, expected, pushed)
+            pushed += 1
+        again = started[1]
+        assert again.server.lost == 0 and again.server.version == pushed
+        assert distance(expected, read(worker, layout)) < 1e-12
+        worker.leave()
+        again.stop()
+        owner.close()
+    seen = [sample for node, samples in controller.reports for sample in samples if node == "server:0"]
+    assert seen and all(seconds >= 0.05 for _, _, _, seconds, _ in seen[:3]), "what a gradient takes is what the server reports"
+
+
+def push_both(
+    worker: ParameterClient, layout: Layout, spec: OptimizerSpec, values: Any, alone: Any, expected: Any, step: int
+) -> None:
+    """A gradient to the servers, and to an optimizer of this process."""
+    fill(values, step)
+    fill(expected, step)
+    worker.push(layout, gradient_of(layout, values), spec.groups, version=step)
+    alone.step()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_worker_that_dies_within_a_push_leaves_all_or_its_samples_come_again(count: int) -> None:
+    values = parameters()
+    layout, spec = layout_of(values, count), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    with DataServer(lambda settings: Scripted()) as data, servers(count, grace=0.0) as started:
+        ledger = [Client(data.address, rank) for rank in range(2)]
+        ledger[0].configure({"n": 8}, {"class_path": "", "init_args": {}}, world_size=2, global_batch=4,
+                            semantics="at_least_once_batch")  # fmt: skip
+        workers = [client(started, rank, 2) for rank in range(2)]
+        about = {"mode": "asp", "report_every": 1e9, "data": list(data.address[:3])}
+        workers[0].configure(layout, spec, about, list(values.values()))
+        run_workers(2, lambda rank: (ledger[rank].join(2, barrier=False), workers[rank].enter(0)))
+        held = [ledger[rank].fetch(0, (4, 4), 4).ranges[0] for rank in range(2)]
+        fill(values, 0)
+        gradient = gradient_of(layout, values, 4.0)
+        whole, clock = workers[1]._exchange, []
+
+        def die(asked: Any, *args: Any, **kwargs: Any) -> Any:
+            if list(asked) == [0]:  # its other servers have their part, the clock has not
+                clock.append(workers[1]._number)
+                raise KeyboardInterrupt
+            return whole(asked, *args, **kwargs)
+
+        workers[1]._exchange = die  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            workers[1].push(layout, gradient, spec.groups, version=0, items=[(held[1].sid, held[1].hi)], gen=ledger[1].gen)
+        assert clock
+        workers[1].close()
+        ledger[1].leave(graceful=False)
+        workers[0].push(layout, gradient, spec.groups, version=0, items=[(held[0].sid, held[0].hi)], gen=ledger[0].gen)
+        found = ledger[0].fetch(0, (4, 4), 8)
+        assert [(item.lo, item.hi) for item in found.ranges] == [(held[1].lo, held[1].hi)], (
+            "none is missing, only these come again"
+        )
+        assert [server.server.version for server in started] == [1, 2][:count]
+        workers[0].leave()
+        for each in ledger:
+            each.close()
+
+
+def test_run_of_which_some_workers_never_come_gives_up() -> None:
+    with servers(1, start_timeout=0.1) as started:
+        worker = client(started, 0, 3)
+        with pytest.raises(ServiceError, match=r"2 of 3 workers have not come within 0\.1 s: 1, 2"):
+            worker.gather(None)
+        worker.close()
+
+
+def test_worker_at_a_meeting_is_not_waited_for_at_the_gate() -> None:
+    clock = Clock(Consistency("ssp", staleness=1))
+    clock.enter([0, 1])
+    for _ in range(2):
+        clock.push(0, clock.version)
+    assert not clock.may_begin(0)
+    clock.idle(1)
+    assert clock.may_begin(0)
+    clock.push(0, clock.version)
+    clock.resume(1, 0)
+    assert clock.own[1] == 3, "it counts from the slowest, so that the other need not wait for what it has missed"
 
 
 def test_server_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -112,6 +112,10 @@ class Clock:
         for worker in workers:
             self.own.setdefault(worker, start)
 
+    def resume(self, worker: int, count: int) -> None:
+        """A worker that was idle for a while takes part again; it counts from where it was, or from the slowest."""
+        self.own[worker] = max(count, min(self.own.values(), default=count))
+
     def idle(self, worker: int) -> Decision | None:
         """A worker has nothing to train, or is lost; nobody waits for it.
 

@@ -204,6 +204,11 @@ class ParameterServer:
     def received(self, peer: FrameProtocol, frame: Frame) -> None:
         """Answer a request, now or later."""
         header = frame.header
+        if self.stopping and self.restart:
+            # What is applied now would be lost with this process: it is sent again, to the next one.
+            if peer.transport is not None:
+                peer.transport.close()
+            return
         try:
             if peer.about is None:
                 if header.get("op") != "hello" or not same_token(header.get("token"), self._token):
@@ -627,11 +632,18 @@ class ParameterServer:
         """``{meeting, value}``: what all others have brought, when they have."""
         worker, number = self._member(peer), int(frame.header["meeting"])
         self.meetings.bring(worker, number, (frame.header["value"], frame.tensors))
+        # Who waits for others here must not be waited for there.
+        paused = self.clock.own.get(worker)
+        decision = self.clock.idle(worker)
+        if decision is not None:
+            self._decided(decision)
 
         def collect() -> tuple[dict[str, Any], list[Tensor]] | None:
             found = self.meetings.result(worker, number)
             if found is None:
                 return None
+            if paused is not None:  # all come back together: their answers are given in one go
+                self.clock.resume(worker, paused)
             tensors, counts = [], []
             for _, own in found.values():
                 tensors += own

@@ -16,9 +16,10 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
@@ -170,6 +171,7 @@ class ParameterServerStrategy(DDPStrategy):
         self._heard = {"stop": 0, "save": 0}
         self._present: list[int] = []
         self._divided: list[int] | None = None
+        self._error: dict[str, str] | None = None
         self._failed = self._in_step = self._live = False
         self._synced = True
         self._clip: tuple[float, bool] = (0.0, True)
@@ -240,7 +242,7 @@ class ParameterServerStrategy(DDPStrategy):
         assert module is not None
         trainer = module.trainer
         self._folder = Path(trainer.default_root_dir) / "antdt"
-        self._failed = False
+        self._failed, self._error = False, None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
@@ -728,6 +730,8 @@ class ParameterServerStrategy(DDPStrategy):
             assert self._data is not None
             samples, self._samples = self._samples, []
             answer = self._data.report(self._steps, samples, version=self._plan_version)
+            if "failure" in answer:
+                raise RuntimeError(f"AntDT: {answer['failure']}")
             for action in answer["actions"]:
                 if action["action"] == "KILL_RESTART":
                     self._plan_version = max(self._plan_version, int(action["version"]))
@@ -963,6 +967,8 @@ class ParameterServerStrategy(DDPStrategy):
         """Go, without waiting for others (Lightning hook)."""
         super().on_exception(exception)
         self._failed = True
+        if not isinstance(exception, SIGTERMException | KeyboardInterrupt):
+            self._error = {"type": type(exception).__name__, "message": str(exception)[:500]}
 
     def teardown(self) -> None:
         """Leave the run, and give everything back (Lightning hook)."""
@@ -989,6 +995,8 @@ class ParameterServerStrategy(DDPStrategy):
         data.patience = 0.5
         with suppress(OSError, ServiceError):
             if self._failed:
+                if self._error is not None:
+                    data.report(self._steps, [], version=0, errors=[self._error], node={"alive": False})
                 data.leave(graceful=False)
             elif self.server == "auto" and self.is_global_zero:
                 data.shutdown()
@@ -1024,3 +1032,8 @@ class _Remote:
             result = closure()
         self._push()
         return result
+
+
+StrategyRegistry.register(
+    "antdt_ps", ParameterServerStrategy, description="Parameter servers: asynchronous or semi-synchronous workers (AntDT)"
+)
