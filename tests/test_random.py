@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.random import SampleRandom, splitmix64
+from zoo.random import _FACTORS, _SHIFTS, SampleRandom, _halves, _mix_halves_, splitmix64
 
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -52,6 +52,54 @@ def test_draws_follow_their_laws(dtype):
     # Elements of a sample, the two halves of a Box-Muller pair among them, are uncorrelated.
     correlation = torch.corrcoef(normal.flatten(1).T.double()) - torch.eye(25)
     assert correlation.abs().max() < 5 / math.sqrt(4000)
+
+
+def test_pairs_of_normal_draws_are_independent_and_reach_as_far_as_they_should():
+    draws = SampleRandom(1, torch.arange(20_000)).normal("z", (100,))
+    for limit in (1.0, 3.0, 4.0, 4.5):
+        expected = draws.numel() * math.erfc(limit / math.sqrt(2))
+        assert abs((draws.abs() > limit).sum() - expected) < 4.5 * math.sqrt(expected)
+    assert 4.7 < draws.abs().max() < 6.7
+    # Both draws of a pair come from one radius and one angle: their cell in the plane, and its eighth of the circle.
+    first, second = draws[:, :50].flatten(), draws[:, 50:].flatten()
+    sixteenths = (torch.special.ndtr(torch.stack((first, second)).double()) * 16).long()
+    cells = (16 * sixteenths[0] + sixteenths[1]).bincount(minlength=256).double()
+    angle = torch.atan2(second, first).div(math.pi / 4).floor().long().add(4).clamp(max=7).bincount(minlength=8).double()
+    for counts, bound in ((cells, 345.0), (angle, 30.0)):  # chi-squared of 255 and 7 degrees of freedom, 0.01 %
+        assert ((counts - counts.mean()).square() / counts.mean()).sum() < bound
+
+
+def test_mixing_of_halves_can_be_undone():
+    words = SampleRandom(0, torch.arange(100)).bits("w", 3).flatten()
+    one, other = _mix_halves_(_halves(words)).tolist()
+    products = list(zip(_SHIFTS, _FACTORS[1:], strict=False))
+    for word, a, b in zip(words.tolist(), one, other, strict=True):
+        a -= _FACTORS[4] * b
+        b ^= signed(a << 32) >> 32 + _SHIFTS[3]
+        for i, (shift, factor) in reversed(list(enumerate(products[:3]))):
+            source = signed((a if i % 2 else b) << 32) >> 32
+            step = factor * source * (source >> shift)
+            a, b = (a, b - step) if i % 2 else (a - step, b)
+        b -= _FACTORS[0] * a
+        assert signed((a % 2**32 << 32) + b % 2**32) == word
+
+
+@pytest.mark.parametrize("distance", ["one bit", "one", "at random"])
+def test_mixing_of_halves_scatters_neighbouring_words(distance):
+    """Words of random keys, and those at a fixed distance: any four bits of both are independent, any bit flips half the time."""
+    keys, num = _halves(splitmix64(torch.arange(2**14))), 2**14
+    one = _mix_halves_(keys.clone())
+    ends = (one[0] >> 28 & 15, one[0] & 15, one[1] >> 28 & 15, one[1] & 15)
+    for i in range(64):
+        steps = {"one bit": 1 << i, "one": 1 + (i % 2 << 32), "at random": int(splitmix64(torch.tensor(-1 - i)))}
+        step = _halves(torch.tensor([signed(steps[distance] % 2**64)]))
+        other = _mix_halves_(keys + step)
+        for part in ends:
+            for end in (other[0] >> 28 & 15, other[0] & 15, other[1] >> 28 & 15, other[1] & 15):
+                counts = (16 * part + end).bincount(minlength=256).double()
+                assert (counts - num / 256).square().sum() / (num / 256) < 400  # 255 degrees of freedom: 1e-8
+        flips = (one ^ other)[..., None] >> torch.arange(32, dtype=torch.int32) & 1
+        assert (flips.double().mean(1) - 0.5).abs().max() < 6 / 2 / math.sqrt(num)
 
 
 def test_stream_of_one_sample_follows_the_law_too():

@@ -198,7 +198,7 @@ def test_sum_of_the_logits_over_time_is_conserved(cls):
 
 def test_ode_solvers_converge_with_their_orders():
     reference = final_state(ODE3M(nfe=1024, eta=0.05, last_drop=False))
-    for cls, first in ((ODEEuler, 0.8), (ODE1, 0.98), (ODE2M, 1.95), (ODE2S, 1.75), (ODE3M, 2.95)):
+    for cls, first in ((ODEEuler, 0.7), (ODE1, 0.85), (ODE2M, 1.75), (ODE2S, 1.6), (ODE3M, 2.7)):
         errors = []
         for n in (10, 20, 40, 80, 160):
             found = final_state(cls(nfe=n, eta=0.05, last_drop=False))

@@ -251,13 +251,18 @@ def test_third_order_weights_integrate_quadratics_in_the_log_snr(times):
 
 
 @pytest.mark.parametrize("n", [1, 2, 25])
-def test_ancestral_sampling_is_the_first_order_sde_solver_from_time_zero(n):
+def test_ancestral_sampling_sends_the_estimate_and_updates_the_belief(n):
+    """Algorithm 3, written out; it is the first-order SDE solver from t = 0."""
     ancestral, network = draw(BFNSampler(nfe=n + 1), mixture, clip=1.0)
-    solver = SDE1(nfe=n, eta=0.0, last_drop=False)
-    state = draw(solver, mixture, clip=1.0)[0].x
-    final = Denoiser(network, FLOW, DeltaHead())(state, 1.0, "mode", SampleRandom(0, torch.arange(64)))
-    assert torch.allclose(ancestral.x, final, rtol=0, atol=1e-11)
-    assert network.times[: n + 1] == pytest.approx([i / n for i in range(n + 1)])
+    assert network.times == pytest.approx([i / n for i in range(n + 1)])
+    predict, random = Denoiser(NoiseNetwork(mixture), FLOW, DeltaHead()), SampleRandom(0, torch.arange(64))
+    noise, state = random_noise(random, (2,), torch.float64), FLOW.prior((64, 2), dtype=torch.float64)
+    for step in range(1, n + 1):
+        estimate, alpha = predict(state, (step - 1) / n, "sample", random), FLOW.alpha(step, n)
+        state = FLOW.update(state, FLOW.sender(estimate, alpha, noise(step, 0.0, 1.0)), alpha, FLOW.beta((step - 1) / n))
+    assert torch.allclose(ancestral.x, predict(state, 1.0, "mode", random), rtol=0, atol=1e-11)
+    other = draw(SDE1(nfe=n, eta=0.0, last_drop=False), mixture, clip=1.0)[0].x
+    assert torch.allclose(other, state, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("cls", [ODE1, ODE2M, ODE2S, ODE3M, SDE1, SDE2M])

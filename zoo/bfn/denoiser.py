@@ -1,13 +1,12 @@
 """The denoiser: what a sampler sees of a model."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from zoo.bfn.flow import Flow
-from zoo.bfn.heads import Head
+from zoo.bfn.heads import Head, Statistic
 from zoo.random import SampleRandom
 
 __all__ = ["Denoiser", "Guide", "InPainting"]
@@ -34,7 +33,7 @@ class Denoiser:
         #: Number of network calls so far.
         self.nfe = 0
 
-    def __call__(self, state: Tensor, t: float, statistic: Literal["mean", "mode", "sample"], random: SampleRandom) -> Tensor:
+    def __call__(self, state: Tensor, t: float, statistic: Statistic, random: SampleRandom) -> Tensor:
         """Estimate the data.
 
         Args:
@@ -43,16 +42,12 @@ class Denoiser:
             statistic: what to take of the predicted distribution.
             random: the batch's random numbers, for ``sample``.
         """
-        times = torch.full((len(state),), t, dtype=state.dtype, device=state.device)
-        output = self.network(self.flow.network_input(state), times)
-        self.head.check_output(output, state, self.flow)
-        prediction = self.head(output, state, t, self.flow)
+        output = self.network(self.flow.network_input(state), state.new_full((len(state),), t))
+        if self.nfe == 0:
+            self.head.check_output(output, state, self.flow)
         self.nfe += 1
-        if statistic == "sample":
-            estimate = prediction.sample(random, f"output {t}")
-        else:
-            estimate = prediction.mean() if statistic == "mean" else prediction.mode()
-        return self.correct(estimate, state, t)
+        prediction = self.head(output, state, t, self.flow)
+        return self.correct(prediction.take(statistic, random, f"output {t}"), state, t)
 
     def correct(self, estimate: Tensor, state: Tensor, t: float) -> Tensor:
         """Apply the guide."""

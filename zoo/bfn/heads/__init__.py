@@ -4,7 +4,7 @@ from zoo.bfn.heads.bernoulli import BernoulliHead
 from zoo.bfn.heads.categorical import Categorical, CategoricalHead
 from zoo.bfn.heads.delta import Delta, DeltaHead
 from zoo.bfn.heads.discretized_normal import DiscretizedNormal, DiscretizedNormalHead
-from zoo.bfn.heads.head import Head, OutputDistribution
+from zoo.bfn.heads.head import Head, OutputDistribution, Statistic
 
 __all__ = [
     "BernoulliHead",
@@ -16,4 +16,5 @@ __all__ = [
     "DiscretizedNormalHead",
     "Head",
     "OutputDistribution",
+    "Statistic",
 ]

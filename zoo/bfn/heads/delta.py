@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo.bfn.bins import bin_log_prob, check_num_bins
 from zoo.bfn.continuous_flow import ContinuousFlow, noise_to_data
 from zoo.bfn.flow import Flow, expand_time
-from zoo.bfn.heads.head import Head, OutputDistribution
+from zoo.bfn.heads.head import Head, OutputDistribution, Statistic
 from zoo.random import SampleRandom
 
 __all__ = ["Delta", "DeltaHead"]
@@ -47,6 +47,10 @@ class Delta(OutputDistribution):
     def sample(self, random: SampleRandom, name: str) -> Tensor:
         """The value."""
         return self.mean()
+
+    def take(self, statistic: Statistic, random: SampleRandom, name: str) -> Tensor:
+        """The value, clipped in its own memory."""
+        return self.unclipped.clamp_(-self.clip, self.clip)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """ln probability of the data's bins under a normal distribution around the value; see `bin_log_prob`."""

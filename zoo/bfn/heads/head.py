@@ -1,7 +1,7 @@
 """What every head is: how it reads the network's output, and what losses and samplers ask of the distribution."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from zoo.bfn.flow import Flow
 from zoo.hyperparameters import Configurable
 from zoo.random import SampleRandom
 
-__all__ = ["Head", "OutputDistribution"]
+__all__ = ["Head", "OutputDistribution", "Statistic"]
+
+#: What a sampler takes of a predicted distribution.
+Statistic = Literal["mean", "mode", "sample"]
 
 
 class OutputDistribution(ABC):
@@ -51,6 +54,18 @@ class OutputDistribution(ABC):
             alpha: accuracy of the message, per sample (B,).
             random: for heads that estimate it by drawing messages.
         """
+
+    def take(self, statistic: Statistic, random: SampleRandom, name: str) -> Tensor:
+        """What a sampler takes, as an estimate (B, ...); its memory may be the distribution's, which is used up by it.
+
+        Args:
+            statistic: mean, mode, or a draw.
+            random: the batch's random numbers, for a draw.
+            name: names the draw.
+        """
+        if statistic == "sample":
+            return self.sample(random, name)
+        return self.mean() if statistic == "mean" else self.mode()
 
     def unclipped_mean(self) -> Tensor:
         """Mean before it was confined to the data's range, where a head does so."""

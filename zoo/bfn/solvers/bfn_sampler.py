@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from zoo.bfn.flow import Flow
-from zoo.bfn.solvers.solver import NoiseKind, Solver
+from zoo.bfn.solvers.sde1 import sde_coefficients
+from zoo.bfn.solvers.solver import Coefficients, NoiseKind, Solver
 
 __all__ = ["BFNSampler"]
 
@@ -13,7 +12,8 @@ __all__ = ["BFNSampler"]
 class BFNSampler(Solver):
     """Ancestral sampling: draw data from the prediction, send it as a noisy message, update the belief.
 
-    This is repeated nfe - 1 times. The last call predicts at t = 1; the mode of that prediction is the sample.
+    This is repeated nfe - 1 times. The last call predicts at t = 1; the mode of that prediction is the sample. Sender and
+    update together are one step of the reverse SDE with the drawn data as the estimate.
     Source: Graves et al., arXiv 2308.07037, algorithms 3 and 6.
 
     Args:
@@ -29,19 +29,6 @@ class BFNSampler(Solver):
     def __init__(self, nfe: int = 10, noise: NoiseKind = "independent") -> None:
         super().__init__(nfe=nfe, eta=0.0, last_drop=False, noise=noise)
 
-    def coefficients(self, flow: Flow, times: Sequence[float], end: float) -> tuple[float, ...]:
-        """Accuracy of the step's message, and the accuracy received before."""
-        return flow.beta(end) - flow.beta(times[0]), flow.beta(times[0])
-
-    def update(
-        self,
-        flow: Flow,
-        state: Tensor,
-        estimates: Sequence[Tensor],
-        coefficients: tuple[float, ...],
-        noise: Tensor | None,
-    ) -> Tensor:
-        """Send the estimate, update the belief."""
-        assert noise is not None
-        alpha, beta = coefficients
-        return flow.update(state, flow.sender(estimates[0], alpha, noise), alpha, beta)
+    def coefficients(self, flow: Flow, times: Sequence[float], end: float) -> Coefficients:
+        """Of the message's data, and of its noise."""
+        return sde_coefficients(flow, times[:1], end)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.bfn.denoiser import Denoiser
 from zoo.bfn.flow import Flow
+from zoo.bfn.heads import Statistic
 from zoo.bfn.solvers.brownian import BrownianNoise
 from zoo.bfn.statistics import DataStatistics
 from zoo.hyperparameters import Configurable
@@ -103,7 +104,7 @@ class Solver(Configurable, ABC):
     #: Network calls after the last step, at t = 1; the mode of the last one is the sample.
     extra_calls: int = 0
     #: What steps take of the predicted distribution.
-    statistic: Literal["mean", "mode", "sample"] = "mean"
+    statistic: Statistic = "mean"
 
     def __init__(
         self,
