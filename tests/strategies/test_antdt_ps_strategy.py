@@ -16,6 +16,7 @@ import pytest
 import torch
 from distributed import RankPool, _single_threaded
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +26,7 @@ from strategies import ParameterServerStrategy
 from strategies.antdt.inject import Slowdown
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.server import ServerThread as DataServer
-from zoo.callbacks import RunCheckpoint
+from zoo.callbacks import RunCheckpoint, SpikeGuard
 
 ROWS = 70
 
@@ -401,6 +402,38 @@ def test_what_does_not_go_is_refused_by_name(
 def test_stream_is_refused(tmp_path: Path) -> None:
     with services() as where, pytest.raises(TypeError, match=r"Stream.*IterableDataset"):
         trainer(tmp_path, 1, ParameterServerStrategy(**where)).fit(Regression(), DataLoader(Stream(), batch_size=2))
+
+
+@pytest.mark.parametrize(("callback", "options", "message"), [
+    (lambda: SpikeGuard(), {"mode": "bsp"}, "SpikeGuard acts on the optimizer of this process"),
+    (lambda: EMAWeightAveraging(), {"mode": "asp"}, "averages weights"),
+    (lambda: EMAWeightAveraging(), {"mode": "bsp", "tables": ["table"]}, "of tables only some rows"),
+    (lambda: ModelCheckpoint(every_n_train_steps=2), {}, "each worker's own count of steps"),
+])  # fmt: skip
+def test_callbacks_that_need_what_is_not_here_are_refused(tmp_path: Path, callback: Any, options: Any, message: str) -> None:
+    with services() as where, pytest.raises(ValueError, match=message):
+        of = trainer(tmp_path, 1, ParameterServerStrategy(**where, **options), callbacks=[callback()], enable_checkpointing=True)
+        of.fit(Regression(), loader(), loader())
+
+
+def averaged(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    module = Regression()
+    average = EMAWeightAveraging(decay=0.7)
+    of = trainer(folder, 2, ParameterServerStrategy(shard_steps=1, mode="bsp", **options), callbacks=[average],
+                 use_distributed_sampler=False)  # fmt: skip
+    of.fit(module, loader(5, shuffle=False))
+    return module.state_dict()
+
+
+def test_average_of_weights_is_that_of_one_process(pool: RankPool, tmp_path: Path) -> None:
+    with services() as where:
+        results = pool.run(averaged, tmp_path, where, world_size=2)
+    module = Regression()
+    of = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                 enable_model_summary=False, default_root_dir=tmp_path, callbacks=[EMAWeightAveraging(decay=0.7)])  # fmt: skip
+    of.fit(module, loader(10, shuffle=False))
+    for result in results:
+        assert all((value - result[name]).abs().max() < 1e-10 for name, value in module.state_dict().items())
 
 
 # ---- deaths -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -186,7 +186,9 @@ class ParameterServerStrategy(DDPStrategy):
         self._plan_version = 0
         self._samples: list[list[float]] = []
         self._begun = self._ended = 0.0
-        self._last_bpt = 0.0
+        self._last: tuple[float, float] | None = None
+        self._agent_seconds = 0.0
+        self._fresh = self._averages = False
         self._dropped = 0
         self.positions_log: list[tuple[int, int, Tensor]] | None = None
         """For tests: a list here gets ``(epoch, version, positions)`` of each gradient that counts."""
@@ -205,16 +207,26 @@ class ParameterServerStrategy(DDPStrategy):
         return self._client
 
     def antdt_state(self) -> dict[str, Any]:
-        """Where this worker stands, for monitors: plain numbers."""
-        return {
+        """Where this worker stands, for monitors; of batches and times it knows its own only.
+
+        ``step`` (of the servers' clock), ``batch``, ``version``, ``restarts``, ``generation``, ``agent_seconds`` (of reports),
+        ``present`` (ranks), ``dropped`` (gradients); once a batch was trained, ``bpt`` (seconds for it, waiting not included),
+        ``wall`` (seconds since the one before) and ``bubble`` (the difference).
+        """
+        state: dict[str, Any] = {
             "step": self._client.version if self._client is not None else 0,
             "batch": [self._loader.batch] if self._loader is not None else [],
-            "bpt": [self._last_bpt],
             "version": self._plan_version,
+            "restarts": int(os.environ.get("ANTDT_RESTARTS", 0)),
+            "generation": self._data.gen if self._data is not None else 0,
+            "agent_seconds": self._agent_seconds,
             "present": list(self._present),
             "dropped": self._dropped,
-            "restarts": int(os.environ.get("ANTDT_RESTARTS", 0)),
         }
+        if self._last is not None:
+            bpt, wall = self._last
+            state |= {"bpt": [bpt], "wall": wall, "bubble": max(0.0, wall - bpt)}
+        return state
 
     def sample_positions(self, batch_size: int) -> Tensor:
         """Places in the epoch's order of the samples of this worker's batch: int64 ``(batch_size,)``."""
@@ -309,7 +321,20 @@ class ParameterServerStrategy(DDPStrategy):
                 f"{name}: limit_train_batches={trainer.limit_train_batches} would leave samples of the epoch behind: set"
                 " max_steps."
             )
+        self._averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if self._averages and (self.consistency.kind != "bsp" or self.tables):
+            raise ValueError(
+                f"{name}: a callback averages weights, of which each worker sees others in mode {self.consistency.kind}, and of"
+                " tables only some rows: use mode bsp without tables, or remove the callback."
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging) or "SpikeGuard" in [
+                kind.__name__ for kind in type(callback).__mro__
+            ]:
+                raise ValueError(
+                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the servers:"
+                    " remove it."
+                )
             if isinstance(callback, ModelCheckpoint) and (callback._every_n_train_steps or callback._train_time_interval):
                 raise ValueError(
                     f"{name}: ModelCheckpoint(every_n_train_steps or train_time_interval) acts at each worker's own count of"
@@ -604,14 +629,19 @@ class ParameterServerStrategy(DDPStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch weights, once the step may begin, and run the module (Lightning hook)."""
-        assert self._layout is not None
         self._in_step, self._synced = True, False
+        if not self._fresh:
+            self._pull()
+        self._fresh = False
+        self._begun = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def _pull(self) -> None:
+        assert self._layout is not None
         clip = self._clip[0] if self._clip[1] else 0.0
         flat = self.client.pull(self._layout, self.consistency.kind, clip_norm=clip, gate=not self._shadow)
         self._pulled_version = self.client.version
         self._write(unflatten(self._layout, flat))
-        self._begun = time.perf_counter()
-        return super().training_step(*args, **kwargs)
 
     @property
     def _batch(self) -> ShardBatch:
@@ -684,6 +714,9 @@ class ParameterServerStrategy(DDPStrategy):
         if loader.ended or self._is_spent or loader.peek() == "end":
             loader.ended = True
             self._end_epoch()
+        elif self._averages and not self._shadow:
+            self._pull()  # the callback that averages wants what this step has made of the weights
+            self._fresh = True
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
         return [{**group, "lr": group["lr"] * self._lr_factor} for group in hyperparameters(self.optimizers[0])]
@@ -724,12 +757,14 @@ class ParameterServerStrategy(DDPStrategy):
     def _measure(self, batch: ShardBatch, computed: float) -> None:
         now = time.perf_counter()
         wall = now - self._ended if self._ended else batch.seconds + computed
-        self._ended, self._last_bpt = now, batch.seconds + computed
+        self._ended, self._last = now, (batch.seconds + computed, wall)
         self._samples.append([self._steps, batch.count, batch.seconds, computed, wall])
         if len(self._samples) >= self.report_every:
             assert self._data is not None
             samples, self._samples = self._samples, []
+            begun = time.perf_counter()
             answer = self._data.report(self._steps, samples, version=self._plan_version)
+            self._agent_seconds += time.perf_counter() - begun
             if "failure" in answer:
                 raise RuntimeError(f"AntDT: {answer['failure']}")
             for action in answer["actions"]:
@@ -987,7 +1022,8 @@ class ParameterServerStrategy(DDPStrategy):
         self._client = self._data = self._loader = self._layout = None
         self._restored = self._budget = None
         self._steps = self._plan_version = self._dropped = 0
-        self._lr_factor, self._ended, self._samples = 1.0, 0.0, []
+        self._lr_factor, self._ended, self._samples, self._last = 1.0, 0.0, [], None
+        self._agent_seconds, self._fresh = 0.0, False
         self._seen, self._heard = {"stop": 0, "save": 0}, {"stop": 0, "save": 0}
         super().teardown()
 
