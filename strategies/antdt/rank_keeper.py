@@ -97,6 +97,7 @@ class RankKeeper:
     def _begin(self, keeper: int, former: dict[signal.Signals, Any]) -> None:
         os.setpgid(0, 0)  # so that what it starts can be found
         _end_with_parent(keeper)
+        torch.set_num_threads(torch.get_num_threads())  # torch's other pool sees that it is a copy, and starts its threads anew
         for number, handler in former.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
