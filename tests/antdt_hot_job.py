@@ -150,7 +150,10 @@ class Job:
         module = Mortal()
         strategy = AntDTStrategy(
             restart="hot", spares=self.spares,
-            **{"solution": StaticBSP(), "report_every": 3, "global_batch_size": 8, "shard_steps": 1, "shuffle": "global", **self.options},
+            **{
+                "solution": StaticBSP(), "report_every": 3, "global_batch_size": 8, "shard_steps": 1, "shuffle": "global",
+                **self.options,
+            },
         )  # fmt: skip
         trainer = Trainer(
             accelerator="cpu", devices=self.ranks, strategy=strategy, logger=False, precision="64-true",

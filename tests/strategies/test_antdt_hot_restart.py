@@ -2,22 +2,23 @@
 
 import ctypes
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from antdt_hot_job import Death, Job, Torchrun, logs
-from antdt_job import Restart
+from antdt_kept import split_and_run
+from antdt_replace_once import ReplaceOnce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -26,11 +27,11 @@ from benchmarks.sample_trace import audit, read_traces
 from strategies import AntDTStrategy
 from strategies.antdt.gloo_links import GlooLinks
 from strategies.antdt.hot_restart import KeptBuffers, Snapshot
-from strategies.antdt.ledger import DataShardingService, DatasetSpec, LedgerError
+from strategies.antdt.ledger import DatasetSpec, DataShardingService, LedgerError
 from strategies.antdt.loop_progress import Reached, before_interruption, is_before_first_batch
+from strategies.antdt.rank_keeper import RankKeeper
 
 STEPS = 6  # an epoch of 45 samples, 8 a step, the last of 5
-ROOT = Path(__file__).parents[2]
 
 # A whole job
 
@@ -150,7 +151,7 @@ def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Pat
 
 def test_the_controller_has_one_rank_replaced(torchrun: Torchrun, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     job = Job(
-        tmp_path, slow=0.1, options={"solution": Restart(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
+        tmp_path, slow=0.1, options={"solution": ReplaceOnce(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
         trainer={"limit_val_batches": 1.0},
     )  # fmt: skip
     goes_through(torchrun, job, undisturbed, {1: 1})
@@ -181,26 +182,29 @@ def test_hot_restart_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyP
 # The keeper
 
 
-def keep(code: str, spares: int = 2) -> "subprocess.CompletedProcess[str]":
-    """A process that splits off one that runs the code."""
-    start = (
-        "import os, signal, sys, time, torch\n"
-        "from strategies.antdt.rank_keeper import RankKeeper\n"
-        "torch.set_num_threads(4); torch.randn(500, 500) @ torch.randn(500, 500); torch.randn(4_000_000).sigmoid()\n"
-        f"keeper = RankKeeper({spares}, 'rank 7'); first = os.getpid(); keeper.split()\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", start + code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+@pytest.fixture
+def keep(tmp_path: Path) -> Callable[..., tuple[int | None, str]]:
+    """Runs code in a process that a keeper has split off; returns how the keeper ended, and what was written."""
+
+    def run(code: str, spares: int = 1) -> tuple[int | None, str]:
+        process = multiprocessing.get_context("forkserver").Process(target=split_and_run, args=(code, spares, tmp_path / "out"))
+        process.start()
+        process.join(60)
+        process.kill()
+        return process.exitcode, (tmp_path / "out").read_text()
+
+    return run
 
 
-def test_keeper_replaces_what_is_killed_and_nothing_else() -> None:
+Keep = Callable[..., tuple[int | None, str]]
+
+
+def test_keeper_replaces_what_is_killed_and_nothing_else(keep: Keep) -> None:
     """Copies compute with several threads, though their keeper's have no copies."""
     work = "print(keeper.number, float(torch.ones(4_000_000).sigmoid().sum()) > 0, flush=True)\n"
-    done = keep(work + "if keeper.number < 2: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(5)")
-    assert done.stdout.splitlines() == ["0 True", "1 True", "2 True"] and done.returncode == 5
-    assert done.stderr.count("was killed by SIGKILL; a spare takes its place") == 2
+    status, wrote = keep(work + "if keeper.number < 2: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(5)", spares=2)
+    assert status == 5 and [line for line in wrote.splitlines() if "True" in line] == ["0 True", "1 True", "2 True"]
+    assert wrote.count("was killed by SIGKILL; a spare takes its place") == 2
 
 
 @pytest.mark.parametrize(
@@ -215,17 +219,17 @@ def test_keeper_replaces_what_is_killed_and_nothing_else() -> None:
         ("os.kill(first, signal.SIGTERM); time.sleep(60)", -15, ""),
     ],
 )
-def test_keeper_ends_as_its_process(code: str, status: int, said: str) -> None:
-    done = keep(code, spares=1)
-    assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+def test_keeper_ends_as_its_process(keep: Keep, code: str, status: int, said: str) -> None:
+    ended, wrote = keep(code)
+    assert (ended, said in wrote) == (status, True), wrote
 
 
-def test_a_process_ends_with_its_keeper() -> None:
-    done = keep("print(os.getpid(), flush=True); os.close(1); os.kill(first, signal.SIGKILL); time.sleep(60)")
-    assert done.returncode == -signal.SIGKILL
+def test_a_process_ends_with_its_keeper(keep: Keep) -> None:
+    status, wrote = keep("print(os.getpid(), flush=True); os.kill(first, signal.SIGKILL); time.sleep(60)")
+    assert status == -signal.SIGKILL
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        stat = Path(f"/proc/{int(done.stdout)}/stat")
+        stat = Path(f"/proc/{int(wrote)}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.01)
@@ -233,12 +237,13 @@ def test_a_process_ends_with_its_keeper() -> None:
 
 
 def test_keeper_refuses_to_copy_threads() -> None:
-    code = (
-        "import threading, time\nfrom strategies.antdt.rank_keeper import RankKeeper\n"
-        "threading.Thread(target=time.sleep, args=(60,), name='logger', daemon=True).start()\nRankKeeper(1, 'rank 0').split()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "threads run that copies would not have (logger)" in done.stderr
+    ended = threading.Event()
+    logger = threading.Thread(target=ended.wait, name="logger")
+    logger.start()
+    with pytest.raises(RuntimeError, match=r"threads run that copies would not have \(.*logger"):
+        RankKeeper(1, "rank 0").split()
+    ended.set()
+    logger.join()
 
 
 # The parts
