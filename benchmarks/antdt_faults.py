@@ -5,10 +5,10 @@ each), twice: with group restarts, where torch elastic starts all processes agai
 where the survivors live on and take a new process in. At random moments, drawn by the seed, a process is ended by SIGKILL: one of
 the ranks, or the server that holds the ledger of samples.
 
-What was trained is not asked of that server: each rank writes the indices of its samples to a file before each step, and the lines
-are cut where later restarts have begun (`benchmarks.sample_trace`). Counted are the samples that any epoch of the final trajectory
-used twice or left out. Shown besides: seconds from the kill to the next step (of a rank: of the new group; of the server: until
-another one listens), and optimizer steps that were trained again.
+What was trained is not asked of that server: each rank writes the indices of its samples to a file before each step, and the
+lines are cut where later restarts have begun (`benchmarks.sample_trace`). Counted are the samples that any epoch of the final
+trajectory used twice or left out. Shown besides: seconds from the kill to the next step (of a rank: of the new group; of the
+server: until another one listens), and optimizer steps that were trained again.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _server(folder: Path) -> int:
     return int(json.loads((folder / "antdt" / "server.json").read_text())["pid"])
 
 
-def _check(process: "subprocess.Popen[bytes]", folder: Path, begin: float, timeout: float) -> None:
+def _check(process: subprocess.Popen[bytes], folder: Path, begin: float, timeout: float) -> None:
     if process.poll() is not None:
         raise RuntimeError(f"torchrun ended early, with status {process.returncode}:\n{_end(folder)}")
     if time.time() - begin > timeout:

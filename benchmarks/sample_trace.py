@@ -1,8 +1,8 @@
-"""Which samples each process trained in which step, from files that the processes write while they train, also if they are killed.
+"""Which samples each process trained in which step, from files that outlive the processes, however these end.
 
-`SampleTrace` is a callback: before each step, and so before its gradients leave the process, it appends a line with the indices of
-the step's samples. `final_trajectory` cuts these lines where the training that led to the final model left them: whenever a group
-(re)starts at step s, what earlier groups did in the steps from s on is undone.
+`SampleTrace` is a callback: before each step, and so before its gradients leave the process, it appends a line with the indices
+of the step's samples. `final_trajectory` cuts these lines where the training that led to the final model left them: whenever a
+group (re)starts at step s, what earlier groups did in the steps from s on is undone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """A job with hot restarts for tests: real processes as torchrun starts them, killed where a test wants it."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,8 @@ class Mortal(Noisy):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.passes += 1
         loss = super().training_step(batch, batch_idx)
-        next(callback for callback in self.trainer.callbacks if isinstance(callback, Die)).at(self.trainer, "forward")  # type: ignore[attr-defined]
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        next(callback for callback in callbacks if isinstance(callback, Die)).at(self.trainer, "forward")
         return loss
 
 
@@ -112,6 +116,8 @@ class Job:
         callbacks: further ones.
         slow: seconds that each step takes longer.
         save_every: steps between checkpoints.
+        rows: samples of an epoch.
+        resume: whether to go on from the last checkpoint.
     """
 
     folder: Path
@@ -124,6 +130,7 @@ class Job:
     slow: float = 0.0
     save_every: int = 4
     rows: int = 45
+    resume: bool = False
 
     def train(self, rank: int, port: int) -> None:
         """Body of a process that torchrun would start."""
@@ -142,8 +149,11 @@ class Job:
         seed_everything(3, verbose=False)
         module = Mortal()
         strategy = AntDTStrategy(
-            solution=StaticBSP(), restart="hot", spares=self.spares, report_every=3,
-            **{"global_batch_size": 8, "shard_steps": 1, "shuffle": "global", **self.options},
+            restart="hot", spares=self.spares,
+            **{
+                "solution": StaticBSP(), "report_every": 3, "global_batch_size": 8, "shard_steps": 1, "shuffle": "global",
+                **self.options,
+            },
         )  # fmt: skip
         trainer = Trainer(
             accelerator="cpu", devices=self.ranks, strategy=strategy, logger=False, precision="64-true",
@@ -154,51 +164,91 @@ class Job:
             ],
             **{"max_epochs": 2, "limit_val_batches": 0, **self.trainer},
         )  # fmt: skip
-        trainer.fit(module, RowsData(rows=self.rows))
+        trainer.fit(
+            module, RowsData(rows=self.rows), ckpt_path=self.folder / "checkpoints" / "last.ckpt" if self.resume else None
+        )
         torch.save(weights_of(module), self.folder / f"weights{rank}.pt")
-        with (self.folder / f"end{rank}.json").open("w") as file:
-            json.dump({"step": trainer.global_step, "epoch": trainer.current_epoch, "pid": os.getpid(),
-                       "stepped": trainer.fit_loop.epoch_loop._batches_that_stepped,
-                       "batches": trainer.fit_loop.epoch_loop.batch_progress.state_dict()}, file)  # fmt: skip
+        loop = trainer.fit_loop.epoch_loop
+        end = {
+            "step": trainer.global_step, "epoch": trainer.current_epoch, "logged_step": loop._batches_that_stepped,
+            "batches": loop.batch_progress.state_dict(), "rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }  # fmt: skip
+        (self.folder / f"end{rank}.json").write_text(json.dumps(end))
         sys.stdout.flush()
         os._exit(0)
 
 
-class Group:
-    """The processes of a job, and the store that torchrun's agent would host."""
+class Torchrun:
+    """Starts the processes of jobs as torchrun does, quickly: a process that has imported all splits them off."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        job.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.processes: list[BaseProcess] = [
-            context.Process(target=job.train, args=(rank, self.store.port)) for rank in range(job.ranks)
-        ]
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
 
-    def __enter__(self) -> "Group":
-        for process in self.processes:
-            process.start()
-        return self
+    def run(self, job: Job, meanwhile: Callable[[], None] = lambda: None, seconds: float = 60.0) -> list[int]:
+        """Exit codes; once a process has ended badly, or time is over, the others are told to end.
 
-    def wait(self, seconds: float = 60.0) -> list[int | None]:
-        """Exit codes; as torchrun does, all are ended once one has ended badly."""
-        end = time.monotonic() + seconds
-        while any(process.exitcode is None for process in self.processes) and time.monotonic() < end:
-            if any(process.exitcode for process in self.processes):
-                for process in self.processes:
-                    process.terminate()
-            multiprocessing.connection.wait(
-                [process.sentinel for process in self.processes if process.exitcode is None], timeout=end - time.monotonic()
-            )
-        return [process.exitcode for process in self.processes]
+        Args:
+            job: to run.
+            meanwhile: called while it runs.
+            seconds: until it is ended.
+        """
+        job.folder.mkdir(parents=True, exist_ok=True)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent hosts it
+        self._connection.send((job, store.port, seconds))
+        meanwhile()
+        codes: list[int] = self._connection.recv()
+        return codes
 
-    def __exit__(self, *exc: object) -> None:
-        for process in self.processes:
-            if process.exitcode is None:
-                process.kill()
-            process.join()
+    def close(self) -> None:
+        """End it."""
+        self._connection.close()
+        self._process.join()
 
-    def logs(self) -> str:
-        """What the processes wrote."""
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(self.job.folder.glob("log*.txt")))
+
+def _serve(connection: Connection) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            job, port, seconds = connection.recv()
+            connection.send(_watch([_split_off(job, rank, port) for rank in range(job.ranks)], time.monotonic() + seconds))
+
+
+def _split_off(job: Job, rank: int, port: int) -> int:
+    process = os.fork()
+    if process == 0:
+        try:
+            job.train(rank, port)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(1)
+    return process
+
+
+def _watch(processes: list[int], end: float) -> list[int]:
+    codes: dict[int, int] = {}
+    told = False
+    while len(codes) < len(processes):
+        for process in processes:
+            if process not in codes:
+                found, status = os.waitpid(process, os.WNOHANG)
+                if found:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+        if (any(codes.values()) or time.monotonic() > end) and not told:
+            told = True
+            for process in set(processes) - codes.keys():
+                os.kill(process, signal.SIGTERM)
+        if time.monotonic() > end + 10:
+            for process in set(processes) - codes.keys():
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
+def logs(job: Job) -> str:
+    """What the processes wrote."""
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(job.folder.glob("log*.txt")))

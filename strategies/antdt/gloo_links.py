@@ -10,16 +10,18 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = ["GlooLinks"]
 
-_OPEN = "/proc/self/fd"
+_OPEN = Path("/proc/self/fd")
 
 
 class GlooLinks:
     """Remembers connections that were opened while groups were made.
 
     Example:
+        >>> import socket
         >>> links = GlooLinks()
         >>> with links.remembered():
         ...     one, other = socket.socketpair()
@@ -55,12 +57,12 @@ class GlooLinks:
 
 def _sockets() -> dict[int, str]:
     """Number and name of each socket of this process."""
-    found = {int(number): _name(int(number)) for number in os.listdir(_OPEN)}
+    found = {int(file.name): _name(int(file.name)) for file in _OPEN.iterdir()}
     return {number: name for number, name in found.items() if name.startswith("socket:")}
 
 
 def _name(number: int) -> str:
     try:
-        return os.readlink(f"{_OPEN}/{number}")
+        return str((_OPEN / str(number)).readlink())
     except OSError:
         return ""

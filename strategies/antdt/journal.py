@@ -308,7 +308,7 @@ class RecordedLedger:
         self._record("settle", trained=[list(item) for item in sorted(trained.items())])
 
     def _do_settle(self, trained: Sequence[Sequence[int]]) -> None:
-        self.ledger.settle({worker: count for worker, count in trained})
+        self.ledger.settle({int(worker): int(count) for worker, count in trained})
 
     def release(self, worker: int, gen: int, sid: int, start: int) -> None:
         """`DataShardingService.release`."""

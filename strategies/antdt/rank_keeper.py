@@ -1,8 +1,8 @@
 """A process that looks after the one that trains, and puts another in its place when it is killed (section 9, hot restart).
 
-torch elastic ends the whole group when one of the processes that it has started ends badly. So the process that it has started does
-not train. When all is imported and built, and before anything runs, it splits off a copy of itself (fork) which trains, and waits.
-It is itself the warm spare: a copy takes milliseconds, and memory only for what it changes.
+torch elastic ends the whole group when one of the processes that it has started ends badly. So the process that it has started
+does not train. When all is imported and built, and before anything runs, it splits off a copy of itself (fork) which trains, and
+waits. It is itself the warm spare: a copy takes milliseconds, and memory only for what it changes.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5
 class RankKeeper:
     """Splits off processes, one after the other, that go on where `split` was called.
 
-    A process is replaced if a signal has killed it, or it ended with `REPLACE_EXIT_CODE`, as long as there are spares, nobody has
-    told this process to end, and the replaced one had not called `finished`. Else this process ends as that one did, which torch
-    elastic sees. Signals are passed on, and what a killed process leaves behind, such as workers that load data, is ended: as long
-    as they live, the connections of the killed process are open.
+    A process is replaced if a signal has killed it, or it ended with `REPLACE_EXIT_CODE`, as long as there are spares, nobody
+    has told this process to end, and the replaced one had not called `finished`. Else this process ends as that one did, which
+    torch elastic sees. Signals are passed on, and what a killed process leaves behind, such as workers that load data, is ended:
+    as long as they live, the connections of the killed process are open.
 
     Args:
         spares: how many processes may be replaced.
@@ -97,6 +97,7 @@ class RankKeeper:
     def _begin(self, keeper: int, former: dict[signal.Signals, Any]) -> None:
         os.setpgid(0, 0)  # so that what it starts can be found
         _end_with_parent(keeper)
+        torch.set_num_threads(torch.get_num_threads())  # torch's other pool sees that it is a copy, and starts its threads anew
         for number, handler in former.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
@@ -110,7 +111,7 @@ class RankKeeper:
 
     def _replaces(self, code: int) -> bool:
         """Whether another process comes; says so."""
-        if code >= 0 and code != REPLACE_EXIT_CODE or self._told_to_end or self._has_finished():
+        if (code >= 0 and code != REPLACE_EXIT_CODE) or self._told_to_end or self._has_finished():
             return False
         why = f"was killed by {signal.Signals(-code).name}" if code < 0 else "is to be replaced"
         if self.left > 0:
@@ -136,13 +137,13 @@ def _check_and_prepare() -> None:
     others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
     if others or threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            f"AntDT: with restart=hot, this process copies itself, but threads run that copies would not have ({', '.join(others)}):"
-            " start them when training begins (on_fit_start), or use restart=group."
+            "AntDT: with restart=hot, this process copies itself, but threads run that copies would not have"
+            f" ({', '.join(others)}): start them when training begins (on_fit_start), or use restart=group."
         )
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "AntDT: with restart=hot, this process copies itself, which is not possible once it uses a GPU: do not touch CUDA before"
-            " trainer.fit, or use restart=group."
+            "AntDT: with restart=hot, this process copies itself, which is not possible once it uses a GPU: do not touch CUDA"
+            " before trainer.fit, or use restart=group."
         )
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

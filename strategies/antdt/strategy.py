@@ -79,11 +79,11 @@ class AntDTStrategy(DDPStrategy):
     A controller that finds a process slow for long has the group started again, if torchrun may do that (``--max-restarts``) and
     checkpoints are saved: all ranks save after the same step and exit with code 75. Use ``--ckpt_path last``.
 
-    With ``restart=hot`` (gloo on Linux, under torchrun) a process that was killed, or that the controller finds slow for long, is
-    replaced while the others live on: each process that torchrun has started splits off the one that trains, and another when that
-    is lost. The others drop the interrupted step, hand the state after the last one over, and repeat it. When the spares are used
-    up, or a process ends by an error of its own, the group is started again as above. Functions called before ``fit`` must start
-    no threads and not touch the GPU. Means over an epoch that are logged in such an epoch are over what follows the loss.
+    With ``restart=hot`` (gloo on Linux, under torchrun) a process that was killed, or that the controller finds slow for long,
+    is replaced while the others live on: each process that torchrun has started splits off the one that trains, and another when
+    that is lost. The others drop the interrupted step, hand the state after the last one over, and repeat it. When the spares
+    are used up, or a process ends by an error of its own, the group is started again as above. What is called before ``fit``
+    must start no threads and not touch the GPU. Means over an epoch are, in an epoch with a loss, over what follows it.
 
     Args:
         solution: what decides; null: `AntDTND`.
@@ -106,8 +106,8 @@ class AntDTStrategy(DDPStrategy):
         max_micro_batch: most samples of a micro-batch, of all ranks or of each; null: no limit.
         restart_cost: seconds that a restart of the group takes, as long as none was seen.
         max_restarts_per_node: how often the controller may have a process started again; 0: never.
-        restart: what becomes of the others when a process is lost: ``group``: all end, and torchrun starts them again from the last
-            checkpoint; ``hot``: they live on, and a new process takes the place of the lost one.
+        restart: what becomes of the others when a process is lost: ``group``: all end, and torchrun starts them again from the
+            last checkpoint; ``hot``: they live on, and a new process takes the place of the lost one.
         spares: with ``restart=hot``, how often each process may be replaced before the group is started again.
         injector: makes processes slow on purpose, for tests and benchmarks.
         kwargs: of Lightning's ``DDPStrategy``.
@@ -555,8 +555,8 @@ class AntDTStrategy(DDPStrategy):
         ledger = self._connection.joined["epoch"], self._connection.joined["consumed"]
         if _without_end(*ledger, whole) != _without_end(epoch, consumed, whole):
             raise ValueError(
-                f"AntDT: after ranks were lost, the ledger has {ledger[1]} samples of epoch {ledger[0]}, training has {consumed} of"
-                f" epoch {epoch}. torchrun starts all ranks again from the last checkpoint, if --max-restarts allows it."
+                f"AntDT: after ranks were lost, the ledger has {ledger[1]} samples of epoch {ledger[0]}, training has {consumed}"
+                f" of epoch {epoch}. torchrun starts all ranks again from the last checkpoint, if --max-restarts allows it."
             )
 
     def _to_be_restarted(self) -> None:
