@@ -332,7 +332,7 @@ class ParameterServerStrategy(DDPStrategy):
                 kind.__name__ for kind in type(callback).__mro__
             ]:
                 raise ValueError(
-                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the servers:"
+                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but servers make the step:"
                     " remove it."
                 )
             if isinstance(callback, ModelCheckpoint) and (callback._every_n_train_steps or callback._train_time_interval):
