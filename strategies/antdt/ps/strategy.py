@@ -92,6 +92,7 @@ class ParameterServerStrategy(DDPStrategy):
         seed: of the order of samples; null: that of ``seed_everything``.
         report_every: batches between two reports to the controller.
         decide_every: seconds between two decisions.
+        restart_cost: seconds that the restart of one process is thought to take, until one was seen.
         heartbeat_timeout: seconds after which a silent worker is held for lost.
         grace: seconds for which a worker whose connection has closed may come back.
         save_every: seconds between two copies of a server's part on disk.
@@ -125,6 +126,7 @@ class ParameterServerStrategy(DDPStrategy):
         seed: int | None = None,
         report_every: int = 10,
         decide_every: float = 10.0,
+        restart_cost: float = 10.0,
         heartbeat_timeout: float = 60.0,
         grace: float = 5.0,
         save_every: float = 30.0,
@@ -139,7 +141,7 @@ class ParameterServerStrategy(DDPStrategy):
             self.consistency = Consistency(mode, staleness, backup)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        least = {"servers": 1, "shard_steps": 1, "tail_factor": 1, "report_every": 1, "global_batch_size": 1, "decide_every": 0,
+        least = {"servers": 1, "shard_steps": 1, "tail_factor": 1, "report_every": 1, "global_batch_size": 1, "decide_every": 0, "restart_cost": 0,
                  "heartbeat_timeout": 1, "grace": 0, "save_every": 0, "server_cost": 0, "frame_limit": 2**16}  # fmt: skip
         given = {key: value for key, value in locals().items() if key in least}
         given["servers"] = len(servers) if isinstance(servers, list) else servers
@@ -157,6 +159,7 @@ class ParameterServerStrategy(DDPStrategy):
         self.on_drop, self.solution = on_drop, solution
         self.global_batch_size, self.shard_steps, self.tail_factor, self.seed = global_batch_size, shard_steps, tail_factor, seed
         self.report_every, self.decide_every, self.heartbeat_timeout = report_every, decide_every, heartbeat_timeout
+        self.restart_cost = restart_cost
         self.grace, self.save_every, self.injector = grace, save_every, injector
         self.server_cost, self.server_slowdowns, self.frame_limit = server_cost, server_slowdowns or [], frame_limit
         self._trainer: Trainer | None = None
@@ -332,8 +335,8 @@ class ParameterServerStrategy(DDPStrategy):
                 kind.__name__ for kind in type(callback).__mro__
             ]:
                 raise ValueError(
-                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the servers:"
-                    " remove it."
+                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the"
+                    " servers: remove it."
                 )
             if isinstance(callback, ModelCheckpoint) and (callback._every_n_train_steps or callback._train_time_interval):
                 raise ValueError(
@@ -445,7 +448,7 @@ class ParameterServerStrategy(DDPStrategy):
             global_batch=batch,
             semantics="at_least_once_batch",
             tail_factor=self.tail_factor,
-            controller={"decide_every": self.decide_every, "group_restart": False},
+            controller={"decide_every": self.decide_every, "group_restart": False, "restart_cost": self.restart_cost},
             heartbeat_timeout=self.heartbeat_timeout,
         )
         client.keep_alive(self.heartbeat_timeout / 6)
