@@ -5,8 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from strategies.antdt.address import Address
 from strategies.antdt.client import Client
 from strategies.antdt.inject import Injector, Slowdown
-from strategies.antdt.launch import find_or_start
+from strategies.antdt.launch import find, find_or_start
 from strategies.antdt.loader import Order, SamplerOrder
 from strategies.antdt.order import SampleOrder
 from strategies.antdt.ps.clock import Consistency
-from strategies.antdt.ps.launch import find_or_start_server
+from strategies.antdt.ps.launch import find_or_start_server, find_server
 from strategies.antdt.ps.loader import ShardBatch, ShardLoader
 from strategies.antdt.ps.partition import Entry, Layout
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec, hyperparameters
@@ -44,6 +44,7 @@ __all__ = ["ParameterServerStrategy"]
 
 KEY = "antdt_ps"
 TOKEN_VARIABLE = "ANTDT_TOKEN"
+RUN_VARIABLE = "ANTDT_RUN"  # for a process that takes the place of another
 Mode = Literal["asp", "ssp", "bsp"]
 
 
@@ -141,7 +142,8 @@ class ParameterServerStrategy(DDPStrategy):
             self.consistency = Consistency(mode, staleness, backup)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        least = {"servers": 1, "shard_steps": 1, "tail_factor": 1, "report_every": 1, "global_batch_size": 1, "decide_every": 0, "restart_cost": 0,
+        least = {"servers": 1, "shard_steps": 1, "tail_factor": 1, "report_every": 1, "global_batch_size": 1, "decide_every": 0,
+                 "restart_cost": 0,
                  "heartbeat_timeout": 1, "grace": 0, "save_every": 0, "server_cost": 0, "frame_limit": 2**16}  # fmt: skip
         given = {key: value for key, value in locals().items() if key in least}
         given["servers"] = len(servers) if isinstance(servers, list) else servers
@@ -261,13 +263,27 @@ class ParameterServerStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
-        self._client = self._connect()
+        joins = os.environ.pop(RUN_VARIABLE, "") if fitting else ""
+        with self._unless_over(bool(joins)):
+            self._client = self._connect(joins)
         self._present = list(range(self.world_size))
         self._divided = None if self.client.late else list(self._present)
         if self.client.late:
             trainer.num_sanity_val_steps = 0  # the others have done with it  # type: ignore[attr-defined]
 
-    def _connect(self) -> ParameterClient:
+    @contextmanager
+    def _unless_over(self, late: bool) -> Iterator[None]:
+        """A worker that comes late finds that the others have done: that is no failure."""
+        try:
+            yield
+        except (ServiceError, ConnectionError) as failure:
+            if not late:
+                raise
+            print(f"worker {self.global_rank} came when the others had done ({failure})", flush=True)
+            self._failed = True
+            raise SystemExit(0) from failure
+
+    def _connect(self, joins: str) -> ParameterClient:
         if isinstance(self.servers, list):
             token = os.environ.get(TOKEN_VARIABLE, "")
             addresses = [Address.parse(text, token) for text in self.servers]
@@ -284,12 +300,14 @@ class ParameterServerStrategy(DDPStrategy):
             options += ["--slow", json.dumps(slow)] if self.server_cost else []
 
             def resolve(index: int) -> Address:
-                return find_or_start_server(self._folder, index, options=options)
+                # Who is to join a run must not begin another one.
+                alone = bool(joins) or (self._client is not None and self._client.late)
+                return find_server(self._folder, index) if alone else find_or_start_server(self._folder, index, options=options)
 
             addresses = [resolve(index) for index in range(self.servers)]
         return ParameterClient(
             addresses, self.global_rank, self.world_size, resolve=resolve, frame_limit=self.frame_limit,
-            pulse_every=self.heartbeat_timeout / 6, group=self._group(),
+            pulse_every=self.heartbeat_timeout / 6, group=self._group(), joins=joins,
         )  # fmt: skip
 
     def _group(self) -> str:
@@ -402,7 +420,8 @@ class ParameterServerStrategy(DDPStrategy):
             raise ValueError(f"{name}: global_batch_size={batch} gives not each of {self.world_size} workers a sample.")
         order, identity = self._order_of(dataloader)
         if self._data is None:
-            self._data = self._join_data(identity, batch)
+            with self._unless_over(self.client.late):
+                self._data = self._join_data(identity, batch)
         share = batch // self.world_size + (self.global_rank < batch % self.world_size)
         limit = trainer.limit_train_batches
         if self.on_drop == "requeue" and dataloader.num_workers:
@@ -435,8 +454,10 @@ class ParameterServerStrategy(DDPStrategy):
             if self.num_nodes > 1:
                 raise ValueError(f"{type(self).__name__}: give server=host:port of a zoo serve-data on several machines.")
 
+            late = self.client.late
+
             def resolve() -> Address:
-                return find_or_start(self._folder)
+                return find(self._folder, timeout=5.0) if late and not self._live else find_or_start(self._folder)
 
             client = Client(resolve(), self.global_rank, resolve=resolve)
         else:
@@ -465,8 +486,9 @@ class ParameterServerStrategy(DDPStrategy):
             raise ValueError(f"{type(self).__name__}: train_dataloader must give one DataLoader.")
         self._take_over_loop(trainer)
         self._layout = self._lay_out()
-        data.join(self.world_size, barrier=False, device=self._device_name())
         late = self.client.late
+        with self._unless_over(late):
+            data.join(self.world_size, barrier=False, device=self._device_name())
         parts = self.world_size if self.consistency.kind != "bsp" else 1
         if not late:
             stored, self._restored = self._restored, None
@@ -479,7 +501,10 @@ class ParameterServerStrategy(DDPStrategy):
             self._scheduled = version // parts
             self.barrier()  # no one begins before the servers are filled
         if late:
-            epoch = self.client.enter(0)
+            with self._unless_over(late):
+                self.client.patience, patience = 5.0, self.client.patience
+                epoch = self.client.enter(0)
+                self.client.patience = patience
             progress: Any = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = epoch
             self.client.look()
@@ -798,6 +823,7 @@ class ParameterServerStrategy(DDPStrategy):
         print(f"worker {self.global_rank} starts again: the controller found it slow", flush=True)
         self._data.leave()
         self.client.leave()
+        os.environ[RUN_VARIABLE] = self.client.run
         os.environ["ANTDT_RESTARTS"] = str(int(os.environ.get("ANTDT_RESTARTS", 0)) + 1)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
