@@ -151,7 +151,8 @@ class ZooCLI(LightningCLI):
             parser_class=ZooArgumentParser,
             parser_kwargs={
                 "prog": "zoo",
-                "description": "Research systems that people can actually run. More verbs: list, assets, convert, plan, simulate, serve-data.",
+                "description": "Research systems that people can actually run."
+                " More verbs: list, assets, convert, plan, simulate, serve-data.",
             },
             args=args,
             **kwargs,

@@ -38,7 +38,7 @@ class Arm:
 
     def make(self) -> Solution:
         """A new solution, which remembers nothing of earlier runs."""
-        return build(Solution, self.solution.init_config)
+        return build(Solution, self.solution.init_config)  # type: ignore[type-abstract]
 
 
 def run_arms(
@@ -151,8 +151,8 @@ def _save(results: Mapping[str, Sequence[SimResult]], folder: Path) -> None:
     axes = figure.subplots()
     names = list(results)
     seconds = [_median([run.seconds for run in results[name]]) for name in names]
-    axes.barh(names, seconds, color="tab:blue")
-    axes.bar_label(axes.containers[0], fmt="{:,.0f}", padding=3)
+    bars = axes.barh(names, seconds, color="tab:blue")
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.invert_yaxis()
     axes.set(xlabel="seconds to completion (simulated)", xlim=(0, 1.15 * max(seconds)))
     figure.savefig(folder / "completion.png", dpi=120)

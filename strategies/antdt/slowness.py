@@ -6,13 +6,13 @@ elsewhere, where a transient one ends too, for both belong to the machine. All o
 whatever is done to a cluster, its nodes suffer the same.
 """
 
-import csv
-import json
 import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from strategies.antdt.inject import read_trace
 
 __all__ = ["NodeSlowness", "SlownessModel", "read_slowness"]
 
@@ -163,24 +163,11 @@ def read_slowness(path: str | Path, role: str, count: int) -> list[NodeSlowness]
     Raises:
         ValueError: A row that lacks a field, whose slowdown is not positive, or whose node is not among those.
     """
-    if not count:
-        return []
-    path = Path(path)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
-    changes: dict[int, list[tuple[float, float]]] = {node: [] for node in range(count)}
-    for number, row in enumerate(rows, 1):
-        try:
-            found, _, index = str(row["node"]).partition(":")
-            time, factor = float(row["time"]), float(row["slowdown"])
-            if found != role:
-                continue
-            if not factor > 0:
-                raise ValueError(f"slowdown {factor} is not positive")
-            changes[int(index)].append((time, factor))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: row {number} is {row}; it needs time, a positive slowdown and a node among {role}:0 to"
-                f" {role}:{count - 1}: {error}."
-            ) from error
-    return [NodeSlowness(sorted(changes[node])) for node in range(count)]
+    trace = {name: points for name, points in read_trace(path).items() if name.partition(":")[0] == role}
+    names = [f"{role}:{node}" for node in range(count)]
+    wrong = [name for name, points in trace.items() if name not in names or any(not factor > 0 for _, factor in points)]
+    if wrong and count:
+        raise ValueError(
+            f"{path}: {wrong[0]} is not among {names[0]} to {names[-1]}, or its slowdown is not positive ({len(wrong)} such)."
+        )
+    return [NodeSlowness(trace.get(name, [])) for name in names]

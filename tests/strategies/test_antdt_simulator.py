@@ -191,7 +191,7 @@ def test_recorded_slowness_is_replayed(tmp_path: Path, suffix: str) -> None:
     cluster = SimCluster(workers=2, local_batch=10, steps=30, cost=0.1)
     # 5 steps of a second, then of 4 seconds until second 20 (the step that begins at 17 is one of them), then of one again.
     assert simulate(StaticBSP(), str(path), cluster).seconds == 5 + 4 * 4 + 21
-    with pytest.raises(ValueError, match=r"row 1 is .*worker:0 to worker:0"):
+    with pytest.raises(ValueError, match=r"worker:1 is not among worker:0 to worker:0"):
         read_slowness(path, "worker", 1)
 
 
