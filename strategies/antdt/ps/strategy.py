@@ -192,7 +192,7 @@ class ParameterServerStrategy(DDPStrategy):
         self._samples: list[list[float]] = []
         self._begun = self._ended = 0.0
         self._last: tuple[float, float] | None = None
-        self._agent_seconds = 0.0
+        self._agent_seconds = self._waited = 0.0
         self._fresh = self._averages = False
         self._dropped = 0
         self.positions_log: list[tuple[int, int, Tensor]] | None = None
@@ -661,7 +661,7 @@ class ParameterServerStrategy(DDPStrategy):
         if not self._fresh:
             self._pull()
         self._fresh = False
-        self._begun = time.perf_counter()
+        self._begun, self._waited = time.perf_counter(), 0.0
         return super().training_step(*args, **kwargs)
 
     def _pull(self) -> None:
@@ -693,8 +693,10 @@ class ParameterServerStrategy(DDPStrategy):
             if not self._in_step:
                 return
             assert self._layout is not None
+            begun = time.perf_counter()
             rows = arguments[0].detach().flatten().unique().cpu()
             values = self.client.rows(self._layout, {number: rows})[number]
+            self._waited += time.perf_counter() - begun  # for servers: a slow one must not make this worker look slow
             with torch.no_grad():
                 weight = self._parameters[number]
                 weight[rows.to(weight.device)] = values.to(weight.device)
@@ -718,7 +720,7 @@ class ParameterServerStrategy(DDPStrategy):
             torch.cuda.synchronize(self.root_device)
         if not self._shadow:
             gradient = self._gradient()
-            computed = time.perf_counter() - self._begun
+            computed = time.perf_counter() - self._begun - self._waited
             outcome = self.client.push(
                 layout, gradient, self._hyperparameters(), version=self._pulled_version, items=batch.items,
                 gen=self._data.gen,
