@@ -545,6 +545,29 @@ def test_worker_lost_before_training_ends_the_run_with_its_name() -> None:
         meetings.bring(0, 0, None)
 
 
+def test_worker_that_comes_when_all_have_done_begins_no_run_of_its_own() -> None:
+    meetings = Meetings()
+    meetings.hello(0, 1, "a")
+    run = meetings.run
+    meetings.enter(0, 0)
+    assert meetings.entered(0)
+    meetings.leave(0)
+    with pytest.raises(MeetingError, match="was to join has ended") as refusal:
+        meetings.hello(0, 1, "b", joins=run)
+    assert refusal.value.kind == "over" and not meetings.members
+
+
+def test_processes_of_a_new_group_replace_those_of_the_former() -> None:
+    meetings = Meetings()
+    for rank in range(2):
+        meetings.hello(rank, 2, f"s{rank}", group="run/0")
+        meetings.enter(rank, 0)
+    assert meetings.entered(0)
+    first = meetings.run
+    assert not meetings.hello(0, 2, "t0", group="run/1").late, "torchrun has killed the others, too"
+    assert meetings.run != first and list(meetings.members) == [0]
+
+
 def test_new_run_begins_when_all_have_left() -> None:
     meetings = Meetings()
     first = (meetings.hello(0, 1, "a"), meetings.run)[1]

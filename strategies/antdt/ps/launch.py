@@ -13,7 +13,7 @@ from strategies.antdt.launch import ServerNotStarted, _locked, _runs
 from strategies.antdt.ps.frames import Connection
 from strategies.antdt.wire import ServiceError, WireError
 
-__all__ = ["find_or_start_server", "is_alive"]
+__all__ = ["find_or_start_server", "find_server", "is_alive"]
 
 _LOOK_EVERY = 0.05
 
@@ -33,6 +33,18 @@ def is_alive(address: Address, index: int, timeout: float = 5.0) -> bool:
         return False
     finally:
         connection.close()
+
+
+def find_server(folder: Path, index: int) -> Address:
+    """A server of a folder that runs.
+
+    Raises:
+        ServerNotStarted: there is none.
+    """
+    address = Address.read(folder / f"ps{index}")
+    if address is None or not is_alive(address, index):
+        raise ServerNotStarted(f"parameter server {index} of {folder} does not run any more.")
+    return address
 
 
 def find_or_start_server(folder: Path, index: int, *, timeout: float = 120.0, options: Sequence[str] = ()) -> Address:

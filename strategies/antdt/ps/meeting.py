@@ -16,7 +16,7 @@ class MeetingError(RuntimeError):
     """A worker cannot take part; the message says why.
 
     Attributes:
-        kind: ``stale``; ``ending``: not yet, the run before is about to end.
+        kind: ``stale``; ``over``: the run has ended; ``ending``: not yet, the run before is about to end.
     """
 
     def __init__(self, message: str, kind: str = "stale") -> None:
@@ -79,7 +79,7 @@ class Meetings:
 
     # ---- coming and going ---------------------------------------------------------------------------------------------
 
-    def hello(self, worker: int, world_size: int, session: str, run: str = "", group: str = "") -> Member:
+    def hello(self, worker: int, world_size: int, session: str, run: str = "", group: str = "", joins: str = "") -> Member:
         """A process presents itself, or comes back over a new connection.
 
         Args:
@@ -87,13 +87,16 @@ class Meetings:
             world_size: W.
             session: of the process.
             run: that it takes part in; empty: it is new.
+            joins: the run that it is to take part in, as a new process; empty: any.
             group: of processes that were started together.
 
         Raises:
             MeetingError: another run is going on, or this one cannot go on.
         """
         if run and run != self.run:
-            raise MeetingError(f"worker {worker} belongs to a run that has ended; it must exit.")
+            raise MeetingError(f"worker {worker} belongs to a run that has ended; it must exit.", kind="over")
+        if joins and joins != self.run:
+            raise MeetingError(f"the run that worker {worker} was to join has ended.", kind="over")
         known = self.members.get(worker)
         if known is not None and known.session == session:
             return known

@@ -295,7 +295,9 @@ class ParameterServer:
             group = str(header.get("group", ""))
             if known is not None and known.session != session and group == self.meetings.group and not self.meetings.over:
                 self._lose(worker, "is replaced by a new process")
-            member = self.meetings.hello(worker, int(header["world_size"]), session, str(header.get("run", "")), group)
+            member = self.meetings.hello(
+                worker, int(header["world_size"]), session, str(header.get("run", "")), group, str(header.get("joins", ""))
+            )
             if self.meetings.run != former:
                 self._began = time.monotonic()
                 self._forget_run()

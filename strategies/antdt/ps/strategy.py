@@ -5,8 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from strategies.antdt.address import Address
 from strategies.antdt.client import Client
 from strategies.antdt.inject import Injector, Slowdown
-from strategies.antdt.launch import find_or_start
+from strategies.antdt.launch import find, find_or_start
 from strategies.antdt.loader import Order, SamplerOrder
 from strategies.antdt.order import SampleOrder
 from strategies.antdt.ps.clock import Consistency
-from strategies.antdt.ps.launch import find_or_start_server
+from strategies.antdt.ps.launch import find_or_start_server, find_server
 from strategies.antdt.ps.loader import ShardBatch, ShardLoader
 from strategies.antdt.ps.partition import Entry, Layout
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec, hyperparameters
@@ -44,6 +44,7 @@ __all__ = ["ParameterServerStrategy"]
 
 KEY = "antdt_ps"
 TOKEN_VARIABLE = "ANTDT_TOKEN"
+RUN_VARIABLE = "ANTDT_RUN"  # for a process that takes the place of another
 Mode = Literal["asp", "ssp", "bsp"]
 
 
@@ -92,6 +93,7 @@ class ParameterServerStrategy(DDPStrategy):
         seed: of the order of samples; null: that of ``seed_everything``.
         report_every: batches between two reports to the controller.
         decide_every: seconds between two decisions.
+        restart_cost: seconds that the restart of one process is thought to take, until one was seen.
         heartbeat_timeout: seconds after which a silent worker is held for lost.
         grace: seconds for which a worker whose connection has closed may come back.
         save_every: seconds between two copies of a server's part on disk.
@@ -125,6 +127,7 @@ class ParameterServerStrategy(DDPStrategy):
         seed: int | None = None,
         report_every: int = 10,
         decide_every: float = 10.0,
+        restart_cost: float = 10.0,
         heartbeat_timeout: float = 60.0,
         grace: float = 5.0,
         save_every: float = 30.0,
@@ -140,6 +143,7 @@ class ParameterServerStrategy(DDPStrategy):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         least = {"servers": 1, "shard_steps": 1, "tail_factor": 1, "report_every": 1, "global_batch_size": 1, "decide_every": 0,
+                 "restart_cost": 0,
                  "heartbeat_timeout": 1, "grace": 0, "save_every": 0, "server_cost": 0, "frame_limit": 2**16}  # fmt: skip
         given = {key: value for key, value in locals().items() if key in least}
         given["servers"] = len(servers) if isinstance(servers, list) else servers
@@ -157,6 +161,7 @@ class ParameterServerStrategy(DDPStrategy):
         self.on_drop, self.solution = on_drop, solution
         self.global_batch_size, self.shard_steps, self.tail_factor, self.seed = global_batch_size, shard_steps, tail_factor, seed
         self.report_every, self.decide_every, self.heartbeat_timeout = report_every, decide_every, heartbeat_timeout
+        self.restart_cost = restart_cost
         self.grace, self.save_every, self.injector = grace, save_every, injector
         self.server_cost, self.server_slowdowns, self.frame_limit = server_cost, server_slowdowns or [], frame_limit
         self._trainer: Trainer | None = None
@@ -187,7 +192,7 @@ class ParameterServerStrategy(DDPStrategy):
         self._samples: list[list[float]] = []
         self._begun = self._ended = 0.0
         self._last: tuple[float, float] | None = None
-        self._agent_seconds = 0.0
+        self._agent_seconds = self._waited = 0.0
         self._fresh = self._averages = False
         self._dropped = 0
         self.positions_log: list[tuple[int, int, Tensor]] | None = None
@@ -258,13 +263,27 @@ class ParameterServerStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
-        self._client = self._connect()
+        joins = os.environ.pop(RUN_VARIABLE, "") if fitting else ""
+        with self._unless_over(bool(joins)):
+            self._client = self._connect(joins)
         self._present = list(range(self.world_size))
         self._divided = None if self.client.late else list(self._present)
         if self.client.late:
             trainer.num_sanity_val_steps = 0  # the others have done with it  # type: ignore[attr-defined]
 
-    def _connect(self) -> ParameterClient:
+    @contextmanager
+    def _unless_over(self, late: bool) -> Iterator[None]:
+        """A worker that comes late finds that the others have done: that is no failure."""
+        try:
+            yield
+        except (ServiceError, ConnectionError) as failure:
+            if not late:
+                raise
+            print(f"worker {self.global_rank} came when the others had done ({failure})", flush=True)
+            self._failed = True
+            raise SystemExit(0) from failure
+
+    def _connect(self, joins: str) -> ParameterClient:
         if isinstance(self.servers, list):
             token = os.environ.get(TOKEN_VARIABLE, "")
             addresses = [Address.parse(text, token) for text in self.servers]
@@ -281,12 +300,14 @@ class ParameterServerStrategy(DDPStrategy):
             options += ["--slow", json.dumps(slow)] if self.server_cost else []
 
             def resolve(index: int) -> Address:
-                return find_or_start_server(self._folder, index, options=options)
+                # Who is to join a run must not begin another one.
+                alone = bool(joins) or (self._client is not None and self._client.late)
+                return find_server(self._folder, index) if alone else find_or_start_server(self._folder, index, options=options)
 
             addresses = [resolve(index) for index in range(self.servers)]
         return ParameterClient(
             addresses, self.global_rank, self.world_size, resolve=resolve, frame_limit=self.frame_limit,
-            pulse_every=self.heartbeat_timeout / 6, group=self._group(),
+            pulse_every=self.heartbeat_timeout / 6, group=self._group(), joins=joins,
         )  # fmt: skip
 
     def _group(self) -> str:
@@ -332,8 +353,8 @@ class ParameterServerStrategy(DDPStrategy):
                 kind.__name__ for kind in type(callback).__mro__
             ]:
                 raise ValueError(
-                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but servers make the step:"
-                    " remove it."
+                    f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the"
+                    " servers: remove it."
                 )
             if isinstance(callback, ModelCheckpoint) and (callback._every_n_train_steps or callback._train_time_interval):
                 raise ValueError(
@@ -399,7 +420,8 @@ class ParameterServerStrategy(DDPStrategy):
             raise ValueError(f"{name}: global_batch_size={batch} gives not each of {self.world_size} workers a sample.")
         order, identity = self._order_of(dataloader)
         if self._data is None:
-            self._data = self._join_data(identity, batch)
+            with self._unless_over(self.client.late):
+                self._data = self._join_data(identity, batch)
         share = batch // self.world_size + (self.global_rank < batch % self.world_size)
         limit = trainer.limit_train_batches
         if self.on_drop == "requeue" and dataloader.num_workers:
@@ -432,8 +454,10 @@ class ParameterServerStrategy(DDPStrategy):
             if self.num_nodes > 1:
                 raise ValueError(f"{type(self).__name__}: give server=host:port of a zoo serve-data on several machines.")
 
+            late = self.client.late
+
             def resolve() -> Address:
-                return find_or_start(self._folder)
+                return find(self._folder, timeout=5.0) if late and not self._live else find_or_start(self._folder)
 
             client = Client(resolve(), self.global_rank, resolve=resolve)
         else:
@@ -445,7 +469,7 @@ class ParameterServerStrategy(DDPStrategy):
             global_batch=batch,
             semantics="at_least_once_batch",
             tail_factor=self.tail_factor,
-            controller={"decide_every": self.decide_every, "group_restart": False},
+            controller={"decide_every": self.decide_every, "group_restart": False, "restart_cost": self.restart_cost},
             heartbeat_timeout=self.heartbeat_timeout,
         )
         client.keep_alive(self.heartbeat_timeout / 6)
@@ -462,8 +486,9 @@ class ParameterServerStrategy(DDPStrategy):
             raise ValueError(f"{type(self).__name__}: train_dataloader must give one DataLoader.")
         self._take_over_loop(trainer)
         self._layout = self._lay_out()
-        data.join(self.world_size, barrier=False, device=self._device_name())
         late = self.client.late
+        with self._unless_over(late):
+            data.join(self.world_size, barrier=False, device=self._device_name())
         parts = self.world_size if self.consistency.kind != "bsp" else 1
         if not late:
             stored, self._restored = self._restored, None
@@ -476,7 +501,10 @@ class ParameterServerStrategy(DDPStrategy):
             self._scheduled = version // parts
             self.barrier()  # no one begins before the servers are filled
         if late:
-            epoch = self.client.enter(0)
+            with self._unless_over(late):
+                self.client.patience, patience = 5.0, self.client.patience
+                epoch = self.client.enter(0)
+                self.client.patience = patience
             progress: Any = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = epoch
             self.client.look()
@@ -633,7 +661,7 @@ class ParameterServerStrategy(DDPStrategy):
         if not self._fresh:
             self._pull()
         self._fresh = False
-        self._begun = time.perf_counter()
+        self._begun, self._waited = time.perf_counter(), 0.0
         return super().training_step(*args, **kwargs)
 
     def _pull(self) -> None:
@@ -665,8 +693,10 @@ class ParameterServerStrategy(DDPStrategy):
             if not self._in_step:
                 return
             assert self._layout is not None
+            begun = time.perf_counter()
             rows = arguments[0].detach().flatten().unique().cpu()
             values = self.client.rows(self._layout, {number: rows})[number]
+            self._waited += time.perf_counter() - begun  # for servers: a slow one must not make this worker look slow
             with torch.no_grad():
                 weight = self._parameters[number]
                 weight[rows.to(weight.device)] = values.to(weight.device)
@@ -690,7 +720,7 @@ class ParameterServerStrategy(DDPStrategy):
             torch.cuda.synchronize(self.root_device)
         if not self._shadow:
             gradient = self._gradient()
-            computed = time.perf_counter() - self._begun
+            computed = time.perf_counter() - self._begun - self._waited
             outcome = self.client.push(
                 layout, gradient, self._hyperparameters(), version=self._pulled_version, items=batch.items,
                 gen=self._data.gen,
@@ -795,6 +825,7 @@ class ParameterServerStrategy(DDPStrategy):
         print(f"worker {self.global_rank} starts again: the controller found it slow", flush=True)
         self._data.leave()
         self.client.leave()
+        os.environ[RUN_VARIABLE] = self.client.run
         os.environ["ANTDT_RESTARTS"] = str(int(os.environ.get("ANTDT_RESTARTS", 0)) + 1)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

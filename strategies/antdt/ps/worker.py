@@ -54,6 +54,7 @@ class ParameterClient:
         frame_limit: largest message, in bytes.
         pulse_every: seconds between signs of life; 0: none.
         group: name of the processes that were started together, and end together; those of another group are dead.
+        joins: name of the run that this process is to join while others train; empty: any.
 
     Attributes:
         version: steps done, as far as this worker knows.
@@ -78,11 +79,12 @@ class ParameterClient:
         frame_limit: int = 2**32,
         pulse_every: float = 10.0,
         group: str = "",
+        joins: str = "",
     ) -> None:
         self.worker, self.world_size, self.patience = worker, world_size, patience
         self._addresses, self._resolve, self._frame_limit = list(addresses), resolve, frame_limit
         self._session = secrets.token_hex(8)
-        self._run, self._group = "", group
+        self.run, self._group, self._joins = "", group, joins
         self._connections: list[Connection | None] = [None] * len(self._addresses)
         self.version, self.late, self.epoch = 0, False, -1
         self.requests: dict[str, int] = {"stop": 0, "save": 0}
@@ -120,7 +122,8 @@ class ParameterClient:
             try:
                 connection.send({
                     "op": "hello", "token": address.token, "worker": self.worker, "world_size": self.world_size,
-                    "session": self._session, "run": self._run, "group": self._group,
+                    "session": self._session, "run": self.run, "group": self._group,
+                    "joins": "" if self.run else self._joins,
                 })  # fmt: skip
                 about = connection.receive().header
             except BaseException:
@@ -129,8 +132,8 @@ class ParameterClient:
             if about["server"] != server:
                 raise ServiceError("bad_request", f"{address.host}:{address.port} is server {about['server']}, not {server}.")
             self._connections[server] = connection
-            if server == 0 and not self._run:
-                self._run, self.late, self.epoch = about["run"], about["late"], about["epoch"]
+            if server == 0 and not self.run:
+                self.run, self.late, self.epoch = about["run"], about["late"], about["epoch"]
         return connection
 
     def _disconnect(self, server: int) -> None:
