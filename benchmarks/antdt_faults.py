@@ -248,7 +248,8 @@ def row(arm: str, setting: Setting, outcome: Outcome) -> dict[str, Any]:
     found = audit(outcome.lines, setting.rows, setting.epochs)
     of_ranks, of_server = outcome.recoveries(server=False), outcome.recoveries(server=True)
     return {
-        "arm": arm, "seed": setting.seed, "ranks": setting.ranks, "kills": len(outcome.killed), "of_ranks": len(of_ranks), "of_server": len(of_server),
+        "arm": arm, "seed": setting.seed, "ranks": setting.ranks, "kills": len(outcome.killed), "of_ranks": len(of_ranks),
+        "of_server": len(of_server),
         "duplicates": found.duplicates, "missing": found.missing, "steps": found.steps, "steps_expected": setting.steps,
         "recovery_seconds": statistics.median(of_ranks) if of_ranks else None, "slowest": max(of_ranks, default=None),
         "server_seconds": statistics.median(of_server) if of_server else None, "steps_redone": found.redone,
