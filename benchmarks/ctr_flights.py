@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     crossed = [data.columns.fields.index(name) for name in SCHEDULE]
     for arm, fields in ((PLAIN, []), (CROSSED, crossed)):
         begin = time.perf_counter()
-        model = HashedRegression(fields, [0.1] if options.smoke else [0.01, 0.03, 0.1, 0.3])
+        model = HashedRegression(fields, [0.01] if options.smoke else [0.001, 0.003, 0.01, 0.03])
         model.fit(ids["train"], label["train"], ids["val"], label["val"])
         seconds = (time.perf_counter() - begin) / len(model.strengths)
         record.row(arm=arm, strength=model.strength, seconds=seconds, **score(model.predict(ids["test"])))

@@ -57,7 +57,7 @@ class HashedRegression:
         """Fit with each strength, keep the best on the validation rows."""
         train, val = (hashed(ids, self.crossed, self.num_bits) for ids in (ids_NF, val_ids_NF))
         models = [
-            LogisticRegression(C=strength, solver="lbfgs", max_iter=100, tol=1e-3).fit(train, label_N)
+            LogisticRegression(C=strength, solver="lbfgs", max_iter=500, tol=1e-5).fit(train, label_N)
             for strength in self.strengths
         ]
         losses = [log_loss(val_label_N, model.predict_proba(val)[:, 1]) for model in models]

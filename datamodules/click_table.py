@@ -88,7 +88,8 @@ class ClickRows(Dataset[ClickBatch]):
         return len(self.sparse)
 
     def __getitem__(self, index: int) -> ClickBatch:
-        return {name: values[0] for name, values in self.batch([index]).items()}  # type: ignore[attr-defined, return-value]
+        row: dict[str, Any] = {**self.batch([index])}
+        return {name: values[0] for name, values in row.items()}  # type: ignore[return-value]
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> ClickBatch:
         """A whole batch."""

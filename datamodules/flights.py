@@ -135,8 +135,8 @@ class FlightEncoder:
     @property
     def columns(self) -> ClickColumns:
         """What the encoded columns are."""
-        encoders = {**self.categories, **self.ranges}
-        return ClickColumns(tuple(encoders), tuple(encoder.num_ids for encoder in encoders.values()), tuple(self.ranges))
+        dims = {name: encoder.num_ids for part in (self.categories, self.ranges) for name, encoder in part.items()}
+        return ClickColumns(tuple(dims), tuple(dims.values()), tuple(self.ranges))
 
     def encode(self, flights: Columns) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (N, F) and numbers float32 (N, D)."""

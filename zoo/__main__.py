@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: words after ``zoo``; default is the process's.
 
     Returns:
-        Exit status: 0 done, 1 failed, 2 wrong input, 143 stopped by SIGTERM after saving.
+        Exit status: 0 done, 1 failed, 2 wrong input, 143 stopped by SIGTERM after saving; or what a strategy
+        asks its launcher for.
     """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
@@ -31,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         _run(argv)
-    except SIGTERMException:
+    except SIGTERMException as stop:
+        if stop.code:  # a strategy wants the launcher to start the processes again
+            print("Stopped after saving, to be started again.", file=sys.stderr)
+            return int(stop.code)
         print("Stopped by SIGTERM after saving; the same command with --ckpt_path last continues.", file=sys.stderr)
         return 143
     except Exception as error:
@@ -61,6 +65,10 @@ def _run(argv: list[str]) -> None:
         from zoo.planning import plan
 
         plan(argv[1:])
+    elif verb == "simulate":
+        from zoo.simulation import simulate
+
+        simulate(argv[1:])
     else:
         from zoo.cli import ZooCLI
 

@@ -184,6 +184,8 @@ class ZooCLI(LightningCLI):
         ckpt, typed = _take_ckpt_path(typed)
         if ckpt is None:
             ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
+        if ckpt is None and stage == "fit" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            ckpt = "last"  # torchrun has started the processes again: what they had done goes on
         self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
         root = _typed_value(typed, "--trainer.default_root_dir")
         root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)

@@ -4,7 +4,7 @@ A *global* action concerns all workers, who apply it at the same step; a *node* 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 __all__ = ["Action", "AdjustBatch", "AdjustLR", "BackupWorkers", "KillRestart", "NoAction", "Versioned"]
@@ -141,8 +141,8 @@ class Versioned:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data: ``{version, action, payload, reason}``."""
-        payload = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.action).items()}
-        del payload["reason"]
+        found = {each.name: getattr(self.action, each.name) for each in fields(self.action) if each.name != "reason"}
+        payload = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
         return {"version": self.version, "action": self.kind, "payload": payload, "reason": self.reason}
 
     @classmethod

@@ -64,6 +64,11 @@ class JoinBarrier(Generic[Peer]):
         complete, self._waiting = self._waiting, {}
         return complete
 
+    @property
+    def workers(self) -> list[int]:
+        """Who waits."""
+        return sorted(self._waiting)
+
     def withdraw(self, peer: Peer) -> None:
         """A connection has closed."""
         self._waiting = {worker: waiting for worker, waiting in self._waiting.items() if waiting.peer != peer}

@@ -104,7 +104,13 @@ class Connection:
 
         Returns:
             Its number; None if this is the first start, of which the service knows nothing yet.
+
+        Raises:
+            RuntimeError: the group was started again after an error that no restart cures.
         """
+        failure = self.client.status().get("failure")
+        if failure and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            raise RuntimeError(f"AntDT: {failure}")
         try:
             self.joined = self.client.join(self.world_size, barrier=True, device=device, survived=survived)
         except ServiceError as refusal:

@@ -136,6 +136,7 @@ class Controller:
         self._step = self._plan_step = 0
         self._now = 0.0
         self._shift = 0.0
+        self._resumed = False
         self._events: list[dict[str, Any]] = []
         self._last_reason = ""
 
@@ -213,25 +214,28 @@ class Controller:
             node_state: ``{"alive": False}`` for one that is lost.
             errors: What went wrong there, as text or ``{"kind", "message"}``.
         """
-        self._tell_time(now)
+        measured_at = self._tell_time(now)
         known = self._node(node)
         if known.role in self._monitors and samples:
             steps = [Sample(*sample[:5]) for sample in samples]
             cap = self._plan_cap[known.index] if known.role == "worker" and known.index < self.world_size else None
-            self._monitors[known.role].add(known.index, steps, cap, self._now)
+            self._monitors[known.role].add(known.index, steps, cap, measured_at)
             self._step = max(self._step, steps[-1].step + 1)
             known.alive = True
             if known.killed_at is not None and node not in self._kills:
-                self._restart_over(known, self._now - sum(step.t_wall for step in steps))
+                self._restart_over(known, measured_at - sum(step.t_wall for step in steps))
         for error in errors:
             self._failed(node, known, error)
         if node_state is not None and not node_state.get("alive", True):
             known.alive = False
 
-    def report_step(self, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float) -> None:
-        """What all workers have measured in one step: the same as `report` for each, for simulations of many.
+    def report_step(
+        self, role: str, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float
+    ) -> None:
+        """What all nodes of a role have measured in one step: the same as `report` for each, for simulations of many.
 
         Args:
+            role: ``worker`` or ``server``.
             counts: n_i; 0 of those that were absent.
             micros: C_i.
             taken: T_i, seconds.
@@ -240,10 +244,11 @@ class Controller:
         """
         self._tell_time(now)
         at = self._now if self._unit == "seconds" else float(self._step)
-        self._monitors["worker"].add_step(counts, micros, taken, wall, at)
-        self._step += 1
-        for node in [node for node in self._restarting() if node.role == "worker" and f"worker:{node.index}" not in self._kills]:
-            if counts[node.index]:
+        self._monitors[role].add_step(counts, micros, taken, wall, at)
+        if role == "worker":
+            self._step += 1
+        for node in self._restarting():
+            if node.role == role and counts[node.index] and f"{role}:{node.index}" not in self._kills:
                 self._restart_over(node, self._now - wall)
 
     def progress(self, remaining_samples: int, step: int) -> None:
@@ -307,14 +312,10 @@ class Controller:
         return [self._decide(action, view) for action in chosen]
 
     def _arbitrate(self, wanted: Sequence[Action], view: ClusterView) -> list[Action]:
-        """One action for all workers at a time; actions for nodes only while there is none."""
-        for action in wanted:
-            if isinstance(action, AdjustBatch):
-                self._check_batch(action)
-                if action.batch == view.batch and action.cap == view.cap and not view.cap_changed:
-                    continue
-            if isinstance(action, AdjustBatch | AdjustLR | BackupWorkers) and (action.kind in view.ready or view.cap_changed):
-                return [action]
+        """Actions for nodes while there is none for all under way, else one for all.
+
+        Nodes come first, for batches may be wanted at each decision, and restarts are rare; but a lowered cap comes before all.
+        """
         kills: list[Action] = []
         nodes = {node.node: node for node in (*view.workers, *view.servers)}
         for action in wanted:
@@ -323,7 +324,16 @@ class Controller:
                     raise ValueError(f"{type(self.solution).__name__} wants to restart {action.node!r}, which there is not.")
                 if nodes[action.node].restartable:
                     kills.append(action)
-        return kills
+        if kills and not view.cap_changed:
+            return kills
+        for action in wanted:
+            if isinstance(action, AdjustBatch):
+                self._check_batch(action)
+                if action.batch == view.batch and action.cap == view.cap and not view.cap_changed:
+                    continue
+            if isinstance(action, AdjustBatch | AdjustLR | BackupWorkers) and (action.kind in view.ready or view.cap_changed):
+                return [action]
+        return []
 
     def _check_batch(self, action: AdjustBatch) -> None:
         if len(action.batch) != self.world_size or sum(action.batch) != self.global_batch:
@@ -517,11 +527,12 @@ class Controller:
 
     # ---- time ---------------------------------------------------------------------------------------------------------
 
-    def _tell_time(self, now: float) -> None:
-        """Seconds never run backwards, even if the process that tells them was replaced and its clock began anew."""
-        if now + self._shift < self._now:
-            self._shift = self._now - now
-        self._now = now + self._shift
+    def _tell_time(self, now: float) -> float:
+        """Seconds as this controller counts them, which go on where they were when its process, and so its clock, was replaced."""
+        if self._resumed:
+            self._shift, self._resumed = max(self._now - now, 0.0), False
+        self._now = max(self._now, now + self._shift)
+        return now + self._shift
 
     def _clock(self) -> float:
         return self._now if self._unit == "seconds" else float(self._step)
@@ -609,6 +620,11 @@ class Controller:
             monitor.load_state_dict(state["monitors"][role])
         self.solution.load_state_dict(state["solution"])
         self.failure = state["failure"]
-        self._tell_time(max(self._now, float(state["now"])))
+        gained = max(float(state["now"]) - self._now, 0.0)
+        self._now += gained
+        if present:
+            self._shift += gained
+        else:
+            self._resumed = True
         for name, node in present.items():  # they have joined before the state was found
             self.join(name, self._now - self._shift, device=node.device, pid=node.pid, host=node.host)

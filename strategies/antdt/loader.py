@@ -149,6 +149,10 @@ class StepLoader:
     def __len__(self) -> int:
         return self.planner.num_steps
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StepLoader":
+        """There is one for a rank; see `AntDTStrategy.__deepcopy__`."""
+        return self
+
     def __iter__(self) -> Iterator[Any]:
         return self._pass()
 

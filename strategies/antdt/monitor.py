@@ -19,6 +19,7 @@ from strategies.antdt.affine import Moments, fit
 __all__ = ["Monitor", "Sample", "Statistics", "Windows"]
 
 FORGET = 0.97  # of a step, in the fit of the line
+ENOUGH = 128  # nodes whose lines are fitted
 SUBSAMPLES = 30  # of the long window
 
 
@@ -232,7 +233,7 @@ class Monitor:
             at[place] = end if seconds else float(samples[place].step)
             end -= samples[place].t_wall
         for sample, time in zip(samples, at, strict=True):
-            if self._skip[node]:
+            if sample.n > 0 and self._skip[node]:
                 self._skip[node] -= 1
             elif sample.n > 0:
                 self._add(node, sample, 1 if cap is None else -(-sample.n // cap), time)
@@ -367,7 +368,8 @@ class Monitor:
         weight, cc, cn, nn, *_ = self._moments
         told = [node for node, (a, b, c) in enumerate(zip(cc, cn, nn, strict=True)) if a * c - b * b > 1e-4 * a * c]
         if len(told) >= max(2, sum(1 for each in weight if each) / 2):
-            lines = [line for node in told if (line := fit(self.moments(node))) is not None]
+            some = told[:: -(-len(told) // ENOUGH)]  # their median is that of all, nearly
+            lines = [line for node in some if (line := fit(self.moments(node))) is not None]
             if len(lines) >= 2:
                 self._usual = statistics.median_low(max(line.fixed - 2 * line.fixed_error, 0.0) for line in lines)
         self._fixed = [min(self._usual, 0.8 * quickest) for quickest in least]

@@ -457,6 +457,7 @@ class Service:
                 "counts": {str(number): counts for number, counts in ledger.counts().items()},
                 "plan": self._control.plan,
                 "failure": self._control.failure,
+                "at_barrier": self._barrier.workers,
                 "nodes": {
                     name: {"gen": node.gen, "silent": now - node.seen, "connected": bool(node.peers)}
                     for name, node in sorted(self._nodes.items())

@@ -253,10 +253,11 @@ class _Lockstep:
             self.used = [used + n for used, n in zip(self.used, counts, strict=True)]
             self.stock = [stock - n for stock, n in zip(self.stock, counts, strict=True)]
             sim.trained(sum(counts))
-            sim.controller.report_step(counts, micros, taken, wall, sim._now)
-            for j, node in enumerate(sim.servers):
-                sample = Sample(sim.result.steps - 1, 1, 0.0, cluster.server_seconds * node.factor, wall)
-                sim.controller.report(f"server:{j}", [sample], sim._now)
+            if sim.servers:
+                ones = [1] * len(sim.servers)
+                served = [cluster.server_seconds * node.factor for node in sim.servers]
+                sim.controller.report_step("server", ones, ones, served, wall, sim._now)
+            sim.controller.report_step("worker", counts, micros, taken, wall, sim._now)
             self._advance()
             self._obey(sim.decide())
             self._advance()
@@ -391,9 +392,9 @@ class _Free:
         self.doing: dict[int, tuple[float, float, list[Range]]] = {}  # begun, done, what
         self.events: list[tuple[float, int, int, str]] = []
         self.order = itertools.count()
+        self.reported = [0] * count  # batches of what a worker is doing
         self.busy = 0.0
         self.batches = 0
-        self.queue: list[deque[tuple[int, int]]] | None = None
         self.server_changes = [(0.0, j) for j in range(sim.cluster.servers)]
 
     def run(self) -> None:
@@ -410,6 +411,8 @@ class _Free:
                 continue  # it was killed
             sim._now = max(sim._now, time)
             if what == "tick":
+                for each in self.doing:
+                    self._report(each)
                 _advance(sim.servers, self.server_changes, sim._now)
                 self._obey(sim.decide())
                 self._push(sim._now + sim._decide_every, -1, "tick")
@@ -454,26 +457,40 @@ class _Free:
         node = sim.workers[worker]
         done = node.finish(sim._now + waits, cluster.cost * size * sim.noisy())
         self.doing[worker] = (sim._now, done, got)
+        self.reported[worker] = 0
         self._push(done, worker, "done")
 
     def _end(self, worker: int) -> None:
         sim, cluster = self.sim, self.sim.cluster
+        self._report(worker)
         begun, done, got = self.doing.pop(worker)
         size = sum(part.hi - part.lo for part in got)
         sim.ledger.commit(worker, self.gen[worker], [(part.sid, part.hi) for part in got])
         batches = -(-size // cluster.local_batch)
-        wall = (done - begun) / batches
-        taken = wall - sim.server_seconds() - cluster.communication
-        sizes = [cluster.local_batch] * (batches - 1) + [size - cluster.local_batch * (batches - 1)]
-        samples = [Sample(self.batches // cluster.workers, n, 0.0, max(taken, 0.0) * n * batches / size, wall) for n in sizes]
-        sim.controller.report(f"worker:{worker}", samples, sim._now)
-        for j, server in enumerate(sim.servers if worker == 0 else ()):
-            seconds = cluster.server_seconds * server.factor
-            sim.controller.report(f"server:{j}", [Sample(0, 1, 0.0, seconds, wall)] * batches, sim._now)
         self.batches += batches
         self.busy += done - begun
         sim.trained(size)
         sim.result.steps = self.batches // cluster.workers
+
+    def _report(self, worker: int) -> None:
+        """Tell the controller of the batches that a worker has done of its shard, by now."""
+        sim, cluster = self.sim, self.sim.cluster
+        begun, done, got = self.doing[worker]
+        size = sum(part.hi - part.lo for part in got)
+        batches = -(-size // cluster.local_batch)
+        wall = (done - begun) / batches
+        ready = batches if sim._now >= done else int((sim._now - begun) / wall)
+        first, self.reported[worker] = self.reported[worker], max(ready, self.reported[worker])
+        if ready <= first:
+            return
+        taken = max(wall - sim.server_seconds() - cluster.communication, 0.0) / size * batches
+        sizes = [min(cluster.local_batch, size - cluster.local_batch * number) for number in range(first, ready)]
+        step = self.batches // cluster.workers
+        sim.controller.report(f"worker:{worker}", [Sample(step, n, 0.0, taken * n, wall) for n in sizes], begun + ready * wall)
+        if worker == 0:
+            for j, server in enumerate(sim.servers):
+                seconds = cluster.server_seconds * server.factor
+                sim.controller.report(f"server:{j}", [Sample(step, 1, 0.0, seconds, wall)] * len(sizes), sim._now)
 
     def _obey(self, decisions: Sequence[Versioned]) -> None:
         sim = self.sim

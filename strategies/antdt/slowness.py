@@ -151,6 +151,8 @@ def read_slowness(path: str | Path, role: str, count: int) -> list[NodeSlowness]
     Raises:
         ValueError: A row that lacks a field, whose slowdown is not positive, or whose node is not among those.
     """
+    if not count:
+        return []
     path = Path(path)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]

@@ -1,5 +1,6 @@
 """AntDT for data-parallel training, as a strategy of Lightning."""
 
+import copy
 import os
 import signal
 import sys
@@ -199,6 +200,11 @@ class AntDTStrategy(DDPStrategy):
         self._lr_factor = 1.0
         self._last_loss: Tensor | None = None
         self._last_snapshot: dict[str, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AntDTStrategy":
+        """A copy that shares connections and groups: who copies a module, as averages of weights do, copies its trainer too."""
+        memo[id(self)] = shared = copy.copy(self)
+        return shared
 
     # A run begins
 

@@ -286,12 +286,16 @@ def test_barrier_of_real_connections(server: ServerThread) -> None:
         encode({"op": "join", "token": server.address.token, "worker": 2, "gen": 0, "session": "d", "seq": 1, "world_size": 3,
                 "barrier": True})
     )  # fmt: skip
-    threads = [threading.Thread(target=join, args=(worker,)) for worker in (0, 1)]
+    deadline = time.monotonic() + 20
+    with Client(server.address, -1) as watcher:
+        while watcher.status()["at_barrier"] != [2]:
+            assert time.monotonic() < deadline
+        dying.close()
+        while watcher.status()["at_barrier"]:
+            assert time.monotonic() < deadline
+    threads = [threading.Thread(target=join, args=(worker,)) for worker in range(3)]
     for thread in threads:
         thread.start()
-    dying.close()
-    threads.append(threading.Thread(target=join, args=(2,)))
-    threads[-1].start()
     for thread in threads:
         thread.join()
     assert len({answer["gen"] for answer in answers.values()}) == 1

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Wei
 from strategies import AntDTStrategy
 from strategies.antdt.inject import SleepInjector, Slowdown
 from strategies.antdt.solutions import BackupWorkersSolution, StaticBSP
-from zoo.callbacks import AntDTMonitor
+from zoo.callbacks import EMA, AntDTMonitor
 
 
 def assert_same(runs: list[Run], one: Run, tolerance: float = 1e-10) -> None:
@@ -235,6 +235,21 @@ def test_what_cannot_be_is_refused_before_it_does_harm(pool: RankPool, tmp_path:
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AntDTStrategy(**arguments)
+
+
+def fit_averaged(folder: Path, antdt: dict[str, Any] | None) -> Run:
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    module, world = Noisy(), dist.get_world_size()
+    trainer = trainer_of("ddp" if antdt is None else AntDTStrategy(**antdt), folder, callbacks=[EMA(decay=0.9)])
+    trainer.fit(module, RowsData(batch_size=8 // world))
+    return Run(module.seen, weights_of(module))
+
+
+def test_averages_of_weights(pool: RankPool, tmp_path: Path) -> None:
+    (one,) = pool.run(fit_averaged, tmp_path / "one", None, world_size=1)
+    quick = {"server": "inprocess", "shard_steps": 1, "solution": Plans(UNEVEN), "report_every": 1, "decide_every": 1.0}
+    assert_same(pool.run(fit_averaged, tmp_path / "two", quick), one)
 
 
 def fit_scaled(folder: Path, antdt: dict[str, Any] | None) -> Run:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
@@ -44,8 +44,8 @@ class ClickModule(ZooModule):
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
         self.network = network
-        self.auc = nn.ModuleDict({f"{stage}/auc": BinaryAUROC() for stage in ("val", "test")})
-        self.log_loss = nn.ModuleDict({f"{stage}/log_loss": MeanMetric() for stage in ("val", "test")})
+        self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
+        self.val_log_loss, self.test_log_loss = MeanMetric(), MeanMetric()
 
     def setup(self, stage: str) -> None:
         """Compare the columns of model and data before anything runs (Lightning hook).
@@ -120,15 +120,14 @@ class ClickModule(ZooModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """AUC and log loss of a validation batch."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, self.val_auc, self.val_log_loss)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """AUC and log loss of a test batch."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, self.test_auc, self.test_log_loss)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: MeanMetric) -> None:
         logit_B = self(batch).float()
-        auc, log_loss = self.auc[f"{stage}/auc"], self.log_loss[f"{stage}/log_loss"]
         auc.update(logit_B.sigmoid(), batch["label"].long())
         log_loss.update(binary_cross_entropy_with_logits(logit_B, batch["label"].float(), reduction="none"))
         self.log_dict({f"{stage}/auc": auc, f"{stage}/log_loss": log_loss}, prog_bar=True, batch_size=len(logit_B))
