@@ -47,8 +47,9 @@ class SampleTrace(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"rank{trainer.global_rank}-{os.getpid()}.jsonl"
             self._file, self._pid = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.getpid()
+        generation = trainer.strategy.antdt_state()["generation"]  # type: ignore[attr-defined]
         line = {
-            "kind": kind, "t": time.time(), "rank": trainer.global_rank, "gen": trainer.strategy.antdt_state()["generation"],
+            "kind": kind, "t": time.time(), "rank": trainer.global_rank, "gen": generation,
             "epoch": trainer.current_epoch, "step": trainer.global_step, **fields,
         }  # fmt: skip
         os.write(self._file, json.dumps(line).encode() + b"\n")

@@ -35,8 +35,9 @@ _NOTICED_WITHIN = 5.0  # seconds from an error to the news that a peer is gone
 class Host(Protocol):
     """The strategy, as seen from here."""
 
-    lightning_module: Any
-    is_global_zero: bool
+    @property
+    def lightning_module(self) -> Any:
+        """What is trained."""
 
     def somebody_is_gone(self) -> bool:
         """Whether the service misses a member of this rank's group."""

@@ -75,11 +75,15 @@ class RankKeeper:
                 self._begin(own, former)
                 return
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-            _, status = os.waitpid(self._process, 0)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(status)
-            if not self._replaces(code):
+            ended = os.waitid(os.P_PID, self._process, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            replaced = self._replaces(code)
+            if code < 0 or replaced:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+            if not replaced:
                 _end_as(code)
             self.number += 1
 
@@ -169,7 +173,8 @@ def _end_with_parent(parent: int) -> None:
 def _end_as(code: int) -> NoReturn:
     """End as another process did; nothing that was registered to be done at the end is this process's to do."""
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code if code >= 0 else 128 - code)
 

@@ -278,7 +278,7 @@ def test_buffers_are_put_back_for_an_interrupted_step_only() -> None:
     kept.keep(module, step=4)
     module(torch.randn(5, 3))
     kept.put_back(step=5)
-    assert int(module.num_batches_tracked) == 1
+    assert module.num_batches_tracked is not None and int(module.num_batches_tracked) == 1
 
 
 def test_snapshot_is_a_copy() -> None:
