@@ -222,7 +222,7 @@ class AntDTStrategy(DDPStrategy):
             )
         assert self._launcher is not None
         keeper = RankKeeper(self.spares, f"rank {os.environ.get('RANK', '0')}")
-        self._launcher = self._hot = HotRestart(self, keeper, self._launcher.launch)  # type: ignore[assignment, arg-type]
+        self._launcher = self._hot = HotRestart(self, keeper, self._launcher.launch)  # type: ignore[assignment]
 
     @property
     def _rejoins(self) -> bool:
