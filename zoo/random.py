@@ -143,8 +143,8 @@ class SampleRandom:
         key_2R, counter_2N = _halves(key_R), self._halves_of_counter(num_words)
         draws_R2N = torch.empty(len(key_R), 2, num_words, dtype=dtype, device=key_R.device)
         for part in self._parts(len(key_R), num_words):
-            words_2RN = _mix_halves_(counter_2N[:, None] + key_2R[:, part, None])
-            _box_muller(words_2RN.to(dtype), out=draws_R2N[part].unbind(1))
+            numbers_2RN = _mix_halves_(counter_2N[:, None] + key_2R[:, part, None]).to(dtype)
+            _box_muller(numbers_2RN, out=draws_R2N[part].unbind(1))
         return draws_R2N.flatten(1)[:, :num_elements].reshape(len(names), len(self), *shape)
 
     def _halves_of_counter(self, num_words: int) -> Tensor:
