@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,9 +14,15 @@ from torch import distributed  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def no_process_group_is_left() -> Iterator[None]:
-    """A group that a test leaves in this process would be the one of the next."""
+def nothing_is_left() -> Iterator[None]:
+    """A group, or a seed, that a test leaves in this process would be that of the next."""
+    seeds = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
     yield
+    for name, value in seeds.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
