@@ -117,6 +117,7 @@ class Job:
         slow: seconds that each step takes longer.
         save_every: steps between checkpoints.
         rows: samples of an epoch.
+        workers: that load data, for each rank.
         resume: whether to go on from the last checkpoint.
     """
 
@@ -130,6 +131,7 @@ class Job:
     slow: float = 0.0
     save_every: int = 4
     rows: int = 45
+    workers: int = 0
     resume: bool = False
 
     def train(self, rank: int, port: int) -> None:
@@ -144,6 +146,7 @@ class Job:
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests", TORCHELASTIC_RESTART_COUNT="0",
             TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
+        multiprocessing.set_start_method("fork", force=True)  # as everywhere but in processes of a fork server
         torch.set_num_threads(1)
         torch.set_default_dtype(torch.float64)
         seed_everything(3, verbose=False)
@@ -165,7 +168,9 @@ class Job:
             **{"max_epochs": 2, "limit_val_batches": 0, **self.trainer},
         )  # fmt: skip
         trainer.fit(
-            module, RowsData(rows=self.rows), ckpt_path=self.folder / "checkpoints" / "last.ckpt" if self.resume else None
+            module,
+            RowsData(rows=self.rows, num_workers=self.workers),
+            ckpt_path=self.folder / "checkpoints" / "last.ckpt" if self.resume else None,
         )
         torch.save(weights_of(module), self.folder / f"weights{rank}.pt")
         loop = trainer.fit_loop.epoch_loop
@@ -184,7 +189,7 @@ class Torchrun:
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,))
         self._process.start()
         theirs.close()
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 __all__ = ["REPLACE_EXIT_CODE", "RankKeeper"]
 
@@ -60,7 +61,7 @@ class RankKeeper:
         """Return in the process that trains; the calling one stays behind, and ends when it is not needed any more.
 
         Raises:
-            RuntimeError: threads run or a GPU is in use, which copies would not have.
+            RuntimeError: threads run, or a process group or a GPU is in use, which copies would not have.
         """
         _check_and_prepare()
         self._finished = os.pipe()
@@ -143,6 +144,11 @@ def _check_and_prepare() -> None:
         raise RuntimeError(
             "AntDT: with restart=hot, this process copies itself, but threads run that copies would not have"
             f" ({', '.join(others)}): start them when training begins (on_fit_start), or use restart=group."
+        )
+    if dist.is_initialized():
+        raise RuntimeError(
+            "AntDT: with restart=hot, this process copies itself, but it has joined a process group: let trainer.fit be the first"
+            " that needs one, or use restart=group."
         )
     if torch.cuda.is_initialized():
         raise RuntimeError(

@@ -215,6 +215,8 @@ class AntDTStrategy(DDPStrategy):
             return
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not sys.platform.startswith("linux"):
             raise ValueError("AntDTStrategy: restart=hot needs Linux, and torchrun to start the processes.")
+        if self.world_size < 2:
+            raise ValueError("AntDTStrategy: restart=hot needs one that survives: start at least two processes.")
         if self._get_process_group_backend() != "gloo":
             raise ValueError(
                 "AntDTStrategy: restart=hot needs collective calls that fail when a rank is lost, which those of NCCL do not: set"

@@ -11,16 +11,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from antdt_hot_job import Death, Job, Torchrun, logs
 from antdt_kept import split_and_run
 from antdt_replace_once import ReplaceOnce
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from torch import nn
 
 from benchmarks.sample_trace import audit, read_traces
@@ -30,6 +33,7 @@ from strategies.antdt.hot_restart import KeptBuffers, Snapshot
 from strategies.antdt.ledger import DatasetSpec, DataShardingService, LedgerError
 from strategies.antdt.loop_progress import Reached, before_interruption, is_before_first_batch
 from strategies.antdt.rank_keeper import RankKeeper
+from zoo.callbacks import EMA
 
 STEPS = 6  # an epoch of 45 samples, 8 a step, the last of 5
 
@@ -120,6 +124,17 @@ def test_lost_ranks_are_replaced(
     goes_through(torchrun, Job(tmp_path, deaths, ranks=3, trainer={"limit_val_batches": 1.0}), undisturbed, lost)
 
 
+def test_averages_and_loading_processes_go_on(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Validation uses averaged weights, which a loss in its midst must not leave in the model; killed ranks leave loaders."""
+    averages = (EMA(decay=0.9),)
+    undisturbed = Job(tmp_path / "undisturbed", callbacks=averages, trainer={"limit_val_batches": 1.0})
+    assert torchrun.run(undisturbed) == [0, 0], logs(undisturbed)
+    deaths = (Death(1, 6, "validation"), Death(0, 9, "forward"))
+    job = replace(undisturbed, folder=tmp_path / "disturbed", deaths=deaths, workers=1)
+    goes_through(torchrun, job, ended(undisturbed), {0: 1, 1: 1})
+    assert max(recoveries(job)) < 15  # a loader that outlived its rank would keep the connections open for longer
+
+
 def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Path) -> None:
     """Ranges of three steps are under way, and commits are late: the ledger is settled by those who live."""
     job = Job(
@@ -177,6 +192,16 @@ def test_hot_restart_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyP
         AntDTStrategy(restart="hot", server="inprocess")
     with pytest.raises(ValueError, match="spares=0 must be at least 1"):
         AntDTStrategy(restart="hot", spares=0)
+    with pytest.raises(ValueError, match="torchrun to start the processes"):
+        Trainer(accelerator="cpu", devices=2, strategy=AntDTStrategy(restart="hot"), logger=False)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**alone, "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="start at least two processes"):
+        Trainer(accelerator="cpu", devices=1, strategy=AntDTStrategy(restart="hot"), logger=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="process_group_backend to gloo"):
+        Trainer(accelerator="cpu", devices=2, strategy=AntDTStrategy(restart="hot", process_group_backend="nccl"), logger=False)
 
 
 # The keeper
@@ -236,7 +261,7 @@ def test_a_process_ends_with_its_keeper(keep: Keep) -> None:
     raise AssertionError("it goes on")
 
 
-def test_keeper_refuses_to_copy_threads() -> None:
+def test_keeper_refuses_to_copy_threads_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     logger = threading.Thread(target=ended.wait, name="logger")
     logger.start()
@@ -244,6 +269,9 @@ def test_keeper_refuses_to_copy_threads() -> None:
         RankKeeper(1, "rank 0").split()
     ended.set()
     logger.join()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="has joined a process group"):
+        RankKeeper(1, "rank 0").split()
 
 
 # The parts
