@@ -19,7 +19,7 @@ __all__ = ["SampleRandom", "splitmix64"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment
 _MANTISSA = {torch.float32: 24, torch.float64: 53}
-_WORDS_PER_THREAD = 2**17  # drawn at a time on a CPU: few enough for its cache, enough that starting a pass costs little
+_WORDS_PER_THREAD = 2**17  # drawn at a time on a CPU: few enough for its cache, many enough that starting a pass costs little
 # Numbers of `_mix_halves_`: odd factors as int32, and shifts.
 _FACTORS = (-0x61C8864F, -0x7A143595, -0x3D4D51CB, 0x27D4EB2F, 0x165667B1)
 _SHIFTS = (9, 14, 11, 16)
@@ -204,13 +204,15 @@ def _halves(words_N: Tensor) -> Tensor:
 def _mix_halves_(words_2RN: Tensor) -> Tensor:
     """A permutation of the 64-bit words that two int32 halves make, in place, which scatters neighbours as chance would.
 
-    It takes a third of `splitmix64`'s time, for CPUs multiply and shift 32 bits at once where they do not 64. In turn one
-    half is added to the other, the other's to the one: times an odd number (which carries low bits upwards), three times
-    the half times its own upper bits (which is not linear, and has the upper bits act on the lower ones), then the upper
-    bits alone, so that the lowest are no worse than the others. Each step can be undone, so equally frequent words stay so.
+    It takes less than half of `splitmix64`'s time, for CPUs multiply and shift 32 bits in one instruction where they need
+    several for 64. The halves act on one another in turn, as in a Feistel network, so each step can be undone: an odd
+    multiple of one is added to the other, which carries low bits upwards; three times an odd multiple of the product of a
+    half and its own upper bits, which is not linear; the upper bits alone are added bit by bit, so that the lowest bits are as
+    good as the others; and a multiple once more. With one product less the words pass the same tests; the third is there for
+    safety. The keys that enter are mixed by `splitmix64` before. Source: [derived].
 
-    Without the third of the products, too, the draws pass the tests; it is there for safety. Source: [derived]; the form is
-    that of a Feistel network.
+    Args:
+        words_2RN: int32 (2, ...), upper and lower halves.
     """
     one, other = words_2RN
     shifted = torch.empty_like(one)
@@ -222,10 +224,10 @@ def _mix_halves_(words_2RN: Tensor) -> Tensor:
     return words_2RN
 
 
-def _box_muller(words_2RN: Tensor, out: tuple[Tensor, ...]) -> None:
-    """Normal draws (R, N), two of them, from int32 words in a float type, which are overwritten."""
+def _box_muller(words_2RN: Tensor, out: Sequence[Tensor]) -> None:
+    """Two independent normal draws (R, N) each, from the halves of words in a float type, which are overwritten."""
     angle, radius = words_2RN
-    # -2 ln |u| with u in (-1, 1), never 0: both signs, as floats resolve numbers best around 0, where the radius is large.
+    # sqrt(-2 ln |u|), u in [-1, 1] and never 0: of both signs, as floats are finest around 0, where the radius is large.
     torch.add(radius.new_full((), 2.0**-32), radius, alpha=2.0**-31, out=radius).pow_(-2).log_().sqrt_()
     # Cosine and sine by the tangent of half the angle: (1 - t^2) / (1 + t^2) and 2 t / (1 + t^2).
     tangent = angle.mul_(math.pi * 2.0**-32).tan_()

@@ -93,7 +93,7 @@ class ContinuousFlow(Flow):
 
     def to_levels(self, x: Tensor, num_levels: int) -> Tensor:
         """Linear: the centre of bin k becomes k."""
-        return (x + 1) * (num_levels / 2) - 0.5
+        return (x + 1).mul_(num_levels / 2).sub_(0.5)
 
     def encode(self, x: Tensor) -> Tensor:
         """The data itself."""
