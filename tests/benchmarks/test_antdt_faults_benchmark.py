@@ -34,7 +34,10 @@ def test_what_is_repeated_or_left_out_is_found() -> None:
 
 
 def test_recovery_ends_with_the_first_step_of_a_new_group() -> None:
-    lines = [step(1, 0, 0, [0], t=1.0), step(1, 1, 0, [1], t=2.5), step(2, 1, 0, [1], t=4.0), step(2, 2, 0, [2], t=5.0)]
+    lines = [
+        start(1, 0, 0), step(1, 0, 0, [0], t=1.0), step(1, 1, 0, [1], t=2.5),
+        start(2, 1, 0), step(2, 1, 0, [1], t=4.0), step(2, 2, 0, [2], t=5.0),
+    ]  # fmt: skip
     outcome = Outcome([(SERVER, 1.5), (0, 2.0)], lines, seconds=9.0, servers=[1.75])
     assert outcome.recoveries(server=False) == [2.0] and outcome.recoveries(server=True) == [0.25]
     setting = Setting(ranks=1, rows=3, batch=1, epochs=1, every=1, kills=2, seed=0)
