@@ -9,10 +9,12 @@ Until the ranks have joined, each prepares by itself what Lightning prepares for
 exchanged something over it, do it again in the new process only, whose peers would not be with it.
 """
 
+import contextlib
 import gc
 import io
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,6 +43,10 @@ class Host(Protocol):
 
     def somebody_is_gone(self) -> bool:
         """Whether the service misses a member of this rank's group."""
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether a SIGTERM has come."""
 
     def position(self) -> tuple[int, int]:
         """Epoch, and steps of it, that are trained."""
@@ -136,7 +142,10 @@ class HotRestart:
             except Exception as failure:
                 if not self._is_loss(failure):
                     raise
-                self._leave(trainer, failure)
+                with _sigterm_ends_it_afterwards():
+                    if self.host.told_to_stop:  # the launcher ends all, because no spare comes
+                        raise
+                    self._leave(trainer, failure)
             self.restarts += 1
             self.rejoins = True
             # What failed refers to the broken group, whose hooks would be called in the next backward pass.
@@ -294,6 +303,17 @@ class KeptBuffers:
                 for buffer, kept in self._kept:
                     buffer.copy_(kept)
         self._step, self._kept = -1, ()
+
+
+@contextlib.contextmanager
+def _sigterm_ends_it_afterwards() -> Iterator[None]:
+    """Training has noted SIGTERM, to stop after a step; from now on there is no step. One that comes meanwhile is not lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _from_memory(args: tuple[Any, ...]) -> tuple[Any, ...]:

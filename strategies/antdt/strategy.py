@@ -539,6 +539,11 @@ class AntDTStrategy(DDPStrategy):
             return False
         return not PeerWatch([("", 0)] * self.world_size, self.global_rank, 0.0).all_there(self._connection.client.status())
 
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether a SIGTERM has come."""
+        return self._told_to_stop
+
     def position(self) -> tuple[int, int]:
         """Epoch, and steps of it, that are trained."""
         assert self._loader is not None

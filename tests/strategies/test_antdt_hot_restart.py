@@ -176,8 +176,10 @@ def test_the_controller_has_one_rank_replaced(torchrun: Torchrun, tmp_path: Path
 def test_without_spares_the_group_is_started_again(torchrun: Torchrun, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     deaths = (Death(1, 2, "forward"), Death(1, 7, "forward", 1))
     job = Job(tmp_path, deaths, spares=1, trainer={"limit_val_batches": 1.0})
+    begun = time.monotonic()
     codes = torchrun.run(job)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0, logs(job)
+    assert time.monotonic() - begun < 50, "the survivor has waited until it was killed"
     assert "its 1 spares are used up: all ranks end, and torchrun starts them again" in (tmp_path / "log1.txt").read_text()
     again = Job(tmp_path, trainer=job.trainer, resume=True)
     assert torchrun.run(again) == [0, 0], logs(again)
