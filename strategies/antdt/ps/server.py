@@ -721,6 +721,9 @@ class ParameterServer:
         if self.restart:
             self.save(wait=True)
         else:
+            self._file = None  # and what is being written is written before it is removed
+            if self._saving is not None:
+                self._saving.result()
             self._ends()
         self.stopping = True
         return {"ok": True}, []
