@@ -11,8 +11,8 @@ import torch
 from strategies.antdt.rank_keeper import RankKeeper
 
 
-def split_and_run(code: str, spares: int, out: Path) -> None:
-    """Body of a keeper, after work with several threads; what it splits off runs the code."""
+def split_and_run(before: str, code: str, spares: int, out: Path) -> None:
+    """Body of a keeper, after work with several threads and some code; what it splits off runs the other."""
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -21,5 +21,7 @@ def split_and_run(code: str, spares: int, out: Path) -> None:
     torch.randn(4_000_000).sigmoid()
     keeper = RankKeeper(spares, "rank 7")
     first = os.getpid()
+    names = {"keeper": keeper, "first": first, "os": os, "signal": signal, "sys": sys, "time": time, "torch": torch}
+    exec(before, names)
     keeper.split()
-    exec(code, {"keeper": keeper, "first": first, "os": os, "signal": signal, "sys": sys, "time": time, "torch": torch})
+    exec(code, names)

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -15,7 +16,8 @@ from torch import distributed  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """A group, or a seed, that a test leaves in this process would be that of the next."""
+    """A group, a seed, or a level of messages, that a test leaves in this process would be that of the next."""
+    levels = {name: logging.getLogger(name).level for name in ("lightning", "lightning.pytorch", "lightning.fabric")}
     seeds = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
     yield
     for name, value in seeds.items():
@@ -23,6 +25,8 @@ def nothing_is_left() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

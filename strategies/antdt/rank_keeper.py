@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from tqdm import TMonitor
 
 __all__ = ["REPLACE_EXIT_CODE", "RankKeeper"]
 
@@ -139,6 +140,7 @@ class RankKeeper:
 
 def _check_and_prepare() -> None:
     """Make this process fit for copies."""
+    _end_monitors_of_progress_bars()
     others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
     if others or threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
@@ -159,6 +161,13 @@ def _check_and_prepare() -> None:
         stream.flush()
     _end_openmp_threads()
     gc.freeze()  # what was built is not looked through again, which would copy it into each process, and take half a second
+
+
+def _end_monitors_of_progress_bars() -> None:
+    """Bars that have ended, such as of a download, leave a thread, which the next bar starts anew."""
+    for thread in threading.enumerate():
+        if isinstance(thread, TMonitor):
+            thread.exit()
 
 
 def _end_openmp_threads() -> None:

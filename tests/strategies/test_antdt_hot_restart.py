@@ -176,10 +176,9 @@ def test_the_controller_has_one_rank_replaced(torchrun: Torchrun, tmp_path: Path
 def test_without_spares_the_group_is_started_again(torchrun: Torchrun, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     deaths = (Death(1, 2, "forward"), Death(1, 7, "forward", 1))
     job = Job(tmp_path, deaths, spares=1, trainer={"limit_val_batches": 1.0})
-    begun = time.monotonic()
     codes = torchrun.run(job)
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0, logs(job)
-    assert time.monotonic() - begun < 50, "the survivor has waited until it was killed"
+    assert codes[1] == -signal.SIGKILL, logs(job)
+    assert codes[0] not in (0, -signal.SIGKILL), "the survivor ended only when it was killed"
     assert "its 1 spares are used up: all ranks end, and torchrun starts them again" in (tmp_path / "log1.txt").read_text()
     again = Job(tmp_path, trainer=job.trainer, resume=True)
     assert torchrun.run(again) == [0, 0], logs(again)
@@ -213,8 +212,9 @@ def test_hot_restart_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyP
 def keep(tmp_path: Path) -> Callable[..., tuple[int | None, str]]:
     """Runs code in a process that a keeper has split off; returns how the keeper ended, and what was written."""
 
-    def run(code: str, spares: int = 1) -> tuple[int | None, str]:
-        process = multiprocessing.get_context("forkserver").Process(target=split_and_run, args=(code, spares, tmp_path / "out"))
+    def run(code: str, spares: int = 1, before: str = "") -> tuple[int | None, str]:
+        args = (before, code, spares, tmp_path / "out")
+        process = multiprocessing.get_context("forkserver").Process(target=split_and_run, args=args)
         process.start()
         process.join(60)
         process.kill()
@@ -232,6 +232,13 @@ def test_keeper_replaces_what_is_killed_and_nothing_else(keep: Keep) -> None:
     status, wrote = keep(work + "if keeper.number < 2: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit(5)", spares=2)
     assert status == 5 and [line for line in wrote.splitlines() if "True" in line] == ["0 True", "1 True", "2 True"]
     assert wrote.count("was killed by SIGKILL; a spare takes its place") == 2
+
+
+def test_progress_bars_of_before_do_not_hinder(keep: Keep) -> None:
+    """Their thread, which tqdm starts again with the next bar, is ended."""
+    before = "import tqdm\nfor _ in tqdm.tqdm(range(3)): pass\nassert tqdm.tqdm.monitor.is_alive()"
+    status, wrote = keep("for _ in tqdm.tqdm(range(3)): pass\nsys.exit(4 if tqdm.tqdm.monitor.is_alive() else 5)", before=before)
+    assert status == 4, wrote
 
 
 @pytest.mark.parametrize(
@@ -271,6 +278,7 @@ def test_keeper_refuses_to_copy_threads_and_groups(monkeypatch: pytest.MonkeyPat
         RankKeeper(1, "rank 0").split()
     ended.set()
     logger.join()
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread()])  # other tests may have left some
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="has joined a process group"):
         RankKeeper(1, "rank 0").split()
