@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from tqdm import TMonitor
 
 __all__ = ["REPLACE_EXIT_CODE", "RankKeeper"]
 
@@ -165,9 +164,8 @@ def _check_and_prepare() -> None:
 
 def _end_monitors_of_progress_bars() -> None:
     """Bars that have ended, such as of a download, leave a thread, which the next bar starts anew."""
-    for thread in threading.enumerate():
-        if isinstance(thread, TMonitor):
-            thread.exit()
+    if (tqdm := sys.modules.get("tqdm")) is not None and tqdm.tqdm.monitor is not None:
+        tqdm.tqdm.monitor.exit()
 
 
 def _end_openmp_threads() -> None:

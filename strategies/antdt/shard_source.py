@@ -30,7 +30,8 @@ class ShardSource:
         self._share = self._room = 0
         self._dry = True
         self._commits: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is held
+        self._calls = threading.Lock()  # of requests; taken first. Training waits for one under way only if it needs its answer
 
     def __len__(self) -> int:
         return len(self._buffer)
@@ -39,29 +40,39 @@ class ShardSource:
 
     def begin(self, epoch: int) -> None:
         """Forget what is held; from now on, positions are of this epoch."""
-        with self._lock:
+        with self._calls, self._lock:
             self.epoch, self._dry = epoch, False
+            self._share = self._room = 0
             self._buffer.clear()
 
     def take(self, count: int, room: int) -> list[Piece]:
         """Up to ``count`` positions; fewer only if the service has no more."""
         with self._lock:
             self._share, self._room = count, room
+            if len(self._buffer) >= count:
+                return self._take(count)
+        with self._calls:
             while len(self._buffer) < count and not self._dry:
                 self._fetch()
-            self._room -= count
-            return self._buffer.take(count)
+            with self._lock:
+                return self._take(count)
+
+    def _take(self, count: int) -> list[Piece]:
+        self._room -= count
+        return self._buffer.take(count)
 
     def resize(self, room: int) -> None:
         """Give back what is held above ``room``."""
-        with self._lock:
-            for sid, start in self._buffer.shrink(room):
+        with self._calls:
+            with self._lock:
+                freed = self._buffer.shrink(room)
+                self._room = room
+            for sid, start in freed:
                 self.call("release", sid=sid, **{"from": start})
-            self._room = room
 
     def reopen(self) -> None:
         """Others have given back: there may be more, though there was none."""
-        with self._lock:
+        with self._calls, self._lock:
             self._dry = False
 
     # Ahead of time, from another thread
@@ -74,19 +85,24 @@ class ShardSource:
 
     def refill(self) -> None:
         """Fetch once, if little is left."""
-        with self._lock:
+        with self._calls:
             if self.low:
                 self._fetch()
 
     def _fetch(self) -> None:
-        most = min(self.shard_steps * self._share, self._room - len(self._buffer))
-        answer = self.call("fetch", epoch=self.epoch, share=[self._share, self.global_batch], max=most)
+        with self._lock:
+            # What is taken while the request is under way leaves as much less room as it leaves less held.
+            most = min(self.shard_steps * self._share, self._room - len(self._buffer))
+            share = self._share
+        answer = self.call("fetch", epoch=self.epoch, share=[share, self.global_batch], max=most)
         if "wait" in answer:
             time.sleep(float(answer["wait"]))
-        elif "ranges" in answer:
-            self._buffer.add((sid, lo, hi) for sid, lo, hi in answer["ranges"])
-        else:
-            self._dry = True
+            return
+        with self._lock:
+            if "ranges" in answer:
+                self._buffer.add((sid, lo, hi) for sid, lo, hi in answer["ranges"])
+            else:
+                self._dry = True
 
     # What is trained
 
