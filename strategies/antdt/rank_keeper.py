@@ -164,8 +164,11 @@ def _check_and_prepare() -> None:
 
 def _end_monitors_of_progress_bars() -> None:
     """Bars that have ended, such as of a download, leave a thread, which the next bar starts anew."""
-    if (tqdm := sys.modules.get("tqdm")) is not None and tqdm.tqdm.monitor is not None:
-        tqdm.tqdm.monitor.exit()
+    if (tqdm := sys.modules.get("tqdm")) is None:
+        return
+    for thread in threading.enumerate():
+        if isinstance(thread, tqdm.TMonitor):
+            thread.exit()
 
 
 def _end_openmp_threads() -> None:

@@ -355,7 +355,9 @@ def test_before_anything_is_known_the_estimate_is_a_standard_normal(at):
     assert prediction.mean().abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("head", [CategoricalHead(), DiscretizedNormalHead(16), BernoulliHead(), DeltaHead()], ids=str)
+@pytest.mark.parametrize(
+    "head", [CategoricalHead(), DiscretizedNormalHead(16), BernoulliHead(), DeltaHead()], ids=lambda h: type(h).__name__
+)
 def test_prior_and_certainty_are_finite(head):
     discrete = issubclass(head.flow_type, DiscreteFlow)
     flow = DiscreteFlow(2, 3.0) if discrete else ContinuousFlow(1e-6)
