@@ -1,5 +1,7 @@
 # make demo: install, train on real digits for 2 to 3 minutes, test, sample.   make test: install, whole test suite.
 PYTHON ?= python3
+# Processes that run tests; each of them starts up to eight ranks.
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 ZOO := $(PY) -m zoo
@@ -26,10 +28,10 @@ demo: install
 	$(ZOO) predict -c bfn/mnist --ckpt_path bfn-mnist --trainer.default_root_dir runs/bfn-mnist
 
 test: assets
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: assets
-	$(PY) -m pytest -m 'slow or not slow'
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'slow or not slow'
 
 bench: install
 	$(PY) -m benchmarks.bfn_solvers --data digits
