@@ -27,11 +27,8 @@ import argparse
 import functools
 import json
 import logging
-import os
-import socket
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -41,12 +38,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
-from torch.multiprocessing.spawn import ProcessException
 
 from benchmarks.antdt_timeline import draw
+from benchmarks.gloo_processes import run_group
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
@@ -244,10 +240,10 @@ def train(arm: str, of: Setting, folder: str, rows: int) -> dict[str, Any]:
     }
 
 
-def arms_of(settings: Sequence[Setting], folder: str, rows: int) -> list[dict[str, Any]]:
+def arms_of(folder: str, settings: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
     """All arms of all settings, one after the other, on this process as one of the group."""
     results: list[dict[str, Any]] = []
-    for of in settings:
+    for of in [Setting(**each) for each in settings]:
         for arm in ARMS:
             outcomes: list[Any] = [None] * RANKS
             dist.all_gather_object(outcomes, train(arm, of, folder, rows))
@@ -263,44 +259,6 @@ def arms_of(settings: Sequence[Setting], folder: str, rows: int) -> list[dict[st
             })  # fmt: skip
             if dist.get_rank() == 0:
                 print(f"{of.scenario}, seed {of.seed}, {arm}: {results[-1]['steady'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
-    return results
-
-
-def _process(rank: int, settings: list[dict[str, Any]], port: int, folder: str, rows: int) -> None:
-    """Body of a process: what torchrun would set, then everything."""
-    size = str(RANKS)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="benchmark", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    with (Path(folder) / f"rank{rank}.log").open("w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        if rank:
-            os.dup2(log.fileno(), 2)
-        dist.init_process_group("gloo")
-        results = arms_of([Setting(**each) for each in settings], folder, rows)
-        dist.destroy_process_group()
-    if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
-
-
-def measure(settings: Sequence[Setting], rows: int) -> list[dict[str, Any]]:
-    """Results of all arms, measured on processes of their own.
-
-    Raises:
-        RuntimeError: A process failed; the end of what it wrote is in the message.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(_process, ([asdict(each) for each in settings], port, folder, rows), nprocs=RANKS)
-        except ProcessException as error:
-            wrote = [path.read_text()[-1500:] for path in sorted(Path(folder).glob("*.log"))]
-            raise RuntimeError("\n".join([f"a process of the benchmark failed: {error}", *wrote])) from error
-        results: list[dict[str, Any]] = torch.load(Path(folder) / "results.pt", weights_only=True)
     return results
 
 
@@ -365,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         plots=[Plot("Time of a step while one process of four is 4 times slower for a while", "step", "milliseconds", "arm")],
     )  # fmt: skip
     settings = [setting(scenario, seed, steps, batch, options.cost, options.interval) for scenario in scenarios for seed in seeds]
-    results = measure(settings, rows)
+    results = run_group(RANKS, arms_of, [asdict(each) for each in settings], rows)
     judge(record, results)
     path = record.save()
     log = {each["arm"]: each["log"] for each in results if each["scenario"] == scenarios[0] and each["seed"] == 0}

@@ -25,13 +25,10 @@ import argparse
 import functools
 import itertools
 import math
-import os
 import random
-import socket
 import statistics
 import sys
 import sysconfig
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -41,15 +38,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
-from torch.multiprocessing.spawn import ProcessException
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.gloo_processes import run_group
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
@@ -222,8 +218,9 @@ def together(outcomes: list[dict[str, float]]) -> tuple[float, float]:
     return seconds / statistics.mean(outcome["steps"] for outcome in outcomes), outcomes[0]["loss"]
 
 
-def arms_of(setting: Setting, probe: int) -> list[dict[str, Any]]:
+def arms_of(folder: str, of: dict[str, Any], probe: int) -> list[dict[str, Any]]:
     """All arms, one after the other, on this process as one of the group."""
+    setting = Setting(**of)
     rows: list[dict[str, Any]] = []
     ddp_loss = math.nan
 
@@ -246,43 +243,6 @@ def arms_of(setting: Setting, probe: int) -> list[dict[str, Any]]:
             "without_sleep": 1 / t, "over_ddp": None, "loss": loss, "loss_over_ddp": loss / ddp_loss - 1,
         })  # fmt: skip
         rows[-1]["over_ddp"] = rows[-1]["steps_per_second"] / rows[0]["steps_per_second"]
-    return rows
-
-
-def _process(rank: int, setting: dict[str, Any], probe: int, port: int, folder: str) -> None:
-    """Body of a process: what torchrun would set, then everything."""
-    size = str(setting["ranks"])
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="benchmark", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    with (Path(folder) / f"rank{rank}.log").open("w", buffering=1) as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-        dist.init_process_group("gloo")
-        rows = arms_of(Setting(**setting), probe)
-        dist.destroy_process_group()
-    if rank == 0:
-        torch.save(rows, Path(folder) / "rows.pt")
-
-
-def measure(setting: Setting, probe: int) -> list[dict[str, Any]]:
-    """Rows of all arms, measured on processes of their own.
-
-    Raises:
-        RuntimeError: A process failed; the end of what it wrote is in the message.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(_process, (asdict(setting), probe, port, folder), nprocs=setting.ranks)
-        except ProcessException as error:
-            wrote = [path.read_text()[-1500:] for path in sorted(Path(folder).glob("*.log"))]
-            raise RuntimeError("\n".join([f"a process of the benchmark failed: {error}", *wrote])) from error
-        rows: list[dict[str, Any]] = torch.load(Path(folder) / "rows.pt", weights_only=True)
     return rows
 
 
@@ -316,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     record = Record("edit", seeds=seeds, tables=[table], plots=[plot], smoke=options.smoke)
     for ranks, seed in itertools.product(processes, seeds):
         setting = Setting(ranks, steps, warmup, options.interval, delay, batch, length, seed)
-        for row in measure(setting, probe=8 if options.smoke else 60 + warmup):
+        for row in run_group(setting.ranks, arms_of, asdict(setting), 8 if options.smoke else 60 + warmup):
             record.row(**row, strategy=str(row["arm"]).partition(", ")[2])
         print(f"{ranks} processes, seed {seed}: done", file=sys.stderr, flush=True)
     judge(record)

@@ -186,8 +186,8 @@ class _Grouped(torch.autograd.Function):
     """All experts in one product each way, with a gradient of its own.
 
     What it saves: the gradient of the routing weights is an inner product over I instead of D; the sorted copy of the tokens,
-    k times as large as they are, is made again and not kept; rows are put back, weighted and summed in one pass; nothing needs
-    atomic sums in either direction.
+    k times as large as they are, is made again on a GPU and not kept; rows are put back, weighted and summed in one pass; nothing
+    needs atomic sums in either direction.
     """
 
     @staticmethod
@@ -202,16 +202,18 @@ class _Grouped(torch.autograd.Function):
         down: Tensor,
     ) -> Tensor:
         token_M = order_M // weights_Nk.shape[1]
-        h_MJ = _product(x_ND.index_select(0, token_M), gate_up.transpose(-2, -1), offset_E)
+        x_MD = x_ND.index_select(0, token_M)
+        h_MJ = _product(x_MD, gate_up.transpose(-2, -1), offset_E)
         gate_MI, up_MI = h_MJ.chunk(2, dim=-1)
         y_MD = _product(F.silu(gate_MI).mul_(up_MI), down.transpose(-2, -1), offset_E)
-        ctx.save_for_backward(x_ND, weights_Nk, order_M, inverse_M, token_M, offset_E, h_MJ, gate_up, down)
+        kept = x_MD if x_ND.device.type == "cpu" else None  # there is memory enough, and little time
+        ctx.save_for_backward(x_ND, kept, weights_Nk, order_M, inverse_M, token_M, offset_E, h_MJ, gate_up, down)
         return _sum_of_slots(y_MD, inverse_M, weights_Nk.shape[1], weights_Nk)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weights_Nk, order_M, inverse_M, token_M, offset_E, h_MJ, gate_up, down = ctx.saved_tensors
+        x_ND, x_MD, weights_Nk, order_M, inverse_M, token_M, offset_E, h_MJ, gate_up, down = ctx.saved_tensors
         gate_MI, up_MI = h_MJ.chunk(2, dim=-1)
         weight_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M).to(x_ND.dtype)
         dy_MD = grads[0].to(x_ND.dtype).index_select(0, token_M)  # contiguous, as grouped products need
@@ -229,7 +231,7 @@ class _Grouped(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _sum_of_slots(_product(dh_MJ, gate_up, offset_E), inverse_M, weights_Nk.shape[1])
         if ctx.needs_input_grad[5]:
-            grad_gate_up = _product(dh_MJ.t(), x_ND.index_select(0, token_M), offset_E)
+            grad_gate_up = _product(dh_MJ.t(), x_ND.index_select(0, token_M) if x_MD is None else x_MD, offset_E)
         return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
 
 
