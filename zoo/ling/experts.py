@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Backend", "Experts", "choose_backend", "sort_by_expert"]
 
@@ -192,7 +192,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x_ND: Tensor,
         weights_Nk: Tensor,
         order_M: Tensor,
