@@ -18,7 +18,7 @@ from strategies.antdt.address import SERVER_FILE, Address
 from strategies.antdt.client import Client
 from strategies.antdt.wire import ServiceError
 
-__all__ = ["ServerNotStarted", "find", "find_or_start", "is_alive", "revive"]
+__all__ = ["ServerNotStarted", "find", "find_or_start", "is_alive", "is_running", "revive", "start_lock"]
 
 _LOOK_EVERY = 0.05
 _started: list["subprocess.Popen[bytes]"] = []
@@ -31,7 +31,7 @@ class ServerNotStarted(ConnectionError):
 
 def is_alive(address: Address, timeout: float = 5.0) -> bool:
     """Whether a server that knows the token answers at an address."""
-    if address.hostname == socket.gethostname() and address.pid and not _runs(address.pid):
+    if address.hostname == socket.gethostname() and address.pid and not is_running(address.pid):
         return False
     try:
         with Client(address, worker=-1, patience=0.0, answer_timeout=timeout) as client:
@@ -81,7 +81,7 @@ def find_or_start(
     folder.mkdir(parents=True, exist_ok=True)
     _started[:] = [process for process in _started if process.poll() is None]
     end = time.monotonic() + timeout
-    with _locked(folder / "start.lock", end):
+    with start_lock(folder / "start.lock", end):
         address = Address.read(folder)
         if address is not None and is_alive(address):
             return address
@@ -134,7 +134,16 @@ def _start(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
 
 
 @contextlib.contextmanager
-def _locked(path: Path, end: float) -> Iterator[None]:
+def start_lock(path: Path, end: float) -> Iterator[None]:
+    """Hold the lock of a file, with which one process at a time starts a server; it falls with the process.
+
+    Args:
+        path: of the file; made if there is none.
+        end: until when to wait for it (``time.monotonic``).
+
+    Raises:
+        ServerNotStarted: another process holds it for longer.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         while True:
@@ -152,7 +161,8 @@ def _locked(path: Path, end: float) -> Iterator[None]:
         os.close(file)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine; one that has ended counts until its parent has noticed."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

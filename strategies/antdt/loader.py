@@ -28,7 +28,7 @@ from strategies.antdt.exchange import Reading
 from strategies.antdt.planner import StepPlan, StepPlanner
 from strategies.antdt.weighting import split_evenly
 
-__all__ = ["Order", "SamplerOrder", "StepBatch", "StepLoader", "SupportsRange"]
+__all__ = ["Order", "Reader", "SamplerOrder", "StepBatch", "StepLoader", "SupportsRange"]
 
 
 @runtime_checkable
@@ -269,8 +269,16 @@ class _Tasks:
         return self.loader.planner.num_steps
 
 
-class _Reader(Dataset[list[Any]]):
-    """Reads the micro-batches of a plan; runs in the workers."""
+class Reader(Dataset[list[Any]]):
+    """Reads batches by lists of sample indices; runs in the workers of a ``DataLoader``.
+
+    An item ``reader[seed, epoch, [(indices, positions), ...]]`` is a list of batches, one for each pair. What a data set draws
+    from the global generators for a sample is a function of ``(seed, epoch, position)``, and leaves them as they were.
+
+    Args:
+        dataset: with ``__getitem__``, ``__getitems__`` or `SupportsRange`; told the epoch by ``set_epoch``, if it has that.
+        collate: makes a batch of samples.
+    """
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -311,7 +319,7 @@ def _engine(source: DataLoader[Any], loader: StepLoader, prefetch: int) -> DataL
             "timeout": source.timeout,
         }
     return DataLoader(
-        _Reader(source.dataset, source.collate_fn),
+        Reader(source.dataset, source.collate_fn),
         batch_size=None,
         sampler=_Tasks(loader, 0 if workers else prefetch),
         num_workers=workers,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -41,21 +41,13 @@ from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
 from strategies.antdt.step_log import StepLog
 from strategies.antdt.step_timer import StepTimer
-from strategies.antdt.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients
+from strategies.antdt.weighting import GradientReduction, WeighsBatches, Weighting, loss_scale, reduce_gradients
 
 __all__ = ["AntDTStrategy", "WeighsBatches"]
 
 KEY = "antdt"
 RESTART_EXIT_CODE = 75  # of sysexits.h: try again
 """Exit code of processes that the launcher is to start again."""
-
-
-@runtime_checkable
-class WeighsBatches(Protocol):
-    """A module whose losses are means over something else than samples."""
-
-    def antdt_weight(self, batch: Any) -> int:
-        """Over how many tokens, boxes, ... the loss of a micro-batch is a mean."""
 
 
 class AntDTStrategy(DDPStrategy):

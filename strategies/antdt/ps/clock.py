@@ -1,6 +1,6 @@
 """When workers may begin a step and whose gradients count: asynchronous, stale-synchronous, and synchronous with backups.
 
-A state machine without input or output; `strategies.antdt.ps.server` asks it.
+A state machine without input or output; `strategies.antdt.ps.steps` asks it.
 """
 
 from collections.abc import Iterable, Mapping

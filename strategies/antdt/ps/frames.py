@@ -209,9 +209,13 @@ class FrameProtocol(asyncio.BufferedProtocol):
             # One buffer: tensors of the server may change before the socket has taken them.
             self.transport.write(b"".join(encode_frame(header, tensors)))
 
+    def deny(self, kind: str, message: str) -> None:
+        """Answer that a request is refused, of which `Connection.receive` makes a ``ServiceError``."""
+        self.send({"error": {"kind": kind, "message": message}})
+
     def refuse(self, kind: str, message: str) -> None:
         """Say what is wrong, and close."""
-        self.send({"error": {"kind": kind, "message": message}})
+        self.deny(kind, message)
         if self.transport is not None:
             self.transport.close()
 

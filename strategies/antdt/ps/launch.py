@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from strategies.antdt.address import Address
-from strategies.antdt.launch import ServerNotStarted, _locked, _runs
+from strategies.antdt.launch import ServerNotStarted, is_running, start_lock
 from strategies.antdt.ps.frames import Connection
 from strategies.antdt.wire import ServiceError, WireError
 
@@ -20,7 +20,7 @@ _LOOK_EVERY = 0.05
 
 def is_alive(address: Address, index: int, timeout: float = 5.0) -> bool:
     """Whether a parameter server of this number, which knows the token, answers at an address."""
-    if address.hostname == socket.gethostname() and address.pid and not _runs(address.pid):
+    if address.hostname == socket.gethostname() and address.pid and not is_running(address.pid):
         return False
     try:
         connection = Connection(address.host, address.port, 2**20, timeout)
@@ -63,7 +63,7 @@ def find_or_start_server(folder: Path, index: int, *, timeout: float = 120.0, op
     own.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + timeout
     process: subprocess.Popen[bytes] | None = None
-    with _locked(own / "start.lock", end):
+    with start_lock(own / "start.lock", end):
         while True:
             address = Address.read(own)
             if address is not None and is_alive(address, index):

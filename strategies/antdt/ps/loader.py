@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from strategies.antdt.ledger import Fetched
-from strategies.antdt.loader import Order, _Reader
+from strategies.antdt.loader import Order, Reader
 
 __all__ = ["ShardBatch", "ShardLoader", "Work"]
 
@@ -115,7 +115,7 @@ class ShardLoader:
             options = {"multiprocessing_context": source.multiprocessing_context, "worker_init_fn": source.worker_init_fn,
                        "persistent_workers": True, "timeout": source.timeout}  # fmt: skip
         self._engine = DataLoader(
-            _Reader(source.dataset, source.collate_fn), batch_size=None, sampler=_Tasks(self), num_workers=workers,
+            Reader(source.dataset, source.collate_fn), batch_size=None, sampler=_Tasks(self), num_workers=workers,
             collate_fn=_as_it_is, pin_memory=source.pin_memory, generator=source.generator or torch.Generator(), **options,
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ class ShardLoader:
                 self.ended = found == "end"
                 self.current = ShardBatch(torch.zeros(1, dtype=torch.int64), (), (), 0)
                 sample = self.order.indices(self.epoch, 0, 1).tolist()
-                yield _Reader(self.dataset, self._engine.dataset.collate)[self.seed, self.epoch, [(sample, [0])]][0]  # type: ignore[attr-defined]
+                yield Reader(self.dataset, self._engine.dataset.collate)[self.seed, self.epoch, [(sample, [0])]][0]  # type: ignore[attr-defined]
 
     def forget(self) -> None:
         """Hold nothing any more, and begin anew."""

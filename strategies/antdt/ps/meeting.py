@@ -146,6 +146,16 @@ class Meetings:
         """Ranks of the members that have been let in, in ascending order."""
         return sorted(worker for worker, member in self.members.items() if not member.late)
 
+    def confirm(self, worker: int, session: str) -> None:
+        """See that a process takes part.
+
+        Raises:
+            MeetingError: it does not, or not any more.
+        """
+        member = self.members.get(worker)
+        if member is None or member.session != session:
+            raise MeetingError(f"worker {worker} was declared lost, or replaced by a new process; it must exit.")
+
     @property
     def complete(self) -> bool:
         """Whether all workers have come, or training began without some."""

@@ -1,7 +1,10 @@
-"""Optimizers that servers can run: those that treat each element for itself, so that a part is updated as in the whole."""
+"""Optimizers that servers run in a worker's place.
+
+They must treat each element for itself, so that a part is updated as in the whole.
+"""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["ELEMENTWISE", "OptimizerSpec"]
+__all__ = ["ELEMENTWISE", "OptimizerSpec", "RemoteOptimizer", "hyperparameters", "set_hyperparameters"]
 
 ELEMENTWISE: dict[str, type[Optimizer]] = {
     kind.__name__: kind
@@ -70,6 +73,28 @@ class OptimizerSpec:
         if data["kind"] not in ELEMENTWISE:
             raise ValueError(f"there is no optimizer {data['kind']!r} on parameter servers; there are {', '.join(ELEMENTWISE)}.")
         return cls(data["kind"], tuple(_plain(group) for group in data["groups"]))
+
+
+class RemoteOptimizer:
+    """An optimizer whose step is made by the servers.
+
+    Args:
+        optimizer: the one of this process, for everything else.
+        push: sends the gradients.
+    """
+
+    def __init__(self, optimizer: Optimizer, push: Callable[[], None]) -> None:
+        self._optimizer, self._push = optimizer, push
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """Run the passes, and send what came of them."""
+        with torch.enable_grad():
+            result = closure()
+        self._push()
+        return result
 
 
 def hyperparameters(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
