@@ -345,6 +345,17 @@ def tables_of(scenes: Sequence[tuple[int, int, float]]) -> tuple[list[Table], li
     ], [Plot(f"Time and memory of a step, {titles[0]}", "state_mib", "milliseconds", f"arm, {titles[0]}", log="y")]  # fmt: skip
 
 
+def judge(record: Record, found: Sequence[dict[str, float]]) -> Path:
+    """Give the bars their values, from the figures of each scene so far, and write the result; returns its path."""
+    record.measure("bytes_off_the_formula", max(figures["bytes"] for figures in found))
+    record.measure("iig_over_zero_3", found[0]["zero_3"])
+    record.measure("iig_over_hsdp", found[0]["hsdp"])
+    record.measure("state_bytes_iig_over_hsdp", found[0]["state"])
+    record.measure("loss_difference", max(figures["loss"] for figures in found))
+    record.measure("advisor_pairs_right", min(figures["pairs"] for figures in found))
+    return record.save()
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paro", description=__doc__)
@@ -368,15 +379,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     Text().prepare_data()  # once, not by each process
     arms = ("IIG", "III", FLAT, DDP, HSDP) if options.smoke else options.arms
     rounds, steps = (1, 3) if options.smoke else (options.rounds, options.steps)
-    found = [dict(measure(record, scene, rounds, steps, options.smoke, arms)) for scene in scenes]
-    record.measure("bytes_off_the_formula", max(figures["bytes"] for figures in found))
-    record.measure("iig_over_zero_3", found[0]["zero_3"])
-    record.measure("iig_over_hsdp", found[0]["hsdp"])
-    record.measure("state_bytes_iig_over_hsdp", found[0]["state"])
-    record.measure("loss_difference", max(figures["loss"] for figures in found))
-    record.measure("advisor_pairs_right", min(figures["pairs"] for figures in found))
+    path, found = Path(), []
+    for scene in scenes:  # what is measured is kept, should a later scene be interrupted
+        found.append(dict(measure(record, scene, rounds, steps, options.smoke, arms)))
+        path = judge(record, found)
     print(f"III takes {found[0]['III']:.2f} times as long as IIG: they send the same bytes, and tie in time.")
-    return record.save()
+    return path
 
 
 if __name__ == "__main__":
