@@ -40,7 +40,8 @@ class Plot:
         figure = Figure(figsize=(7.6, 4.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        shown = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (self.x, self.y))]
+        named = [row for row in rows if row.get(self.series) is not None]
+        shown = [row for row in named if all(isinstance(row.get(key), int | float) for key in (self.x, self.y))]
         if len({row[self.series] for row in shown}) > 10:  # more than the usual cycle has colours
             axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         ticks = sorted({float(row[self.x]) for row in shown})  # type: ignore[arg-type]

@@ -642,6 +642,68 @@ def test_clock_that_is_started_again_knows_its_workers(tmp_path: Path) -> None:
     again.stop()
 
 
+def test_synchronous_clock_that_is_started_again_waits_for_all_who_took_part() -> None:
+    """What it had saved may say that somebody is idle who trains meanwhile."""
+    clock = Clock(Consistency("bsp"))
+    clock.enter(range(3))
+    clock.idle(1)
+    again = Clock(Consistency("bsp"))
+    again.load_state_dict(clock.state_dict())
+    again.expect_back(range(4))
+    assert again.push(0, 0).accepted is None and again.push(2, 0).accepted is None
+    assert again.idle(3) is None  # it was idle, and says so again
+    assert again.push(1, 0).decision == Decision(0, (0, 1, 2))
+    assert again.push(0, 1).decision is None  # the one that was thought idle trains, and is waited for
+    again.expect_back([0, 1, 2])
+    assert [again.idle(worker) for worker in (1, 2)] == [None, None]
+    assert again.idle(0) is None  # all are lost, or have nothing to train
+
+
+def test_full_disk_is_told_and_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))
+    events: list[dict[str, Any]] = []
+    told = threading.Event()
+
+    def event(line: dict[str, Any]) -> None:
+        events.append(line)
+        if line["kind"] == "not saved":
+            told.set()
+
+    write = Slices.write_file
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors", event=event)
+    worker = client([server])
+    worker.configure(layout, spec, {"mode": "asp", "save_every": 0.0}, list(values.values()))
+    worker.enter(0)
+    monkeypatch.setattr(Slices, "write_file", full)
+    assert train(worker, layout, spec.groups, [random(4, 3, seed=0)], "asp") == [True]
+    assert told.wait(20)
+    monkeypatch.setattr(Slices, "write_file", write)
+    assert train(worker, layout, spec.groups, [random(4, 3, seed=1)], "asp") == [True]
+    worker.leave()
+    server.stop()
+    assert "No space left" in next(line["reason"] for line in events if line["kind"] == "not saved")
+
+
+def test_gradient_that_cannot_be_applied_is_refused_once_and_not_counted() -> None:
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))
+    with servers(1) as started:
+        worker = client(started)
+        worker.configure(layout, spec, {"mode": "asp"}, list(values.values()))
+        worker.enter(0)
+        wrong = [{**group, "lr": "fast"} for group in spec.groups]
+        with pytest.raises(ServiceError, match="push"):
+            train(worker, layout, wrong, [random(4, 3, seed=0)], "asp")
+        assert train(worker, layout, spec.groups, [random(4, 3, seed=1)], "asp") == [True]
+        assert worker.version == 1 and started[0].server.clock.counts["pushed"] == 1
+        worker.leave()
+
+
 class Scripted:
     """A controller that wants one server to be started again, and tells what it was told."""
 

@@ -19,12 +19,13 @@ from torch.distributed import get_world_size
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from datamodules import Digits
+from datamodules import Digits, Flights
 from datamodules.datamodule import ZooDataModule
 from strategies import PaROStrategy
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import ResidualMLP
 from zoo.callbacks import EMA, SpikeGuard
+from zoo.ctr import XDeepFM
 from zoo.emigm import EMIGM, Architecture, Masking, MaskSampler, PixelCodec
 from zoo.ling import Ling, LingConfig
 
@@ -291,6 +292,55 @@ def test_models_of_images_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
             assert ours.metrics == pytest.approx(one.metrics, rel=1e-8)
             for index, image in ours.images.items():
                 torch.testing.assert_close(image, one.images[index], rtol=1e-8, atol=1e-8)
+
+
+def clicks(folder: Path, code: str | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights of a model of clicks after a run, and what it has measured in it."""
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    data = Flights(batch_size=32 // get_world_size(), train_rows=160)
+    data.prepare_data()
+    data.setup("fit")
+    model = XDeepFM(
+        list(data.field_dims),
+        data.num_dense,
+        embed_dim=4,
+        cin=(4,),
+        dnn=(8,),
+        dropout=0.5,
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=get_world_size(),
+        strategy="auto" if code is None else PaROStrategy(code, group_size=2),
+        precision="64-true",
+        max_epochs=1,
+        limit_val_batches=2,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, data)
+    weights = trainer.strategy.lightning_module_state_dict()
+    return {name: value.detach().clone() for name, value in weights.items()}, {
+        name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name
+    }
+
+
+def test_models_of_clicks_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
+    """Tables of which a batch looks up some rows, dropout that belongs to the sample, and an AUC over all ranks."""
+    weights, metrics = pool.run(clicks, tmp_path, None, world_size=1)[0]
+    assert {"val/auc", "val/log_loss"} <= metrics.keys()
+    ranks = pool.run(clicks, tmp_path, "IIG", world_size=4)
+    for _, own in ranks:
+        assert own == pytest.approx(metrics, rel=1e-8)
+    assert ranks[0][0].keys() == weights.keys()
+    for name, value in ranks[0][0].items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 class Stack(LightningModule):

@@ -103,6 +103,8 @@ class Clock:
         self.own: dict[int, int] = {}
         """Gradients of each worker that takes part; one that came later counts from the slowest."""
         self.arrived: set[int] = set()
+        self.awaited: set[int] = set()
+        """Who took part with the former process and has not come back: no synchronous step is complete without them."""
         self.last: Decision | None = None
         self.counts = {"pushed": 0, "dropped": 0, "stale": 0}
 
@@ -110,6 +112,7 @@ class Clock:
         """Workers have batches to train, so that others may have to wait for them."""
         start = min(self.own.values(), default=self.version)
         for worker in workers:
+            self.awaited.discard(worker)
             self.own.setdefault(worker, start)
 
     def resume(self, worker: int, count: int) -> None:
@@ -124,7 +127,15 @@ class Clock:
         """
         self.own.pop(worker, None)
         self.arrived.discard(worker)
+        self.awaited.discard(worker)
         return self._complete()
+
+    def expect_back(self, workers: Iterable[int]) -> None:
+        """This clock was restarted: these workers took part, and each will say whether it trains or is idle.
+
+        What was saved of that may be out of date: who is in the middle of a step must not be left out of it.
+        """
+        self.awaited = set(workers)
 
     def may_begin(self, worker: int) -> bool:
         """Whether a worker may begin a step now. A synchronous one may: it has waited for the step before."""
@@ -141,6 +152,8 @@ class Clock:
             version: steps that the weights had seen with which it was computed.
         """
         self.counts["pushed"] += 1
+        if worker in self.awaited:
+            self.enter([worker])
         if self.consistency.kind != "bsp":
             self.counts["stale"] = max(self.counts["stale"], self.version - version)
             self.version += 1
@@ -173,7 +186,7 @@ class Clock:
         return max(1, len(self.own) - self.consistency.backup)
 
     def _complete(self) -> Decision | None:
-        if self.consistency.kind != "bsp" or not self.arrived or len(self.arrived) < self.quorum:
+        if self.consistency.kind != "bsp" or self.awaited or not self.arrived or len(self.arrived) < self.quorum:
             return None
         self.last = Decision(self.version, tuple(sorted(self.arrived)))
         self.arrived.clear()

@@ -95,6 +95,8 @@ class Commits:
         loop = asyncio.get_running_loop()
 
         def done(finished: "Future[Any]") -> None:
+            if finished.cancelled():  # the server ends
+                return
             failure = finished.exception()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(then, failure)

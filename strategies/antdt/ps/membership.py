@@ -92,6 +92,7 @@ class Membership:
     def expect_back(self, within: float) -> None:
         """All members have lost this server, and look for it; they have so many seconds more than the grace to find it again."""
         self._closed = dict.fromkeys(self._meetings.members, time.monotonic() + within)
+        self._steps.clock.expect_back(self._meetings.members)
 
     def tick(self, now: float) -> None:
         """Declare those lost who are silent, and give up a run to which not all have come.
@@ -151,6 +152,8 @@ class Membership:
     def enter(self, peer: FrameProtocol, frame: Frame) -> None:
         """``{epoch}``: begin to train it, together with all others; a late worker: the one that is going on."""
         worker, meetings = self._steps.member(peer), self._meetings
+        if worker in self._steps.clock.awaited:
+            self._steps.idle(worker)
         meetings.enter(worker, int(frame.header["epoch"]))
 
         def begin() -> Answer | None:

@@ -48,6 +48,10 @@ def check_trainer(trainer: "Trainer") -> None:
         raise ValueError(
             f"{name}: limit_train_batches={trainer.limit_train_batches} would leave samples of the epoch behind: set max_steps."
         )
+    if reload := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name}: reload_dataloaders_every_n_epochs={reload} must be 0: the service hands out the samples of one data set."
+        )
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None):
             raise ValueError(

@@ -246,8 +246,8 @@ class ParameterServer:
             self._membership.tick(now)
         settings = self._steps.settings
         if settings is not None:
-            if self._steps.unsaved and now - self._file.saved_at >= settings.save_every:
-                self.save()
+            if (self._steps.unsaved or self._file.failed) and now - self._file.saved_at >= settings.save_every:
+                self._save_or_say(now)
             self._reports.tick(now, settings.report_every, self.version)
         if self.dispatcher.num_known:
             self.last_client = now
@@ -263,6 +263,15 @@ class ParameterServer:
             about = {**self._steps.state_dict(), "meetings": self._meetings.state_dict()}
             if self._file.save(slices, about, wait):
                 self._steps.unsaved = False
+
+    def _save_or_say(self, now: float) -> None:
+        """Save; a full disk does not end training, but is told, and tried again after a while."""
+        try:
+            self.save()
+        except OSError as failure:
+            self._steps.unsaved, self._file.saved_at = True, now
+            self._event({"kind": "not saved", "server": self.index, "version": self.version, "reason": str(failure)})
+            print(f"{self._file.path} could not be written: {failure}", flush=True)
 
     def _obey(self, actions: Sequence[Mapping[str, Any]]) -> None:
         """Do what the controller has decided."""

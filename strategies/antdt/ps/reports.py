@@ -32,6 +32,7 @@ class Reports:
         self.known = 0
         self._applied_at: float | None = None
         self._monitor: Client | None = None
+        self._joined = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="antdt-ps-report")
         self._reporting: Future[Any] | None = None
         self._reported_at = time.monotonic()
@@ -41,8 +42,12 @@ class Reports:
         self.disconnect()
         if address is not None:
             self._monitor = Client(address, self._index, role="server", patience=5.0)
-            self.known = 0
-            self._reporting = self._thread.submit(self._monitor.join, 0, barrier=False)
+            self.known, self._joined = 0, False
+            self._reporting = self._thread.submit(self._join, self._monitor)
+
+    def _join(self, monitor: Client) -> None:
+        monitor.join(0, barrier=False)
+        self._joined = True
 
     def disconnect(self) -> None:
         """Report nowhere."""
@@ -84,6 +89,8 @@ class Reports:
         known, loop = self.known, asyncio.get_running_loop()
 
         def report() -> None:
+            if not self._joined:  # it did not answer when this server came
+                self._join(monitor)
             answer = monitor.report(step, samples, version=known)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._obey, answer["actions"])

@@ -48,27 +48,37 @@ class SliceFile:
             Whether a copy was made.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file, or the one before, could not be written.
         """
         if self.path is None:
             return False
-        if self._saving is not None and not self._saving.done():
-            if not wait:
+        if self._saving is not None:
+            if not (wait or self._saving.done()):
                 return False
-            self._saving.result()
+            self._written()
         copied = slices.copy_out(about)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._saving = self._thread.submit(Slices.write_file, self.path, *copied)
         self.saved_at = time.monotonic()
         if wait or self._saving.done():
-            self._saving.result()
+            self._written()
         return True
+
+    def _written(self) -> None:
+        """Wait until the copy is written; a failure is told once."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last copy could not be written; the next `save` says why."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def abandon(self) -> None:
         """Keep nothing any more; what is being written is written first, so that whoever removes the file removes it all."""
         self.path = None
-        if self._saving is not None:
-            self._saving.result()
+        self._written()
 
     def close(self) -> None:
         """Wait until all is written."""

@@ -275,15 +275,16 @@ class Steps:
 
         def take(failure: BaseException | None) -> None:
             if failure is not None:
-                del self._pushes[worker]
+                self._pushes.pop(worker, None)  # the worker may have been declared lost meanwhile
                 peer.deny(getattr(failure, "kind", "unreachable"), f"the samples could not be committed: {failure}")
                 return
-            self.clock.push(worker, push.version)
             try:
                 self._apply(gradient, hyperparameters)
             except (ValueError, TypeError, RuntimeError) as refusal:
+                self._pushes.pop(worker, None)
                 peer.deny("bad_request", f"push: {refusal!r}")
-                raise
+                return
+            self.clock.push(worker, push.version)
             self.version = self.clock.version
             push.reply = {**self.about(), "accepted": True}
             peer.send(push.reply)

@@ -256,7 +256,8 @@ class ParameterServerStrategy(DDPStrategy):
         if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
         self._averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if self._averages and (self.consistency.kind != "bsp" or self.tables):
+        tables = self.tables or any(getattr(each, "sparse", False) for each in module.modules())
+        if self._averages and (self.consistency.kind != "bsp" or tables):
             raise ValueError(
                 f"{name}: a callback averages weights, of which each worker sees others in mode {self.consistency.kind}, and of"
                 " tables only some rows: use mode bsp without tables, or remove the callback."
