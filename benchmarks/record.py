@@ -138,20 +138,23 @@ def show(result: dict[str, Any]) -> None:
         console.print(Table(**table).rich(result["rows"]))
     if result["bars"]:
         lines = [
-            [bar["name"], f"{'>=' if bar['better'] == 'higher' else '<='} {bar['target']:g}", shown(bar["value"]),
+            [bar["name"], f"{'>=' if bar['better'] == 'higher' else '<='} {bar['target']:g}", shown(bar["value"], bar["target"]),
              verdict(bar["value"], bar["holds"])]
             for bar in result["bars"]
         ]  # fmt: skip
         console.print(rich_table(f"Bars of {result['name']}", ["bar", "target", "measured", "verdict"], lines))
 
 
-def shown(value: float | None) -> str:
-    """A bar's value as text.
+def shown(value: float | None, target: float = math.nan) -> str:
+    """A bar's value as text, with three digits, or as many as tell it from the target.
 
-    >>> shown(0.31234), shown(None)
-    ('0.312', '-')
+    >>> shown(0.31234), shown(None), shown(1.0047, target=1)
+    ('0.312', '-', '1.005')
     """
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value is None or abs(value) >= 1000:
+        return "-" if value is None else f"{value:,.0f}"
+    texts = [f"{value:.{digits}g}" for digits in range(3, 8)]
+    return next((text for text in texts if value == target or float(text) != target), texts[-1])
 
 
 def verdict(value: float | None, holds: bool) -> str:

@@ -146,7 +146,7 @@ class Report:
         for result, bar in bars:
             value = self.value(result, bar.name)
             target = f"{'≥' if bar.better == 'higher' else '≤'} {bar.target:g}"
-            lines.append([f"{bar.statement} (`{result}`)", target, shown(value), verdict(value, bar.holds(value))])
+            lines.append([f"{bar.statement} (`{result}`)", target, shown(value, bar.target), verdict(value, bar.holds(value))])
         return markdown_table(["bar", "target", "measured", "verdict"], lines)
 
     def _plots(self, name: str) -> list[Path]:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             "Bars",
             ["result", "bar", "target", "measured", "verdict"],
             [
-                [result, bar.name, f"{'>=' if bar.better == 'higher' else '<='} {bar.target:g}", shown(value), words]
+                [result, bar.name, f"{'>=' if bar.better == 'higher' else '<='} {bar.target:g}", shown(value, bar.target), words]
                 for result, bar, value, words in verdicts
             ],
         )

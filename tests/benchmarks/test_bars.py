@@ -45,6 +45,7 @@ def measure(root: Path, share: float | None = 0.7, cost: float | None = 0.005) -
         for nfe in (5, 10):
             record.row(seed=seed, arm="ours", nfe=nfe, loss=loss * nfe)
             record.row(seed=seed, arm="floor", nfe=nfe, loss=0.5)
+            record.row(seed=seed, other_arm="of another table", nfe=nfe, loss=0.1)
     if share is not None:
         record.measure("share", share)
     if cost is not None:
