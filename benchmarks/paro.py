@@ -345,14 +345,27 @@ def tables_of(scenes: Sequence[tuple[int, int, float]]) -> tuple[list[Table], li
     ], [Plot(f"Time and memory of a step, {titles[0]}", "state_mib", "milliseconds", f"arm, {titles[0]}", log="y")]  # fmt: skip
 
 
+def scene_name(num_groups: int, group_size: int, megabits: float) -> str:
+    """Name of a scene on the command line and in files.
+
+    >>> scene_name(4, 2, 200.0)
+    '4x2_200'
+    """
+    return f"{num_groups}x{group_size}_{megabits:g}"
+
+
 def judge(record: Record, found: Sequence[dict[str, float]]) -> Path:
     """Give the bars their values, from the figures of each scene so far, and write the result; returns its path."""
-    record.measure("bytes_off_the_formula", max(figures["bytes"] for figures in found))
-    record.measure("iig_over_zero_3", found[0]["zero_3"])
-    record.measure("iig_over_hsdp", found[0]["hsdp"])
-    record.measure("state_bytes_iig_over_hsdp", found[0]["state"])
-    record.measure("loss_difference", max(figures["loss"] for figures in found))
-    record.measure("advisor_pairs_right", min(figures["pairs"] for figures in found))
+    values = {
+        "bytes_off_the_formula": max(figures["bytes"] for figures in found),
+        "iig_over_zero_3": found[0]["zero_3"],
+        "iig_over_hsdp": found[0]["hsdp"],
+        "state_bytes_iig_over_hsdp": found[0]["state"],
+        "loss_difference": max(figures["loss"] for figures in found),
+        "advisor_pairs_right": min(figures["pairs"] for figures in found),
+    }
+    for bar in record.bars:  # of a scene alone, fewer
+        record.measure(bar, values[bar])
     return record.save()
 
 
@@ -362,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn, of which the first is not counted")
     parser.add_argument("--scenes", type=int, default=len(SCENES), help="how many of the scenes, the first one has the bars")
+    parser.add_argument("--scene", choices=[scene_name(*scene) for scene in SCENES], help="one alone, with a result of its own")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, one scene, few arms; the result is not kept")
     parser.add_argument("--as-rank", type=int, metavar="GROUP_SIZE", help=argparse.SUPPRESS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help=argparse.SUPPRESS)
@@ -370,8 +384,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         as_rank(options.as_rank, options.rounds, options.steps, options.smoke, options.arms)
         return Path()
     scenes = SCENES[: 1 if options.smoke else options.scenes]
+    if options.scene:
+        scenes = tuple(scene for scene in SCENES if scene_name(*scene) == options.scene)
     tables, plots = tables_of(scenes)
-    record = Record("paro", seeds=[0], smoke=options.smoke, tables=tables, plots=plots)
+    name = f"paro_{options.scene}" if options.scene else "paro"
+    record = Record(name, seeds=[0], smoke=options.smoke, tables=tables, plots=plots)
     if reason := unavailable():
         print(f"Not measured: {reason}.", flush=True)
         record.row(not_measured=reason)
