@@ -3,7 +3,8 @@
 ``python -m benchmarks.antdt_replay`` draws traces (time, process, slowdown) and trains a small `XDeepFM` on real flights with
 four processes (gloo), which the traces slow down by sleep (an emulation, see `benchmarks.antdt`), with equal batches and with
 AntDT-ND. `ClusterSim` then replays each job: the same trace, solution and decision interval. Of the real job it is told what
-a step costs beside the emulated seconds (of a worker, and of communication), as measured in the calm beginning of the job.
+a step costs beside the emulated seconds (of a worker, and of communication), as measured in the calm beginning of the job, and
+how many steps lie between a decision and the first step by it.
 
 Shown are the completion times, and for AntDT-ND how the decisions agree: the job's and the simulation's are put side by side in
 their order, and the farthest two are apart by so many decision intervals.
@@ -119,22 +120,27 @@ def run(folder: str, of: dict[str, Any], arm: str, trace: str) -> list[dict[str,
     return [] if dist.get_rank() else read_events(Path(folder) / "antdt" / "events.jsonl")
 
 
-def simulate(job: Job, arm: str, trace: Path, real: Sequence[dict[str, Any]]) -> SimResult:
+def simulate(job: Job, arm: str, trace: Path, log: Sequence[dict[str, Any]]) -> SimResult:
     """The same job, simulated.
 
     Args:
         job: The job.
         arm: Its arm.
         trace: How slow its processes were.
-        real: Steps of the job.
+        log: Of the job.
     """
+    real, first = steps_of(log), {}
+    for step in real:
+        first.setdefault(step["version"], step["step"])
+    lags = [first[line["version"]] - line["step"] for line in log if line.get("action") and line["version"] in first]
+    lag = round(statistics.median(lags)) if lags else 0
     calm = [step for step in real[SKIPPED:] if step["t"] + step["wall"] < real[0]["t"] + job.calm]
     if not calm:
         raise RuntimeError(f"No step of the job lies in its calm {job.calm} s after the first {SKIPPED}.")
     fixed = statistics.median(t - job.cost * n for step in calm for t, n in zip(step["bpt"], step["n"], strict=True))
     cluster = SimCluster(
         workers=RANKS, local_batch=job.batch // RANKS, steps=job.steps, cost=job.cost, fixed=max(0.0, fixed),
-        communication=statistics.median(step["bubble"] for step in calm), shard_steps=4,
+        communication=statistics.median(step["bubble"] for step in calm), shard_steps=4, lag=lag,
     )  # fmt: skip
     return ClusterSim(cluster, job.solution(arm), str(trace), decide_every=job.interval).run()
 
@@ -197,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             trace = Path(folder) / "trace.jsonl"
             job.write_trace(trace)
             log = run_group(RANKS, run, asdict(job), arm, str(trace))
-            rows.append(judge(record, job, arm, log, simulate(job, arm, trace, steps_of(log))))
+            rows.append(judge(record, job, arm, log, simulate(job, arm, trace, log)))
         print(f"seed {seed}, {arm}: {rows[-1]}", file=sys.stderr, flush=True)
     record.measure("replay_error", max(abs(row["error_percent"]) for row in rows) / 100)
     balanced = [row for row in rows if row["case"] == ND]

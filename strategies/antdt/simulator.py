@@ -44,6 +44,7 @@ class SimCluster:
         noise: Standard deviation of a step's seconds, relative, drawn anew for each worker and step.
         restart_seconds: R.
         shard_steps: M, steps for which a worker fetches data at a time.
+        lag: Steps from a decision for all workers until they work by it: reports, the exchange, and what is planned ahead.
 
     Raises:
         ValueError: Numbers out of range.
@@ -61,13 +62,15 @@ class SimCluster:
     noise: float = 0.0
     restart_seconds: float = 60.0
     shard_steps: int = 20
+    lag: int = 0
 
     def __post_init__(self) -> None:
         if min(self.workers, self.local_batch, self.steps, self.shard_steps) < 1 or not self.cost > 0:
             raise ValueError(f"{self}: workers, local_batch, steps and shard_steps must be at least 1, cost positive.")
-        if min(self.fixed, self.communication, self.servers, self.server_seconds, self.noise, self.restart_seconds) < 0:
+        others = (self.communication, self.servers, self.server_seconds, self.noise, self.restart_seconds, self.lag)
+        if min(self.fixed, *others) < 0:
             raise ValueError(
-                f"{self}: fixed, communication, servers, server_seconds, noise and restart_seconds must not be negative."
+                f"{self}: fixed, communication, servers, server_seconds, noise, restart_seconds and lag must not be negative."
             )
 
     @property
@@ -226,6 +229,7 @@ class _Lockstep:
         self.used = [0] * count  # samples used and not committed
         self.returns: dict[int, float] = {}  # absent workers, and when they are back
         self.backup = 0
+        self.coming: deque[tuple[int, Versioned]] = deque()  # decisions, and the step with which each comes into force
         self.busy = self.total = 0.0
         self.changes = [(0.0, i) for i in range(count)]  # when a worker's slowness changes next
         self.server_changes = [(0.0, j) for j in range(sim.cluster.servers)]
@@ -236,6 +240,7 @@ class _Lockstep:
         self._advance()
         while sim._left > 0:
             self._come_back()
+            self._come_into_force()
             counts = self._draw()
             micros = [1 if cap is None else max(1, -(-n // cap)) for n, cap in zip(counts, self.cap, strict=True)]
             fixed, cost = cluster.fixed, cluster.cost
@@ -322,13 +327,9 @@ class _Lockstep:
     def _obey(self, decisions: Sequence[Versioned]) -> None:
         sim = self.sim
         kills = [decision for decision in decisions if isinstance(decision.action, KillRestart)]
-        for decision in decisions:
-            if isinstance(decision.action, AdjustBatch):
-                self._take_plan()
-            elif isinstance(decision.action, BackupWorkers):
-                self.backup = decision.action.count
-            if decision not in kills:
-                sim.controller.applied(decision.version, sim.result.steps, sim._now)
+        others = [decision for decision in decisions if decision not in kills]
+        self.coming += [(sim.result.steps + sim.cluster.lag, decision) for decision in others]
+        self._come_into_force()
         if not kills:
             return
         moved = sim.move(kills)
@@ -340,6 +341,7 @@ class _Lockstep:
             for name in servers:
                 sim.controller.join(name, sim._now)
         if sim.group_restart and moved:
+            self._come_into_force(all_of_them=True)  # who begins anew begins with the newest plan
             for i in range(sim.cluster.workers):
                 self._settle(i)
             gen = sim.ledger.begin(range(sim.cluster.workers))
@@ -353,6 +355,16 @@ class _Lockstep:
                 sim.ledger.fail(i)
                 self._lose(i)
                 self.returns[i] = sim._now + (0.0 if servers else pause)
+
+    def _come_into_force(self, all_of_them: bool = False) -> None:
+        sim = self.sim
+        while self.coming and (all_of_them or self.coming[0][0] <= sim.result.steps):
+            decision = self.coming.popleft()[1]
+            if isinstance(decision.action, AdjustBatch):
+                self._take_plan()
+            elif isinstance(decision.action, BackupWorkers):
+                self.backup = decision.action.count
+            sim.controller.applied(decision.version, sim.result.steps, sim._now)
 
     def _lose(self, worker: int) -> None:
         self.held[worker].clear()

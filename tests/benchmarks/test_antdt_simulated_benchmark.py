@@ -50,7 +50,16 @@ def test_replay_puts_a_job_beside_its_simulation(tmp_path: Path) -> None:
     result = ClusterSim(cluster, job.solution(replay.ND), str(trace), decide_every=job.interval).run()
     begins = [0.0, *(end for end, _ in result.timeline)]
     steps: list[dict[str, Any]] = [
-        {"kind": "step", "step": step, "t": begin, "wall": end - begin, "bubble": 0.03, "bpt": [0.18] * 4, "n": [16] * 4}
+        {
+            "kind": "step",
+            "step": step,
+            "t": begin,
+            "wall": end - begin,
+            "bubble": 0.03,
+            "bpt": [0.18] * 4,
+            "n": [16] * 4,
+            "version": 0,
+        }
         for step, (begin, end) in enumerate(itertools.pairwise(begins))
     ]
     found = []

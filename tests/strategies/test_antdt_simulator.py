@@ -208,3 +208,13 @@ def test_recorded_slowness_is_replayed(tmp_path: Path, suffix: str) -> None:
 def test_impossible_settings_are_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="must"):
         build()
+
+
+@pytest.mark.parametrize(("lag", "even"), [(0, 1), (1, 2), (3, 4)])
+def test_decisions_come_into_force_after_their_lag(lag: int, even: int) -> None:
+    """Equal batches take 3 * 4 s a step, the oracle's 6 and 2 samples take 6 s."""
+    slow = SlownessModel(transient_rate=0.0, persistent_share=0.0, slow_devices=0.5, device_factor=3.0)
+    cluster = SimCluster(workers=2, local_batch=4, steps=10, cost=1.0, lag=lag)
+    result = ClusterSim(cluster, Oracle([1.0, 1.0]), slow, decide_every=1e-9).run()
+    assert result.seconds == pytest.approx(12 * even + 6 * (10 - even))
+    assert result.ledger["done"] == 80
