@@ -194,18 +194,21 @@ class Steps(Callback):
             self.inside = trainer.strategy.antdt_state()["agent_seconds"]
 
 
+def data_and_model(seed: int, batch: int, steps: int) -> tuple[Flights, XDeepFM]:
+    """As many real flights as the steps of one epoch take, and a small model of them; the seed is of both."""
+    seed_everything(seed, verbose=False)
+    data = Flights(batch_size=batch // RANKS, train_rows=batch * steps, seed=seed)
+    data.prepare_data()
+    data.setup("fit")
+    optimizer = functools.partial(torch.optim.Adam, lr=5e-3)
+    return data, XDeepFM(list(data.field_dims), data.num_dense, embed_dim=4, cin=(8,), dnn=(32,), optimizer=optimizer)
+
+
 def train(arm: str, of: Setting, folder: str, rows: int) -> dict[str, Any]:
     """Train on this process as one of the group."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    seed_everything(of.seed, verbose=False)
-    data = Flights(batch_size=of.batch // RANKS, train_rows=of.batch * of.steps, seed=of.seed)
-    data.prepare_data()
-    data.setup("fit")
-    model = XDeepFM(
-        list(data.field_dims), data.num_dense, embed_dim=4, cin=(8,), dnn=(32,),
-        optimizer=functools.partial(torch.optim.Adam, lr=5e-3),
-    )  # fmt: skip
+    data, model = data_and_model(of.seed, of.batch, of.steps)
     if arm == DDP:
         strategy: DDPStrategy = DDPStrategy()
     else:

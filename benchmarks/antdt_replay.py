@@ -13,7 +13,6 @@ their order, and the farthest two are apart by so many decision intervals.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import logging
@@ -28,23 +27,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 
+from benchmarks.antdt import ND, RANKS, data_and_model
 from benchmarks.antdt_timeline import read_events, steps_of
 from benchmarks.gloo_processes import run_group
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
-from datamodules import Flights
 from strategies import AntDTStrategy
 from strategies.antdt import AntDTND, Solution, StaticBSP
 from strategies.antdt.actions import AdjustBatch
 from strategies.antdt.inject import TraceInjector
 from strategies.antdt.simulator import ClusterSim, SimCluster, SimResult
-from zoo.ctr import XDeepFM
 
-RANKS = 4
-STATIC, ND = "equal batches", "AntDT-ND"
+STATIC = "equal batches"
 SKIPPED = 5  # first steps, which are slower
 
 
@@ -99,14 +96,7 @@ def run(folder: str, of: dict[str, Any], arm: str, trace: str) -> list[dict[str,
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     job = Job(**of)
-    seed_everything(job.seed, verbose=False)
-    data = Flights(batch_size=job.batch // RANKS, train_rows=job.batch * job.steps, seed=job.seed)
-    data.prepare_data()
-    data.setup("fit")
-    model = XDeepFM(
-        list(data.field_dims), data.num_dense, embed_dim=4, cin=(8,), dnn=(32,),
-        optimizer=functools.partial(torch.optim.Adam, lr=5e-3),
-    )  # fmt: skip
+    data, model = data_and_model(job.seed, job.batch, job.steps)
     strategy = AntDTStrategy(
         job.solution(arm), server="inprocess", decide_every=job.interval, report_every=2,
         injector=TraceInjector(trace, job.cost), shard_steps=4,
