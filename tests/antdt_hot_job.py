@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -100,6 +101,14 @@ class Slow(Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         time.sleep(self.seconds)
+
+
+class EndedWhileItLeaves(Callback):
+    """Its rank is told to end while it leaves a broken group, of which the one that trains hears by its keeper."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        threading.Event().wait(20)  # it has ended by then
 
 
 @dataclass

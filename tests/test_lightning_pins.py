@@ -38,7 +38,7 @@ def test_state_of_the_loops_has_the_keys_that_a_checkpoint_edits(tmp_path):
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(Tiny(MLP()), TinyData())
-    assert trainer._signal_connector.received_sigterm is False
+    assert trainer._signal_connector.received_sigterm is False and trainer._signal_connector._original_handlers == {}
     state = trainer.fit_loop.state_dict()
     for key in ("epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
         assert {"total", "current", "is_last_batch"} <= state[key].keys()

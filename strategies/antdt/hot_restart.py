@@ -9,12 +9,10 @@ Until the ranks have joined, each prepares by itself what Lightning prepares for
 exchanged something over it, do it again in the new process only, whose peers would not be with it.
 """
 
-import contextlib
 import gc
 import io
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,6 +45,9 @@ class Host(Protocol):
     @property
     def told_to_stop(self) -> bool:
         """Whether a SIGTERM has come."""
+
+    def end_at_sigterm(self) -> None:
+        """There is no step any more after which to stop: let SIGTERM end this process at once."""
 
     def position(self) -> tuple[int, int]:
         """Epoch, and steps of it, that are trained."""
@@ -142,10 +143,10 @@ class HotRestart:
             except Exception as failure:
                 if not self._is_loss(failure):
                     raise
-                with _sigterm_ends_it_afterwards():
-                    if self.host.told_to_stop:  # the launcher ends all, because no spare comes
-                        raise
-                    self._leave(trainer, failure)
+                self.host.end_at_sigterm()
+                if self.host.told_to_stop:  # the launcher ends all, because no spare comes
+                    raise
+                self._leave(trainer, failure)
             self.restarts += 1
             self.rejoins = True
             # What failed refers to the broken group, whose hooks would be called in the next backward pass.
@@ -303,17 +304,6 @@ class KeptBuffers:
                 for buffer, kept in self._kept:
                     buffer.copy_(kept)
         self._step, self._kept = -1, ()
-
-
-@contextlib.contextmanager
-def _sigterm_ends_it_afterwards() -> Iterator[None]:
-    """Training has noted SIGTERM, to stop after a step; from now on there is no step. One that comes meanwhile is not lost."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _from_memory(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
 A folder holds ``journal.jsonl``, the changes, and ``ledger.json``, the state that all changes up to a serial number have led to.
 Compaction writes the state beside, renames it, and begins the journal anew; a kill at any point between leaves a pair that
 replays to the same ledger. A line reaches the operating system before the answer is sent, which a kill of the process cannot
-undo; it reaches the disk (fsync) with snapshots, restores and new generations.
+undo; it reaches the disk (fsync) with snapshots, restores and new generations. What is left of a job that is over is the number
+of its last generation, in ``generation``.
 """
 
 import fcntl
@@ -38,6 +39,11 @@ class Journal:
         folder: made if there is none.
         compact_every: changes after which `due` asks for a compaction.
 
+    Attributes:
+        state: that was found; None if there is none.
+        changes: after it.
+        former: last generation of the job that was here before; 0 if there was none.
+
     Raises:
         JournalError: another process holds the folder, or a file is damaged other than by a kill in the midst of a write.
     """
@@ -46,6 +52,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.compact_every = folder, compact_every
         self._lines, self._state = folder / "journal.jsonl", folder / "ledger.json"
+        self._past = folder / "generation"
         self._lock = os.open(folder / "journal.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,6 +63,7 @@ class Journal:
             ) from cause
         self._file = -1
         try:
+            self.former = self._read_past()
             self.state, self.changes = self._read()
         except BaseException:
             os.close(self._lock)
@@ -63,6 +71,12 @@ class Journal:
         self._serial = self.changes[-1]["serial"] if self.changes else int(self.state["serial"]) if self.state else 0
         self._written = len(self.changes)
         self._file = os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def _read_past(self) -> int:
+        content = self._past.read_text() if self._past.exists() else "0"
+        if not content.strip().isdigit():
+            raise JournalError(f"{self._past} is damaged. Remove {self.folder} to begin anew.")
+        return int(content)
 
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """The state, and the changes after it; a line that a kill has cut short is cut off."""
@@ -125,8 +139,14 @@ class Journal:
         os.fsync(directory)
         os.close(directory)
 
-    def remove(self) -> None:
-        """Delete the lines and the state: the job is over."""
+    def remove(self, generation: int) -> None:
+        """Delete the lines and the state: the job is over.
+
+        Args:
+            generation: the last one, after which those of the next job in this folder begin: a process that is left of this job,
+                and knows the token, is no member of them.
+        """
+        self._replace(self._past, str(generation).encode())
         self._lines.unlink(missing_ok=True)
         self._state.unlink(missing_ok=True)
 
@@ -231,7 +251,8 @@ class RecordedLedger:
         """
         self.check_dataset(settings)
         if settings != self.settings:
-            self._record("configure", to_disk=True, settings=settings)
+            former = self._journal.former if self._journal is not None else 0
+            self._record("configure", to_disk=True, settings=settings, generation=former)
 
     def check_dataset(self, settings: Settings) -> None:
         """Raise `OtherDataset` if settings are about another data set than the ledger."""
@@ -244,9 +265,10 @@ class RecordedLedger:
                     " Give the run another folder, or remove this one if its run is over."
                 )
 
-    def _do_configure(self, settings: Settings) -> None:
+    def _do_configure(self, settings: Settings, generation: int = 0) -> None:
         dataset = DatasetSpec(**settings["dataset"])
         fresh = DataShardingService(dataset, cast(Semantics, settings["semantics"]), settings["tail_factor"])
+        fresh.generation = generation
         if self._ledger is not None:
             fresh.load_state_dict(self._ledger.state_dict())
         self._ledger, self.settings = fresh, settings
@@ -354,7 +376,7 @@ class RecordedLedger:
         """Write the compact form and let go of the folder; if the job is over, leave nothing to replay."""
         if self._journal is not None:
             if job_is_over:
-                self._journal.remove()
+                self._journal.remove(self._ledger.generation if self._ledger is not None else self._journal.former)
             else:
                 self.compact()
             self._journal.close()

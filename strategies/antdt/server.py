@@ -5,6 +5,7 @@ One asyncio process for one job, which outlives restarts of the workers. Its fol
 ==================  =================================================================================================
 ``server.json``     where it listens, its process and its token; readable by the owner only; gone when it ends
 ``journal.jsonl``   and ``ledger.json``: the ledger, see `strategies.antdt.journal`; gone when the job has ended
+``generation``      the last generation of the job that has ended, with which the next job's go on
 ``events.jsonl``    a line for each decision, arrival, departure and restart
 ``server.log``      what it prints, when `find_or_start` has started it
 ==================  =================================================================================================

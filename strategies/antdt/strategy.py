@@ -536,6 +536,16 @@ class AntDTStrategy(DDPStrategy):
         """Whether a SIGTERM has come."""
         return self._told_to_stop
 
+    def end_at_sigterm(self) -> None:
+        """Let SIGTERM end this process at once, and leave it so when training is torn down.
+
+        To block the signal meanwhile would not do: the kernel would give it to another thread.
+        """
+        trainer = self._trainer_of()
+        assert trainer is not None
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._former_handler = trainer._signal_connector._original_handlers[signal.SIGTERM] = signal.SIG_DFL
+
     def position(self) -> tuple[int, int]:
         """Epoch, and steps of it, that are trained."""
         assert self._loader is not None

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from antdt_hot_job import Death, Job, Torchrun, logs
+from antdt_hot_job import Death, EndedWhileItLeaves, Job, Torchrun, logs
 from antdt_kept import split_and_run
 from antdt_replace_once import ReplaceOnce
 from hypothesis import given, settings
@@ -186,6 +186,12 @@ def test_without_spares_the_group_is_started_again(torchrun: Torchrun, tmp_path:
     assert (found.steps, found.duplicates, found.missing) == (2 * STEPS, 0, 0)
     for name, value in undisturbed["weights"].items():
         torch.testing.assert_close(ended(again)["weights"][name], value, rtol=1e-6, atol=1e-12)
+
+
+def test_a_survivor_that_is_told_to_end_while_it_leaves_ends(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Though it has other threads, which the kernel may choose to take the signal."""
+    job = Job(tmp_path, (Death(1, 2, "forward"),), callbacks=(EndedWhileItLeaves(),))
+    assert torchrun.run(job) == [-signal.SIGTERM] * 2, logs(job)
 
 
 def test_hot_restart_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strategies.antdt.journal import Journal, JournalError, OtherDataset, RecordedLedger
+from strategies.antdt.ledger import StaleGeneration
 
 SETTINGS: dict[str, Any] = {
     "dataset": {"n": 60, "name": "clicks", "seed": 0, "shuffle": "global", "shard": 1, "epochs": 3},
@@ -145,3 +146,33 @@ def test_end_of_the_job_leaves_nothing_to_replay(tmp_path: Path) -> None:
     act(recorded, [0, 1])
     recorded.close(job_is_over=True)
     assert not RecordedLedger(Journal(tmp_path)).configured
+
+
+def test_generations_of_the_next_job_are_none_of_the_former(tmp_path: Path) -> None:
+    """A process that is left of it is refused, though it is still a member by its number of worker."""
+    first = RecordedLedger(Journal(tmp_path))
+    first.configure(SETTINGS)
+    assert [first.begin({0: ("a", seq)}) for seq in (1, 2)] == [1, 2]
+    first.close(job_is_over=True)
+    second = RecordedLedger(Journal(tmp_path))
+    second.configure(SETTINGS)
+    assert second.begin({0: ("b", 1)}) == 3
+    with pytest.raises(StaleGeneration, match="asks as a member of generation 2"):
+        second.fetch(0, 2, "a", 3, 0, [4, 8], 5)
+    expected = state(second)
+    second._journal.close()  # type: ignore[union-attr]  # killed
+    third = RecordedLedger(Journal(tmp_path))
+    assert state(third) == expected
+    third.close(job_is_over=True)
+    RecordedLedger(Journal(tmp_path)).close(job_is_over=True)  # nobody came
+    fourth = RecordedLedger(Journal(tmp_path))
+    fourth.configure(SETTINGS)
+    assert fourth.begin({0: ("c", 1)}) == 4
+
+
+def test_kill_while_the_end_of_the_job_is_written_leaves_the_job(tmp_path: Path) -> None:
+    recorded = RecordedLedger(Journal(tmp_path))
+    expected = act(recorded, [0, 4, 1])[-1]
+    recorded._journal.close()  # type: ignore[union-attr]
+    (tmp_path / "generation").write_text("7")
+    assert state(RecordedLedger(Journal(tmp_path))) == expected
