@@ -23,8 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 
 from strategies.antdt.actions import AdjustLR
 from strategies.antdt.agent import Agent
@@ -32,8 +31,7 @@ from strategies.antdt.connection import Connection, restarts_left
 from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
 from strategies.antdt.hot_restart import HotRestart, newest
 from strategies.antdt.inject import Injector
-from strategies.antdt.loader import SamplerOrder, StepBatch, StepLoader, SupportsRange
-from strategies.antdt.order import SampleOrder
+from strategies.antdt.loader import StepBatch, StepLoader
 from strategies.antdt.peer_watch import PeerWatch, own_address
 from strategies.antdt.planner import Allocation, StepPlanner
 from strategies.antdt.rank_keeper import RankKeeper
@@ -41,6 +39,7 @@ from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
 from strategies.antdt.step_log import StepLog
 from strategies.antdt.step_timer import StepTimer
+from strategies.antdt.train_order import Shuffle, train_order
 from strategies.antdt.weighting import GradientReduction, WeighsBatches, Weighting, loss_scale, reduce_gradients
 
 __all__ = ["AntDTStrategy", "WeighsBatches"]
@@ -118,7 +117,7 @@ class AntDTStrategy(DDPStrategy):
         server: str = "auto",
         shard_steps: int = 20,
         tail_factor: float = 2.0,
-        shuffle: Literal["auto", "global", "shard", "none"] = "auto",
+        shuffle: Shuffle = "auto",
         seed: int | None = None,
         drop_last: bool = False,
         weighting: Weighting = "loss",
@@ -339,7 +338,8 @@ class AntDTStrategy(DDPStrategy):
                 f"AntDTStrategy needs a torch DataLoader for training, got {type(dataloader).__name__}: its data set and collate"
                 " function are used."
             )
-        order, identity = self._order_of(dataloader)
+        shard = max(1, (dataloader.batch_size or 1) * self.shard_steps)
+        order, identity = train_order("AntDTStrategy", dataloader, self._seed(), self.shuffle, shard)
         batch = self.global_batch_size
         if batch is None:
             if dataloader.batch_size is None:
@@ -369,41 +369,6 @@ class AntDTStrategy(DDPStrategy):
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-
-    def _order_of(self, loader: DataLoader[Any]) -> tuple[Any, dict[str, Any]]:
-        """The order of samples, and the data set's identity for the service."""
-        dataset: Any = loader.dataset
-        name = type(getattr(dataset, "dataset", dataset)).__name__
-        if isinstance(dataset, IterableDataset):
-            if not isinstance(dataset, SupportsRange):
-                raise TypeError(
-                    f"AntDTStrategy hands out samples by number, which {name} (an IterableDataset) does not have: use a map-style"
-                    " data set, or give it __len__() and __getrange__(lo, hi), which yields the samples lo to hi - 1."
-                )
-            if self.shuffle not in ("auto", "none"):
-                raise ValueError(f"AntDTStrategy: shuffle={self.shuffle} needs single samples, {name} gives ranges: use none.")
-            shuffle, count = "none", len(dataset)
-        else:
-            sampler = loader.sampler
-            if self.shuffle == "auto" and hasattr(sampler, "order"):
-                length = int(getattr(sampler, "length", len(dataset)))
-                seed = int(getattr(sampler, "seed", self._seed()))
-                return SamplerOrder(sampler), {"name": name, "n": length, "seed": seed, "shuffle": "sampler", "shard": 1}
-            if self.shuffle == "auto":
-                plain = type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler)
-                if not plain or getattr(sampler, "replacement", False):
-                    raise ValueError(
-                        f"AntDTStrategy: {type(sampler).__name__} chooses samples in its own way, which would be lost: give it a"
-                        " method order(epoch) with the sample indices of an epoch, or set shuffle to global, shard or none."
-                    )
-            fixed = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
-            shuffle = self.shuffle if self.shuffle != "auto" else "none" if fixed else "global"
-            count = len(dataset)
-        if count < 1:
-            raise ValueError(f"AntDTStrategy: the training set {name} is empty.")
-        shard = max(1, (loader.batch_size or 1) * self.shard_steps)
-        order = SampleOrder(count, self._seed(), shuffle, shard)  # type: ignore[arg-type]
-        return order, {"name": name, "n": count, "seed": self._seed(), "shuffle": shuffle, "shard": shard}
 
     def _take_part(self, trainer: Trainer, identity: dict[str, Any], batch: int) -> StepPlanner:
         connection, world = self._connection, self.world_size

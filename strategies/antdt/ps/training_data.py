@@ -2,10 +2,9 @@
 
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from strategies.antdt.loader import Order, SamplerOrder
-from strategies.antdt.order import SampleOrder
+from strategies.antdt.train_order import train_order
 
 __all__ = ["TrainingData"]
 
@@ -28,7 +27,8 @@ class TrainingData:
 
     Raises:
         TypeError: what is no DataLoader, or has samples without numbers.
-        ValueError: the size of batches is not known, or too small; or samples are to be given back that are being loaded.
+        ValueError: the size of batches is not known, or too small; samples are to be given back that are being loaded; or the
+            sampler chooses samples in a way of its own.
     """
 
     def __init__(
@@ -56,21 +56,8 @@ class TrainingData:
             raise ValueError(f"{name}: on_drop=requeue gives back what workers of the DataLoader are loading: set num_workers=0.")
         self.loader: DataLoader[Any] = source
         self._world_size = world_size
-        self.order, self.identity = _order_of(source, seed)
+        self.order, self.identity = train_order(name, source, seed)
 
     def share(self, rank: int) -> int:
         """Samples of one worker's batch, as long as the controller has not said otherwise."""
         return self.global_batch // self._world_size + (rank < self.global_batch % self._world_size)
-
-
-def _order_of(loader: DataLoader[Any], seed: int) -> tuple[Order, dict[str, Any]]:
-    """The order of samples, and the data set's identity for the service."""
-    dataset: Any = loader.dataset
-    sampler = loader.sampler
-    about = {"name": type(getattr(dataset, "dataset", dataset)).__name__, "shard": 1}
-    if hasattr(sampler, "order"):
-        count, own_seed = int(getattr(sampler, "length", len(dataset))), int(getattr(sampler, "seed", seed))
-        return SamplerOrder(sampler), {**about, "n": count, "seed": own_seed, "shuffle": "sampler"}
-    fixed = isinstance(sampler, SequentialSampler) or not getattr(sampler, "shuffle", True)
-    shuffle: Literal["none", "global"] = "none" if fixed else "global"
-    return SampleOrder(len(dataset), seed, shuffle), {**about, "n": len(dataset), "seed": seed, "shuffle": shuffle}
