@@ -82,12 +82,12 @@ class Sharded(Ling):
         """Shard (Lightning hook)."""
         ranks = dist.get_world_size() // self.replicas
         if self.replicas == 1:
-            mesh = init_device_mesh("cpu", (ranks,))
+            self.mesh = init_device_mesh("cpu", (ranks,))
         else:
-            mesh = init_device_mesh("cpu", (self.replicas, ranks), mesh_dim_names=("replicate", "shard"))
+            self.mesh = init_device_mesh("cpu", (self.replicas, ranks), mesh_dim_names=("replicate", "shard"))
         for block in self.network.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.network, mesh=mesh)
+            fully_shard(block, mesh=self.mesh)
+        fully_shard(self.network, mesh=self.mesh)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """As `Ling`; replicas are summed at the last micro-batch only (Lightning hook)."""
@@ -205,6 +205,10 @@ def run(name: str, group_size: int, config: LingConfig, steps: int, skipped: int
         enable_model_summary=False, limit_val_batches=0, callbacks=[watch], use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(model, data)
+    if isinstance(model, Sharded) and isinstance(strategy, ModelParallelStrategy):
+        # Process groups that are left, and their threads, would slow down the arms that follow.
+        for group in {*strategy.device_mesh.get_all_groups(), *model.mesh.get_all_groups()} - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
     states = torch.tensor([watch.state_bytes])
     dist.all_reduce(states, op=dist.ReduceOp.MAX)
     return {"arm": name, "seconds": watch.seconds, "egress": watch.egress, "losses": watch.losses,

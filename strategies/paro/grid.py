@@ -64,6 +64,7 @@ class RankGrid:
         self.backend = _backend(device_type)
         self.device_type = device_type
         self.timeout = timeout
+        self._groups: list[dist.ProcessGroup] = []
         self.m, self.ng = group_size, self.n // group_size
         self.i, self.j = divmod(self.rank, self.m)
         self.block = self.block_of(self.rank)
@@ -105,6 +106,7 @@ class RankGrid:
         """A new process group; a collective call of its members, who must make their groups in the same order."""
         group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
+        self._groups.append(group)
         return group
 
     def check_buffers(self, operation: str, whole: Tensor, part: Tensor, share: int, cast: bool = False) -> None:
@@ -137,6 +139,16 @@ class RankGrid:
         """Until nothing is in flight on the CPU; errors are left to those who wait for the operation."""
         self.gather.drain()
         self.reduce.drain()
+
+    def close(self) -> None:
+        """End the process groups, whose threads and connections cost time even if nobody uses them; a call of all ranks.
+
+        Nothing may be in flight. The grid cannot be used any more.
+        """
+        while self._groups:
+            dist.destroy_process_group(self._groups.pop())
+        # Threads end when nobody holds a group; the engine and the units, which hold this object, may live on.
+        del self.gather, self.reduce, self.intra, self.inter, self.intra_reduce, self.inter_reduce, self.mesh
 
     def add_flat_rings(self) -> None:
         """Give both lanes a ring of all ranks in the order of ranks; a collective call of all ranks."""

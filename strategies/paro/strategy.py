@@ -268,9 +268,9 @@ class PaROStrategy(DDPStrategy):
         """Nothing: the module is not wrapped (Lightning hook)."""
 
     def teardown(self) -> None:
-        """Leave whole parameters in the module, on the CPU (Lightning hook)."""
+        """Leave whole parameters in the module, on the CPU, and end the grid (Lightning hook)."""
+        interrupted = self._trainer is not None and self._trainer.state.status == TrainerStatus.INTERRUPTED
         if self.engine is not None:
-            interrupted = self._trainer is not None and self._trainer.state.status == TrainerStatus.INTERRUPTED
             optimizer = self.engine.optimizer
             state = None if interrupted or optimizer is None else optimizer_state(self.engine, keep=self.is_global_zero)
             self.engine.close(restore=not interrupted)
@@ -278,6 +278,9 @@ class PaROStrategy(DDPStrategy):
                 optimizer.load_state_dict(state)  # for those who save a checkpoint now
             self.engine = None
             self._averages.clear()
+        if self.grid is not None and not interrupted:  # else peers may be gone, for which a group would wait
+            self.grid.close()
+            self.grid = None
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         super().teardown()
 
