@@ -1,8 +1,10 @@
 """Collectives on the grid of ranks give what their definitions say, and the same bits each time, in whatever order one waits."""
 
+import gc
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -308,3 +310,24 @@ def deserted() -> str:
 
 def test_a_peer_that_never_comes_is_an_error_of_wait(pool: RankPool) -> None:
     assert "imed out" in pool.run(deserted, world_size=2)[0]
+
+
+def opened_and_closed() -> tuple[int, int, int]:
+    """Threads of this process before a grid was made, while it lived, and after it was closed."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    gc.collect()  # of grids that other tests have left
+    before = threads()
+    grid = RankGrid(2)
+    grid.add_flat_rings()
+    Collectives(grid).all_gather(torch.zeros(4), torch.zeros(1), "G", "N")
+    living = threads()
+    grid.close()
+    return before, living, threads()
+
+
+def test_a_closed_grid_leaves_no_threads(pool: RankPool) -> None:
+    for before, living, after in pool.run(opened_and_closed, world_size=4):
+        assert before == after < living
