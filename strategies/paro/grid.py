@@ -143,8 +143,10 @@ class RankGrid:
     def close(self) -> None:
         """End the process groups, whose threads and connections cost time even if nobody uses them; a call of all ranks.
 
-        Nothing may be in flight. The grid cannot be used any more.
+        Nothing may be in flight. The grid cannot be used any more; to close it again does nothing.
         """
+        if not self._groups:
+            return
         while self._groups:
             dist.destroy_process_group(self._groups.pop())
         # Threads end when nobody holds a group; the engine and the units, which hold this object, may live on.

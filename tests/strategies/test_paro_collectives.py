@@ -325,6 +325,7 @@ def opened_and_closed() -> tuple[int, int, int]:
     Collectives(grid).all_gather(torch.zeros(4), torch.zeros(1), "G", "N")
     living = threads()
     grid.close()
+    grid.close()
     return before, living, threads()
 
 
