@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from strategies.antdt.loader import SamplerOrder, SupportsRange
@@ -47,14 +47,17 @@ def train_order(
     else:
         sampler: Any = loader.sampler
         if loader.batch_size is None and loader.batch_sampler is not None:  # of the user's own
-            sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+            batches = loader.batch_sampler
+            sampler = batches.sampler if type(batches) is BatchSampler else batches
         if shuffle in ("auto", None) and hasattr(sampler, "order"):
             length = int(getattr(sampler, "length", len(dataset)))
             own = int(getattr(sampler, "seed", seed))
             return SamplerOrder(sampler), {"name": name, "n": length, "seed": own, "shuffle": "sampler", "shard": 1}
         if shuffle in ("auto", None):
-            plain = type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler)
-            if not plain or getattr(sampler, "replacement", False):
+            whole = type(sampler) is DistributedSampler or (
+                type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == len(dataset)
+            )
+            if not whole or getattr(sampler, "replacement", False):
                 raise ValueError(
                     f"{strategy}: {type(sampler).__name__} chooses samples in its own way, which would be lost: give it a"
                     f" method order(epoch) with the sample indices of an epoch{choice}."

@@ -13,6 +13,10 @@ from strategies.antdt.train_order import Shuffle, train_order
 ROWS = TensorDataset(torch.arange(12))
 
 
+class Buckets(BatchSampler):
+    """Draws samples in the usual way, and sorts them into batches in its own."""
+
+
 class Pairs:
     """Batches that someone has thought about."""
 
@@ -47,6 +51,9 @@ def test_order_is_that_of_the_loader_or_what_the_user_has_chosen(
     ({"sampler": WeightedRandomSampler([1.0] * 12, 12), "batch_size": 3}, "WeightedRandomSampler"),
     ({"sampler": RandomSampler(ROWS, replacement=True), "batch_size": 3}, "RandomSampler"),
     ({"batch_sampler": BatchSampler(WeightedRandomSampler([1.0] * 12, 12), 3, False)}, "WeightedRandomSampler"),
+    ({"sampler": RandomSampler(ROWS, num_samples=5), "batch_size": 3}, "RandomSampler"),
+    ({"sampler": SequentialSampler(range(5)), "batch_size": 3}, "SequentialSampler"),
+    ({"batch_sampler": Buckets(RandomSampler(ROWS), 3, False)}, "Buckets"),
     ({"batch_sampler": Pairs()}, "Pairs"),
 ])  # fmt: skip
 def test_samplers_that_choose_in_their_own_way_are_refused(options: Any, name: str) -> None:

@@ -238,6 +238,24 @@ class Images:
     images: dict[int, Tensor]
 
 
+def trainer_of(folder: Path, code: str | None, **options: Any) -> Trainer:
+    """One that trains an epoch in float64 and writes nothing; without a code in this process alone."""
+    return Trainer(
+        accelerator="cpu",
+        devices=get_world_size(),
+        strategy="auto" if code is None else PaROStrategy(code, group_size=2),
+        precision="64-true",
+        max_epochs=1,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
 def images(folder: Path, make: Callable[[], LightningModule], code: str | None) -> Images:
     torch.set_default_dtype(torch.float64)
     seed_everything(3, verbose=False)
@@ -245,23 +263,14 @@ def images(folder: Path, make: Callable[[], LightningModule], code: str | None) 
     draw = getattr(model, "masking", None) and model.masking.draw
     if draw:  # times are each rank's own otherwise
         model.masking.draw = lambda random, num_tokens, time=None: draw(random, num_tokens, 0.3 if time is None else time)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=get_world_size(),
-        strategy="auto" if code is None else PaROStrategy(code, group_size=2),
-        precision="64-true",
-        max_epochs=1,
+    trainer = trainer_of(
+        folder,
+        code,
         limit_train_batches=5,
         limit_val_batches=1,
         limit_test_batches=1,
         accumulate_grad_batches=2,
-        gradient_clip_val=0.5,
         callbacks=[EMA(decay=0.9)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
     )
     data = Digits(batch_size=32 // get_world_size(), predict_samples=5)
     trainer.fit(model, data)
@@ -310,20 +319,7 @@ def clicks(folder: Path, code: str | None) -> tuple[dict[str, Tensor], dict[str,
         dropout=0.5,
         optimizer=partial(torch.optim.Adam, lr=1e-2),
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=get_world_size(),
-        strategy="auto" if code is None else PaROStrategy(code, group_size=2),
-        precision="64-true",
-        max_epochs=1,
-        limit_val_batches=2,
-        gradient_clip_val=0.5,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = trainer_of(folder, code, limit_val_batches=2)
     trainer.fit(model, data)
     weights = trainer.strategy.lightning_module_state_dict()
     return {name: value.detach().clone() for name, value in weights.items()}, {
