@@ -175,7 +175,9 @@ class ZooModule(Configurable, LightningModule):
             return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size), epoch=-1)
         loader = (self.trainer.val_dataloaders if self.trainer.validating or self.trainer.training else
                   self.trainer.test_dataloaders if self.trainer.testing else self.trainer.predict_dataloaders)  # fmt: skip
-        nominal = getattr(loader, "batch_size", None) or batch_size
+        # For predictions Lightning makes loaders anew, around batches that are chosen already.
+        sampler = getattr(loader, "batch_sampler", None)
+        nominal = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or batch_size
         if self.trainer.training:  # validation inside fit
             loop = self.trainer.fit_loop.epoch_loop.val_loop
         progress = loop.batch_progress.current  # type: ignore[union-attr]

@@ -212,3 +212,81 @@ def test_bad_requests_are_named(network: LingForCausalLM, prompt: list[int], opt
     assert engine.num_waiting == 0
     with pytest.raises(ValueError, match="growth=0 must be at least 1"):
         Engine(network, 10, growth=0)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_failure_of_one_listener_costs_no_request_a_token(network: LingForCausalLM) -> None:
+    heard: list[int] = []
+
+    def fail_at_third(token: int) -> None:
+        heard.append(token)
+        if len(heard) == 3:
+            raise OSError("gone")
+
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
+    engine = Engine(network, 400, growth=8, min_shared=0)
+    numbers = [
+        engine.submit(prompt, max_new_tokens=8, on_token=fail_at_third if prompt == [1, 2, 3] else None) for prompt in prompts
+    ]
+    found, failures = {}, 0
+    while engine.num_waiting or engine.num_running:
+        try:
+            found |= {completion.request: completion.tokens for completion in engine.step()}
+        except OSError:
+            failures += 1
+    assert failures == 1 and heard == found[numbers[0]]
+    assert [found[number] for number in numbers] == [alone(network, prompt, max_new_tokens=8) for prompt in prompts]
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("last", [0, 3])
+def test_interrupted_step_leaves_requests_as_they_were(
+    network: LingForCausalLM, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(network, 400, growth=8)
+    prompts = [[1, 2, 3], [1, 2, 3, 4, 5], [8, 9]]
+    numbers = [engine.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    calls = 0
+
+    def interrupted(requests: list, logits: torch.Tensor) -> list[int]:
+        nonlocal calls
+        calls += 1
+        if calls == last + 1:
+            raise KeyboardInterrupt
+        return chosen(requests, logits)
+
+    chosen = engine._choose
+    monkeypatch.setattr(engine, "_choose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            engine.step()
+    found = finish(engine)
+    assert [found[number] for number in numbers] == [alone(network, prompt, max_new_tokens=6) for prompt in prompts]
+
+
+def test_cancelled_requests_give_their_memory_back_and_are_never_completed(network: LingForCausalLM) -> None:
+    engine = Engine(network, 400, max_batch=2)
+    heard = []
+
+    def listen(token: int) -> None:
+        heard.append(token)
+        if len(heard) == 2:
+            assert engine.cancel(first)
+
+    first = engine.submit([1, 2, 3], max_new_tokens=8, on_token=listen)
+    second, third = (engine.submit(prompt, max_new_tokens=4) for prompt in ([4, 5], [6]))
+    assert engine.cancel(third) and not engine.cancel(third) and not engine.cancel(99)
+    assert finish(engine) == {second: alone(network, [4, 5], max_new_tokens=4)}
+    assert len(heard) == 2
+
+
+def test_scores_that_are_not_finite_are_refused(network: LingForCausalLM) -> None:
+    broken = LingForCausalLM(CONFIG)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 4] = torch.nan
+    engine = Engine(broken, 40)
+    engine.submit([1, 2], max_new_tokens=4)
+    with pytest.raises(ValueError, match="scores are not finite"):
+        engine.step()
+    with pytest.raises(ValueError, match="scores are not finite"):
+        broken.generate(torch.tensor([[1, 2]]))

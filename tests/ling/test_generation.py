@@ -205,6 +205,22 @@ def test_step_of_fixed_shapes_is_the_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(made) == 3
 
 
+def test_streams_that_take_turns_are_each_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(*arguments: object) -> StaticStep:
+        return StaticStep(*arguments, backend="eager")  # type: ignore[arg-type]
+
+    network = network_of(BASE.replace(attention_dropout=0.5)).train()
+    prompts = prompts_of(5, 5)
+    expected = [network.generate(prompt[None], max_new_tokens=6)[0, 5:].tolist() for prompt in prompts]
+    monkeypatch.setattr(steps, "StaticStep", traced)
+    for compiled in (False, True):
+        streams = [stream(network, prompt[None], max_new_tokens=6, compile=compiled) for prompt in prompts]
+        found = [[int(token) for token in pair] for pair in zip(*streams, strict=True)]
+        assert [list(tokens) for tokens in zip(*found, strict=True)] == expected
+        assert all(part.training for part in network.modules())
+    assert len(steps._STEPS[network]) == 1  # the one that was given back last
+
+
 def test_no_compiled_step_where_rotations_depend_on_the_length() -> None:
     network = network_of(CONFIGS["dynamic positions"].replace(max_position_embeddings=8))
     assert CPUStep.supports(network, 8) and not CPUStep.supports(network, 9)
@@ -281,6 +297,8 @@ def test_cache_can_be_used_again() -> None:
         ({"attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}, "Row 0 of attention_mask has padding after a token"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}, "Prompt 1 of the batch is empty"),
         ({"cache": KVCache(BASE, 2, 6, torch.float64)}, "2 sequences of 7 tokens .* is for 2 of 6: make the cache longer"),
+        ({"cache": KVCache(BASE, 2, 9)}, r"cache has \(3, 2, 8, torch.float32\) .* needs \(3, 2, 8, torch.float64\)"),
+        ({"cache": KVCache(BASE.replace(num_hidden_layers=5), 2, 9, torch.float64)}, r"cache has \(5, 2, 8"),
         ({"cache": KVCache(BASE, 2, 9, torch.float64), "compile": True}, "give either cache or compile=True"),
         ({"input_ids": torch.zeros(129, 1, dtype=torch.long), "compile": True}, "at most 128 sequences in .*64, got 129"),
         ({"random": SampleRandom(0, torch.arange(3))}, "numbers of 3 sequences, but the batch has 2"),
@@ -340,3 +358,10 @@ def test_temperature_near_zero_is_the_likeliest_token() -> None:
     assert torch.equal(cold, network.generate(prompts, max_new_tokens=8))
     assert torch.equal(cold, network.generate(prompts, max_new_tokens=8, temperature=5.0, top_k=1))
     assert dataclasses.replace(TokenChoice(), temperature=0.5).is_random and not TokenChoice().is_random
+
+
+def test_tiny_temperatures_take_the_likeliest_token() -> None:
+    logits = torch.tensor([[90.0, 89.0, -50.0], [1e30, 0.0, 9e29]])
+    for temperature in (1e-5, 1e-30, 1e-42, 5e-324):
+        found = TokenChoice(temperature).choose(logits, None, torch.tensor([0.999, 0.999], dtype=torch.float64))
+        assert found.tolist() == [0, 0]

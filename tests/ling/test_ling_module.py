@@ -19,7 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
 from zoo.callbacks import EMA
-from zoo.ling import Ling, LingConfig, LingDPO, LingForCausalLM, balance_loss, load_hf, normalized_weight, save_hf, z_loss
+from zoo.ling import (
+    Generation,
+    Ling,
+    LingConfig,
+    LingDPO,
+    LingForCausalLM,
+    balance_loss,
+    load_hf,
+    normalized_weight,
+    save_hf,
+    z_loss,
+)
 from zoo.random import SampleRandom
 
 SMALL = LingConfig(
@@ -317,6 +328,21 @@ def test_prompts_padded_on_the_right_are_refused_not_continued_after_padding(mon
     assert predict([[1, 2, 3], [23, 23, 4]])[0] == predict([[1, 2, 3], [23, 4, 5]])[0]
     with pytest.raises(ValueError, match="Row 1 of attention_mask has padding after a token"):
         predict([[1, 2, 3], [4, 23, 23]])
+
+
+def test_sampled_texts_depend_on_the_number_of_the_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Ling(SMALL, generation=Generation(max_new_tokens=6, temperature=1.0))
+    tokenizer = SimpleNamespace(eos_id=22, decode=lambda ids: " ".join(map(str, ids)))
+    monkeypatch.setattr(model, "_tokenizer", lambda: tokenizer)
+
+    def predict(numbers: list[int]) -> list[str]:
+        ids = torch.tensor([[1, 2, 3]]).expand(len(numbers), 3)
+        batch = {"input_ids": ids, "index": torch.tensor(numbers), "prompt": [""] * len(numbers)}
+        return model.predict_step(batch, 0)["text"]
+
+    together = predict([0, 1, 2, 3, 4])
+    assert len(set(together)) == 5
+    assert predict([4, 2]) == [together[4], together[2]] and predict([3]) == [together[3]]
 
 
 @pytest.mark.parametrize(

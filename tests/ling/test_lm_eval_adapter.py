@@ -25,7 +25,7 @@ class Bytes:
 
     eos_id = 257
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         return list(text.encode())
 
     def decode(self, ids):
@@ -149,6 +149,85 @@ def test_long_contexts_lose_their_beginning_and_that_is_said(caplog):
     with pytest.raises(ValueError, match="256 generated tokens leave no room"):
         lm_of(network).generate_until([SimpleNamespace(args=("a", {"until": ["b"]}))])
     assert lm_of(network).loglikelihood_rolling([SimpleNamespace(args=("",))]) == [0.0]
+
+
+@needs_lm_eval
+def test_generation_ends_with_the_stop_text_or_mark_of_all(monkeypatch):
+    network = network_of()
+    whole = greedy(network, "a", 60)
+    letter = whole[2]
+    calls = []
+    monkeypatch.setattr(network, "generate", None)
+    handle = network.model.word_embeddings.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    monkeypatch.setattr("zoo.ling.decode_step.CPUStep.supports", lambda *_: False)
+    request = SimpleNamespace(args=("a", {"until": [letter], "max_gen_toks": 100, "num_beams": 1}))
+    assert lm_of(network).generate_until([request], disable_tqdm=True) == [whole.partition(letter)[0]]
+    assert len(calls) == 1 + whole.index(letter)  # not up to max_gen_toks
+    handle.remove()
+
+    class Marked(Bytes):
+        """With a mark that no text shows."""
+
+        def encode(self, text, special=False):
+            return [258] if special and text == "<end>" else super().encode(text)
+
+    from zoo.ling.lm_eval_adapter import LingLM
+
+    with torch.no_grad():  # the mark comes before long
+        network.lm_head.weight[258] = network.lm_head.weight[ord(letter)]
+        network.lm_head.weight[ord(letter)] = 0
+    request = SimpleNamespace(args=("a", {"until": ["<end>"], "max_gen_toks": 100}))
+    assert LingLM(network, Marked()).generate_until([request], disable_tqdm=True) == [whole[: whole.index(letter)]]
+
+
+@needs_lm_eval
+def test_tokens_over_the_cut_are_scored_whole():
+    class Pairs(Bytes):
+        """Two bytes "ab" are one token."""
+
+        def encode(self, text, special=False):
+            return list(text.encode().replace(b"ab", b"\x01"))
+
+    from zoo.ling.lm_eval_adapter import LingLM
+
+    network = network_of()
+    (found,) = LingLM(network, Pairs()).loglikelihood([SimpleNamespace(args=("xa", "b"))], disable_tqdm=True)
+    assert found[0] == loglikelihoods(network, [(list(b"xa"), list(b"b"))]).logp_N.item()
+
+
+@needs_lm_eval
+def test_given_network_stays_as_it_is():
+    network = network_of().train()
+    model = lm_of(network, dtype="bfloat16")
+    model.loglikelihood([SimpleNamespace(args=("a", "b"))], disable_tqdm=True)
+    assert network.training and network.lm_head.weight.dtype == torch.float32
+    assert model.network.lm_head.weight.dtype == torch.bfloat16
+    assert lm_of(network).network is network
+
+
+class Roles:
+    """Conversations with a mark, 258, before each turn."""
+
+    def encode_prompt(self, messages):
+        turns = [*((message["role"], message["content"]) for message in messages), ("assistant", "")]
+        ids = [number for role, text in turns for number in [258, *f"{role}:{text}".encode()]]
+        return ids, "".join(f"<|{role}|>{text}" for role, text in turns)
+
+
+@needs_lm_eval
+def test_conversations_are_asked_as_their_writer_encodes_them(evaluate):
+    network = network_of()
+    model = lm_of(network, chat=Roles())
+    _, responses = evaluate(model, "quiz", apply_chat_template=True)
+    question = read_questions(TASKS / "quiz.jsonl")[0]
+    expected = [
+        loglikelihoods(network, [(ids, list(option.encode()))]).logp_N.item()
+        for ids in [Roles().encode_prompt([{"role": "user", "content": f"Question: {question.question}\nAnswer:"}])[0]]
+        for option in question.choices
+    ]
+    assert [answer[0][0] for answer in responses[0]] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="apply_chat_template needs chat="):
+        evaluate(lm_of(network), "quiz", apply_chat_template=True)
 
 
 @needs_lm_eval

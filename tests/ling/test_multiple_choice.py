@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.ling import LingForCausalLM, preset
+from zoo.ling import LingForCausalLM, RopeScaling, preset
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.metrics.choice_questions import ChoicePrompt, ChoiceQuestion, choose, read_questions
 
@@ -121,6 +121,42 @@ def test_a_shared_context_is_computed_once(network):
     assert seen == [99, 50]
 
 
+def rows_of_calls(network, pairs, **options):
+    seen = []
+    handle = network.model.word_embeddings.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    loglikelihoods(network, pairs, **options)
+    handle.remove()
+    return seen
+
+
+def test_passes_have_as_many_rows_as_asked_for(network):
+    texts = [([257], [1] * length) for length in (3, 90, 4, 5, 88, 2)]
+    assert rows_of_calls(network, texts, batch_size=2) == [(2, 90), (2, 5), (2, 3)]  # of like length, whatever the order
+    assert max(rows for rows, _ in rows_of_calls(network, [([1, 2], [i]) for i in range(50)], batch_size=3)) <= 24
+
+
+def test_processes_run_the_network_equally_often(network):
+    pairs = some_pairs()
+    plain = loglikelihoods(network, pairs, 4)
+    calls = len(rows_of_calls(network, pairs, batch_size=4))
+    found = []
+    seen = rows_of_calls(network, pairs, batch_size=4, agree=lambda number: found.append(number) or number + 3)
+    assert found == [calls] and len(seen) == calls + 3 and seen[-3:] == [(1, 1)] * 3
+    assert torch.equal(loglikelihoods(network, pairs, 4, agree=lambda number: number + 1).logp_N, plain.logp_N)
+    assert loglikelihoods(network, [], agree=lambda number: number + 2).logp_N.shape == (0,)
+
+
+def test_dynamic_positions_depend_on_the_pair_alone(network):
+    scaled = LingForCausalLM(
+        network.config.replace(rope_scaling=RopeScaling("dynamic", 2.0), max_position_embeddings=16)
+    ).double()
+    scaled.load_state_dict(network.state_dict())
+    pairs = [([1] * 12, [2, 3, 4]), ([5] * 4, [6] * 9), ([7] * 14, [8] * 9), ([9] * 14, [1]), ([7] * 14, [3])]
+    alone = [loglikelihoods(scaled, [pair]).logp_N.item() for pair in pairs]
+    assert loglikelihoods(scaled, pairs).logp_N.tolist() == pytest.approx(alone, rel=1e-10)
+    assert loglikelihoods(network, pairs[2:3]).logp_N.item() != pytest.approx(alone[2], rel=1e-4)
+
+
 def test_bfloat16_and_autocast_are_near(network):
     pairs = some_pairs()
     exact = loglikelihoods(network, pairs).logp_N
@@ -134,13 +170,14 @@ def test_bfloat16_and_autocast_are_near(network):
 
 
 def test_text_is_cut_between_tokens():
-    assert encode_pair(Bytes(), "a ", "é") == ([97, 32], [195, 169])
+    assert encode_pair(Bytes(), "a \n", "é") == ([97], [32, 10, 195, 169])
     assert encode_pair(Bytes(), "", "a") == ([257], [97])
     pieces = Pieces()
     assert encode_pair(pieces, "a", " yes") == ([6], [0])
     assert encode_pair(pieces, "a ", "yes") == ([6], [0])  # the space belongs to the token after it
     assert encode_pair(pieces, "a", "b") == ([6], [5])  # "ab" is one token: encoded apart
-    assert encode_pair(pieces, " ", "yes") == ([2], [1])
+    assert encode_pair(pieces, " ", "yes") == ([pieces.eos_id], [0])
+    assert encode_pair(pieces, "a ", "b") == ([6], pieces.encode(" b"))  # after the same ids as "yes"
     with pytest.raises(ValueError, match="continuation of 'a' is empty"):
         encode_pair(Bytes(), "a", "")
 

@@ -21,6 +21,7 @@ from strategies import ExpertParallelStrategy
 from zoo.callbacks import EMA, RunCheckpoint
 from zoo.checkpoint import read_checkpoint
 from zoo.ling import Ling, LingConfig, LingDPO
+from zoo.ling.multiple_choice import loglikelihoods
 from zoo.module import ZooModule
 
 GLOBAL_BATCH, LENGTH = 8, 6
@@ -359,6 +360,30 @@ def test_ranks_may_have_unequally_many_batches_of_evaluation(pool: RankPool, tmp
         assert ranks[0][1]["val/loss"] == ranks[1][1]["val/loss"]
         losses[ran] = [sum(pair) / 2 for pair in zip(*(seen for seen, _ in ranks), strict=True)]
     assert losses[precision] == pytest.approx(losses["32-true"], rel=0.02)
+
+
+class Scoring(Callback):
+    """Scores texts of a length that differs between ranks."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        length = 1 + 5 * trainer.global_rank
+        pairs = [([1, 2], [3] * length), ([4], [5, 6])]
+        self.found = loglikelihoods(pl_module.network, pairs, 1, logit_tokens=2, agree=pl_module._largest).logp_N.tolist()
+
+
+def score(folder: Path, strategy: str) -> list[float]:
+    setting, scoring = Setting(), Scoring()
+    trainer = trainer_of(folder, strategy, setting)
+    trainer.callbacks.append(scoring)
+    trainer.validate(model_of(setting), Sequences(GLOBAL_BATCH // get_world_size()), verbose=False)
+    return scoring.found
+
+
+def test_ranks_may_score_texts_of_different_lengths(pool: RankPool, tmp_path: Path) -> None:
+    first, second = pool.run(score, tmp_path, "2", world_size=2)
+    ((whole, common),) = pool.run(score, tmp_path, "one", world_size=1)
+    assert first == pytest.approx([whole, common], rel=1e-10)
+    assert second[1] == pytest.approx(common, rel=1e-10) and second[0] < whole
 
 
 def refuse(folder: Path, kind: str) -> str:

@@ -21,7 +21,7 @@ class SupportsLoglikelihood(Protocol):
     def loglikelihood(self, pairs: list[tuple[str, str]]) -> list[float]:
         """Log-likelihood in nats of each continuation after its context, pairs of texts.
 
-        All processes call it equally often, with different pairs; those of one call are scored in one pass.
+        All processes call it equally often, with different pairs, which may be of different lengths.
         """
 
 
@@ -35,7 +35,8 @@ class ChoiceEval(Callback):
     Args:
         path: file of questions: lines of JSON, ``{"question", "choices", "answer", "context"}``, see `read_questions`.
         few_shot: solved examples before each question.
-        few_shot_path: file that these come from, the first of it; None: the first of ``path``, which are then not asked.
+        few_shot_path: file that these come from, the first of it; None, or the same file: the first of ``path``, which are then
+            not asked.
         target: whether the ``content`` of an option is scored, or its ``label`` (a letter) after a list of all.
         normalization: what log-likelihoods are divided by for ``accuracy_norm``: the option's ``bytes`` without the separator, or
             its ``tokens`` with it, for which the DataModule must have a tokenizer; ``none``: no such figure.
@@ -108,9 +109,11 @@ class ChoiceEval(Callback):
                 "ChoiceEval: normalization='tokens' needs a DataModule with a tokenizer; normalization='bytes' does not."
             )
         questions = read_questions(self.path)
-        source = questions if self.few_shot_path is None else read_questions(self.few_shot_path)
+        few_shot_path = self.few_shot_path or self.path
+        same = Path(few_shot_path).resolve() == Path(self.path).resolve()
+        source = questions if same else read_questions(few_shot_path)
         self._examples = source[: self.few_shot]
-        if self.few_shot_path is None:
+        if same:
             questions = questions[self.few_shot :]
         if len(self._examples) < self.few_shot or not questions:
             raise ValueError(
@@ -131,8 +134,8 @@ class ChoiceEval(Callback):
     def measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
         """Answer all questions; the figures, the same on every process."""
         pairs = [self.prompt.pairs(question, self._examples) for question in self._questions]
-        # Questions of a pass are of like length. Every process takes equally many passes with equally many questions, so that
-        # those that compute together stay together; what is asked twice for that is dropped.
+        # Questions of a pass are of like length. Every process has equally many, so that those that compute together stay
+        # together; what is asked twice for that is dropped.
         order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0][0]))
         ranks, rank = trainer.world_size, trainer.global_rank
         order += order[-1:] * (-len(order) % ranks)

@@ -9,7 +9,8 @@ token, E experts, M assignments of tokens to experts, V vocabulary, S slots of t
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -339,8 +340,11 @@ class StaticStep:
 _STEPS: "weakref.WeakKeyDictionary[LingForCausalLM, dict[tuple[Any, ...], StaticStep]]" = weakref.WeakKeyDictionary()
 
 
-def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype: torch.dtype) -> StaticStep:
-    """A compiled step for at least ``length`` tokens, with an empty cache; the last few of each network are kept.
+@contextmanager
+def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype: torch.dtype) -> Iterator[StaticStep]:
+    """A compiled step for at least ``length`` tokens, with an empty cache, for the caller alone while it is inside.
+
+    The last few of each network are kept for those who come later.
 
     Args:
         network: whose step.
@@ -357,15 +361,18 @@ def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype:
             f"{network.config.max_position_embeddings}: leave compile out, or make the prompt or max_new_tokens shorter."
         )
     slots = -(-length // _SLOTS) * _SLOTS
-    kept = _STEPS.setdefault(network, {})
     autocast = torch.is_autocast_enabled(network.lm_head.weight.device.type)
     key = (batch_size, slots, dtype, autocast, *(parameter.data_ptr() for parameter in network.parameters()))
-    step = kept.pop(key, None) or StaticStep(network, batch_size, slots, dtype)
-    kept[key] = step  # the last one used stands last
-    while len(kept) > _KEPT_STEPS:
-        del kept[next(iter(kept))]
+    step = _STEPS.setdefault(network, {}).pop(key, None) or StaticStep(network, batch_size, slots, dtype)
     step.cache.reset()
-    return step
+    try:
+        yield step
+    finally:
+        kept = _STEPS.setdefault(network, {})
+        kept.pop(key, None)
+        kept[key] = step  # the last one used stands last
+        while len(kept) > _KEPT_STEPS:
+            del kept[next(iter(kept))]
 
 
 def _turns_by_length(network: "LingForCausalLM", max_length: int) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ling.decode_step import Attend, CPUStep
-from zoo.ling.generation import cache_dtype, check_ids, check_number, stop_tokens, token_uniforms
+from zoo.ling.generation import cache_dtype, check_ids, check_number, check_scores, stop_tokens, token_uniforms
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
 from zoo.ling.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
@@ -115,6 +115,7 @@ class Engine:
         self.both = torch.zeros(shape, dtype=cache_dtype(network), device=weight.device)  # keys, then values
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the order of arrival
+        self._ended: list[Completion] = []  # that `step` has not given yet
         self._step: CPUStep | None = None
         self._next = 0
 
@@ -202,22 +203,47 @@ class Engine:
     def step(self) -> list[Completion]:
         """Admit requests, then add one token to each running sequence; those that have ended.
 
-        A step without requests does nothing.
+        A step without requests does nothing. If ``on_token`` of a request raises, or the step is interrupted, the requests are as
+        they were before or with one token more each, and can go on; what has ended then is among the next step's.
         """
+        self._take_ended()  # of a step that was interrupted
         blocked = self._make_room()
         if not blocked:
             self._admit()
         ready = [request for request in self._running if request not in blocked and not request.has_ended]
         if ready:
-            self._append(ready, self._decode(ready))
-        ended = [request for request in self._running if request.has_ended]
-        for request in ended:
+            self._compute(ready, self._decode)
+        self._take_ended()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _take_ended(self) -> None:
+        for request in [request for request in self._running if request.has_ended]:
             self._free(request)
-        return [Completion(r.number, r.tokens[: r.num_prompt], r.tokens[r.num_prompt :]) for r in ended]
+            tokens, length = request.tokens, request.num_prompt
+            self._ended.append(Completion(request.number, tokens[:length], tokens[length:]))
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request and free its memory; it is never completed. May be called in ``on_token`` too.
+
+        Args:
+            number: as `submit` gave it.
+
+        Returns:
+            Whether there was such a request.
+        """
+        for request in [*self._running, *self._waiting]:
+            if request.number == number:
+                if request in self._running:
+                    self._free(request)
+                else:
+                    self._waiting.remove(request)
+                return True
+        return False
 
     def run(self) -> Iterator[Completion]:
         """Step until no request is left; requests as they end. More may be submitted meanwhile."""
-        while self._waiting or self._running:
+        while self._waiting or self._running or self._ended:
             yield from self.step()
 
     # Memory
@@ -259,12 +285,19 @@ class Engine:
             if segment is None:
                 return
             self._waiting.popleft()
+            num_new = request.num_new  # some, where it had to give its memory back
             request.segments = [*(self._share(donor, shared) if donor is not None else []), segment]
             request.stored = shared
             if not self._running:
                 self._step = None  # weights may have changed since
             self._running.append(request)
-            self._append([request], self._prefill(request))
+            try:
+                self._compute([request], self._prefill)
+            except BaseException:
+                if request.num_new == num_new:  # nothing came of it: it waits again
+                    self._free(request)
+                    self._waiting.appendleft(request)
+                raise
 
     def _common_beginning(self, request: _Request) -> tuple[_Request | None, int]:
         """The running request that begins like this one for longest, and for how long; one token is always left to read."""
@@ -296,8 +329,32 @@ class Engine:
 
     # Computation
 
-    def _append(self, requests: list[_Request], logits_RV: Tensor) -> None:
-        """Choose the next token of each request."""
+    def _compute(self, requests: list[_Request], scores: Callable[[list[_Request]], Tensor]) -> None:
+        """Give each request its next token, or none of them if anything fails; then call ``on_token`` of all."""
+        stored = [request.stored for request in requests]
+        try:
+            tokens = self._choose(requests, scores(requests))
+        except BaseException:
+            for request, number in zip(requests, stored, strict=True):
+                request.stored = number
+            raise
+        for request, token in zip(requests, tokens, strict=True):
+            request.tokens.append(token)
+            if request.seen_1V is not None:
+                request.seen_1V[0, token] = True
+        failures = []
+        for request, token in zip(requests, tokens, strict=True):
+            if request.on_token is not None:
+                try:
+                    request.on_token(token)
+                except Exception as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _choose(self, requests: list[_Request], logits_RV: Tensor) -> list[int]:
+        """The next token of each request."""
+        tokens = [0] * len(requests)
         rows: dict[TokenChoice, list[int]] = {}
         for row, request in enumerate(requests):
             rows.setdefault(request.choice, []).append(row)
@@ -310,19 +367,17 @@ class Engine:
                 torch.stack(uniform) if uniform else None,
             )
             for row, token in zip(group, chosen.tolist(), strict=True):
-                request = requests[row]
-                request.tokens.append(token)
-                if request.seen_1V is not None:
-                    request.seen_1V[0, token] = True
-                if request.on_token is not None:
-                    request.on_token(token)
+                tokens[row] = token
+        return tokens
 
-    def _prefill(self, request: _Request) -> Tensor:
-        """Scores (1, V) after all tokens of a request, whose keys and values are stored."""
+    def _prefill(self, requests: list[_Request]) -> Tensor:
+        """Scores (1, V) after all tokens of a single request, whose keys and values are stored."""
+        (request,) = requests
         new_1T = torch.tensor([request.tokens[request.stored :]], device=self.both.device)
         with evaluation_mode(self.network):
             logits = self.network(new_1T, cache=_Reading(self.both, request), last_only=True).logits
         assert logits is not None
+        check_scores(logits[:, -1])
         return logits[:, -1]
 
     def _decode(self, requests: list[_Request]) -> Tensor:

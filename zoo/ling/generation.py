@@ -5,13 +5,14 @@ Shape suffixes: B sequences, T tokens of the prompts, S slots of the cache, V vo
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zoo.ling.cache import KVCache
-from zoo.ling.decode_step import CPUStep, lockstep, static_step
+from zoo.ling.decode_step import CPUStep, StaticStep, lockstep, static_step
 from zoo.ling.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
 from zoo.random import SampleRandom
@@ -19,7 +20,7 @@ from zoo.random import SampleRandom
 if TYPE_CHECKING:
     from zoo.ling.network import LingForCausalLM
 
-__all__ = ["cache_dtype", "check_ids", "check_number", "generate", "stop_tokens", "stream", "token_uniforms"]
+__all__ = ["cache_dtype", "check_ids", "check_number", "check_scores", "generate", "stop_tokens", "stream", "token_uniforms"]
 
 Step = Callable[[Tensor], Tensor]
 """From the newest tokens (B,) to the scores (B, V) of the next."""
@@ -69,6 +70,16 @@ def check_ids(network: "LingForCausalLM", input_ids: Tensor) -> None:
 def token_uniforms(random: SampleRandom, num_tokens: int) -> Tensor:
     """What each sequence's draws are made with, float64 (B, num_tokens); the first are the same for any number."""
     return random.uniform("token", (num_tokens,), torch.float64)
+
+
+def check_scores(logits_BV: Tensor) -> None:
+    """Make sure that there is something to choose from.
+
+    Raises:
+        ValueError: a row of scores that are not finite.
+    """
+    if not bool(logits_BV.isfinite().all()):
+        raise ValueError("The network's scores are not finite: its weights are damaged, or its type is too narrow for them.")
 
 
 def check_number(max_new_tokens: int) -> None:
@@ -159,8 +170,11 @@ def stream(
     running_B = torch.ones(B, dtype=torch.bool, device=device)
 
     length = T + max_new_tokens - 1  # the last token is not read
-    with evaluation_mode(network):
-        logits_BV, step = _begin(network, input_ids, attention_mask, padding_B, length, cache, compile)
+    with ExitStack() as held:
+        held.enter_context(evaluation_mode(network))
+        static = held.enter_context(static_step(network, B, length, cache_dtype(network))) if compile else None
+        logits_BV, step = _begin(network, input_ids, attention_mask, padding_B, length, cache, static)
+        check_scores(logits_BV)
         for number in range(max_new_tokens):
             token_B = choice.choose(logits_BV, seen_BV, None if uniform_BT is None else uniform_BT[:, number])
             if eos:
@@ -237,20 +251,27 @@ def _begin(
     padding_B: Tensor | None,
     length: int,
     cache: KVCache | None,
-    compile: bool,
+    static: StaticStep | None,
 ) -> tuple[Tensor, Step]:
     """Scores (B, V) after the prompts, and the step that goes on from there, in the way that suits network and device."""
     B, dtype = len(input_ids), cache_dtype(network)
     if cache is not None:
-        if compile:
+        if static is not None:
             raise ValueError("generate: a compiled step has a cache of its own; give either cache or compile=True.")
+        config, (layers, _, heads, _, width) = network.config, cache.keys.shape
+        has = (layers, heads, width, cache.keys.dtype)
+        needs = (config.num_hidden_layers, config.num_key_value_heads, config.head_width, dtype)
+        if has != needs:
+            raise ValueError(
+                f"generate: the cache has {has} layers, key heads, their width and type, but the network needs {needs}: make it"
+                " with KVCache(network.config, batch_size, max_length, dtype, device)."
+            )
         if cache.batch_size != B or cache.max_length < length:
             raise ValueError(
                 f"generate needs a cache for {B} sequences of {length} tokens (prompt and max_new_tokens), but the given one is"
                 f" for {cache.batch_size} of {cache.max_length}: make the cache longer, or the prompt or max_new_tokens shorter."
             )
         cache.reset()
-    static = static_step(network, B, length, dtype) if compile else None
     if static is not None:
         cache = static.cache
     elif cache is None:

@@ -9,6 +9,7 @@
     lm_eval.simple_evaluate(model, tasks=["my_task"], task_manager=lm_eval.tasks.TaskManager(include_path="tasks"))
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from zoo.ling.config import Generation
-from zoo.ling.multiple_choice import loglikelihoods
+from zoo.ling.generation import stream
+from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
 
-__all__ = ["LingLM", "Tokenizer"]
+__all__ = ["Conversation", "LingLM", "Tokenizer"]
 
 _BLOCK = 64
 """Batches that are sorted by length together; between blocks the progress is shown and results are handed on."""
@@ -33,11 +35,18 @@ class Tokenizer(Protocol):
 
     eos_id: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no marks added."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text, with no marks added; those written in it are taken for what they name if ``special``."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
+
+
+class Conversation(Protocol):
+    """What writes conversations as the model knows them."""
+
+    def encode_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], str]:
+        """Ids and text of messages, up to where the assistant's answer begins."""
 
 
 class _Answers:
@@ -52,6 +61,8 @@ class _Answers:
         device: where to compute; None: where the model is.
         dtype: type of the weights, such as ``bfloat16``; None: as they are.
         seed: seed of sampled generations.
+        chat: writes conversations, such as ``datamodules.chat_template.chat_template("ling", tokenizer, None)``; needed for
+            ``apply_chat_template``.
 
     Raises:
         TypeError: ``pretrained`` is no such model, or ``tokenizer`` no tokenizer.
@@ -71,6 +82,7 @@ class _Answers:
         device: str | None = None,
         dtype: str | None = None,
         seed: int = 0,
+        chat: Conversation | None = None,
     ) -> None:
         super().__init__()
         module = ZooModule.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
@@ -92,10 +104,15 @@ class _Answers:
         found = None if dtype is None else getattr(torch, str(dtype).removeprefix("torch."), None)
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ValueError(f"LingLM: dtype={dtype!r} is no type of weights: choose float32, bfloat16, float16 or float64.")
-        self.network = network.to(device=device, dtype=found).eval()
+        weight = network.lm_head.weight
+        if weight.to(device=device, dtype=found) is not weight:  # the given one stays what and where it is
+            network = copy.deepcopy(network).to(device=device, dtype=found)
+        self.network = network
         self._device = network.lm_head.weight.device
         self.tokenizer = tokenizer
         self.seed = int(seed)
+        self.chat = chat
+        self._written: dict[str, list[int]] = {}  # ids of what `apply_chat_template` wrote
 
     @property
     def eot_token_id(self) -> int:
@@ -104,7 +121,35 @@ class _Answers:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; there are no marks to add."""
-        return self.tokenizer.encode(string)
+        return list(self._written[string]) if string in self._written else self.tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context in self._written:
+            return self.tok_encode(context), self.tokenizer.encode(continuation)
+        return encode_pair(self.tokenizer, context, continuation)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval tells its stored requests apart by."""
+        return f"{getattr(self.tokenizer, 'fingerprint', type(self.tokenizer).__name__)}-{self.chat_template()}"
+
+    def chat_template(self, chat_template: bool | str = True) -> str:
+        """Name of what writes conversations, for lm-eval's records."""
+        return "" if self.chat is None else type(self.chat).__name__
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; its ids, marks included, are kept and used where the text comes back.
+
+        Raises:
+            ValueError: the model was made without ``chat``, or the task begins the assistant's answer (``gen_prefix``).
+        """
+        if self.chat is None:
+            raise ValueError("LingLM: apply_chat_template needs chat=chat_template('ling', tokenizer, None), see its arguments.")
+        if not add_generation_prompt:
+            raise ValueError("LingLM: a task with a gen_prefix cannot be asked with a chat template.")
+        ids, text = self.chat.encode_prompt(chat_history)
+        self._written[text] = ids
+        return text
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -176,7 +221,7 @@ class _Answers:
             numbers.sort(key=lambda number: -len(prompts[number]))
             for batch in self._batches(numbers, disable_tqdm):
                 ids = [prompts[number][-room:] for number in batch]
-                for number, new in zip(batch, self._generate(ids, batch, generation), strict=True):
+                for number, new in zip(batch, self._generate(ids, batch, generation, stops), strict=True):
                     text = self.tokenizer.decode(new)
                     answers[number] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
                     self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
@@ -188,6 +233,9 @@ class _Answers:
         stops = options.pop("until")
         sampled = options.pop("do_sample")
         temperature = options.pop("temperature", None)
+        for name, neutral in (("num_beams", 1), ("num_return_sequences", 1)):
+            if options.get(name) == neutral:
+                del options[name]
         named = {name: options.pop(name) for name in ("top_k", "top_p", "repetition_penalty") if options.get(name) is not None}
         if options.keys() - {"max_gen_toks"}:
             raise ValueError(
@@ -198,20 +246,42 @@ class _Answers:
         return Generation(options["max_gen_toks"], temperature, **named), [stop for stop in stops if stop]
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], numbers: list[int], generation: Generation) -> list[list[int]]:
-        """New ids of each prompt, without the end of the document and what comes after."""
+    def _generate(
+        self, prompts: list[list[int]], numbers: list[int], generation: Generation, stops: list[str]
+    ) -> list[list[int]]:
+        """New ids of each prompt, without the end of the document and what comes after; until all have a stop text."""
+        ends = {self.eot_token_id}
+        for stop in stops:
+            ids = self.tokenizer.encode(stop, special=True)
+            if len(ids) == 1 and not self.tokenizer.decode(ids):  # a mark, which no text shows
+                ends.update(ids)
+        # No token but a mark has less than a byte of text: what a stop text ends in lies within so many tokens.
+        tail = max((len(stop.encode()) for stop in stops), default=0)
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)
         mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
-        found_BT = self.network.generate(
+        rows: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(rows)))
+        for token_B in stream(
+            self.network,
             ids_BT,
             mask_BT,
             **vars(generation),
-            eos_token_id=self.eot_token_id,
+            eos_token_id=sorted(ends),
             random=SampleRandom(self.seed, torch.tensor(numbers, device=self._device)),
-        )
-        rows = found_BT[:, width:].tolist()
-        return [row[: row.index(self.eot_token_id)] if self.eot_token_id in row else row for row in rows]
+        ):
+            tokens = token_B.tolist()
+            for row in list(running):
+                if tokens[row] in ends:
+                    running.remove(row)
+                    continue
+                rows[row].append(tokens[row])
+                if stops:
+                    text = self.tokenizer.decode(rows[row][-tail:])
+                    running -= {row} if any(stop in text for stop in stops) else set()
+            if not running:
+                break
+        return rows
 
     def _blocks(self, pairs: list[Any], quiet: bool, what: str) -> Iterator[list[Any]]:
         size = _BLOCK * self._batch_size

@@ -24,6 +24,7 @@ from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
 from zoo.module import ZooModule
+from zoo.random import SampleRandom
 
 __all__ = ["Ling", "Tokenizer"]
 
@@ -395,13 +396,20 @@ class Ling(ZooModule):
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
 
+        All processes call it equally often, with any pairs: each runs the network as often as the one that has most to do.
+
         Args:
             pairs: context and continuation.
         """
         tokenizer = self._tokenizer()
         ids = [encode_pair(tokenizer, *pair) for pair in pairs]
-        # One pass of the network for the call, so that ranks whose passes communicate stay in step.
-        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids))).logp_N.tolist()
+        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids)), agree=self._largest).logp_N.tolist()
+
+    def _largest(self, number: int) -> int:
+        """The largest number of all processes."""
+        if self.trainer.world_size == 1:
+            return number
+        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
 
     def _tokenizer(self) -> Any:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
@@ -423,7 +431,7 @@ class Ling(ZooModule):
             batch.get("attention_mask", batch.get("valid_mask")),
             **dataclasses.asdict(self.generation),
             eos_token_id=tokenizer.eos_id,
-            random=self.eval_random(len(batch["input_ids"])),
+            random=SampleRandom(self.random_seed, batch["index"], epoch=-1),
         )
         new_BT = ids_BT[:, batch["input_ids"].shape[1] :]
         return {"index": batch["index"], "prompt": batch["prompt"], "text": [_text(ids, tokenizer) for ids in new_BT.tolist()]}

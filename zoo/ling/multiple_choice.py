@@ -4,7 +4,7 @@ Shape suffixes: N pairs, C contexts of a pass, R rows (continuations) of a pass,
 T tokens of the longest continuation, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,9 +14,12 @@ from zoo.ling.cache import KVCache
 from zoo.ling.network import LingForCausalLM
 from zoo.nn.evaluation_mode import evaluation_mode
 
-__all__ = ["Encodes", "Likelihoods", "encode_pair", "loglikelihoods"]
+__all__ = ["MOST_OPTIONS", "Encodes", "Likelihoods", "encode_pair", "loglikelihoods"]
 
 Ids = Sequence[int]
+
+MOST_OPTIONS = 8
+"""Continuations of a context for which a pass has room."""
 
 
 class Encodes(Protocol):
@@ -43,9 +46,9 @@ class Likelihoods(NamedTuple):
 def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Ids of a context and of what follows it.
 
-    The two are encoded as one text and cut where the context ends. Where a token would reach over the cut, spaces at the end of
-    the context are counted as the continuation's, and if that is not enough the two are encoded apart. An empty context is the
-    end of a document before.
+    Space at the end of the context counts as the continuation's, so that all continuations of a context are scored after the
+    same ids. The two are encoded as one text and cut where the context ends; where a token would reach over the cut, they are
+    encoded apart. An empty context, or one of space alone, is the end of a document before.
 
     Args:
         tokenizer: makes ids of text.
@@ -57,14 +60,14 @@ def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[li
     """
     if not continuation:
         raise ValueError(f"The continuation of {context[-40:]!r} is empty: there is nothing to score.")
-    if not context:
+    given = context.rstrip()
+    continuation = context[len(given) :] + continuation
+    if not given:
         return [tokenizer.eos_id], tokenizer.encode(continuation)
-    whole = tokenizer.encode(context + continuation)
-    for given in dict.fromkeys((context, context.rstrip(" "))):
-        ids = tokenizer.encode(given)
-        if ids and whole[: len(ids)] == ids and len(whole) > len(ids):
-            return ids, whole[len(ids) :]
-    return tokenizer.encode(context), tokenizer.encode(continuation)
+    ids, whole = tokenizer.encode(given), tokenizer.encode(given + continuation)
+    if whole[: len(ids)] == ids and len(whole) > len(ids):
+        return ids, whole[len(ids) :]
+    return ids, tokenizer.encode(continuation)
 
 
 @torch.no_grad()
@@ -73,6 +76,7 @@ def loglikelihoods(
     pairs: Sequence[tuple[Ids, Ids]],
     batch_size: int = 16,
     logit_tokens: int = 8192,
+    agree: Callable[[int], int] | None = None,
 ) -> Likelihoods:
     """Log-likelihood of each continuation after its context.
 
@@ -83,16 +87,17 @@ def loglikelihoods(
     Args:
         network: in any mode; it is evaluated without dropout.
         pairs: ids of contexts and continuations, at least one of each.
-        batch_size: contexts of a pass. The passes are as many as different contexts over this, and each calls the network twice
-            (once if all its contexts are single tokens), which matters where several processes compute together.
+        batch_size: contexts of a pass, with up to `MOST_OPTIONS` continuations each, or more continuations of fewer contexts;
+            where a context is a single token, continuations.
         logit_tokens: tokens whose logits are in memory at a time; longer continuations take more calls.
+        agree: where the network communicates between processes, which then must call it equally often: gives the largest of
+            their numbers of calls. Processes with fewer fill up with calls on a single token.
 
     Raises:
         ValueError: a context or a continuation without tokens, an id outside of the vocabulary, or numbers below 1.
     """
     if batch_size < 1 or logit_tokens < 1:
         raise ValueError(f"loglikelihoods: batch_size={batch_size} and logit_tokens={logit_tokens} must be at least 1.")
-    rows_of: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
             raise ValueError(f"loglikelihoods: pair {number} has {len(context)} + {len(continuation)} tokens: both need some.")
@@ -101,18 +106,92 @@ def loglikelihoods(
                 f"loglikelihoods: pair {number} has an id outside of the vocabulary of {network.config.vocab_size}: take the"
                 " tokenizer that belongs to the model."
             )
-        rows_of.setdefault(tuple(context), []).append(number)
-    contexts = sorted(rows_of, key=len, reverse=True)
+    scaling = network.config.rope_scaling
+    passes = _passes(
+        pairs,
+        batch_size,
+        # Beyond the trained length, dynamic scaling turns each sequence by the length of the longest one beside it.
+        network.config.max_position_embeddings if scaling is not None and scaling.type == "dynamic" else None,
+    )
+    num_calls = sum(_num_calls(each, logit_tokens) for each in passes)
+    idle_calls = 0 if agree is None else agree(num_calls) - num_calls
     logp_N = torch.zeros(len(pairs), dtype=torch.float64)
     greedy_N = torch.zeros(len(pairs), dtype=torch.bool)
     with evaluation_mode(network):
-        for start in range(0, len(contexts), batch_size):
-            part = contexts[start : start + batch_size]
-            numbers_R = [number for context in part for number in rows_of[context]]
-            owner_R = [position for position, context in enumerate(part) for _ in rows_of[context]]
-            logp_R, greedy_R = _pass(network, part, owner_R, [pairs[number][1] for number in numbers_R], logit_tokens)
-            logp_N[numbers_R], greedy_N[numbers_R] = logp_R.cpu(), greedy_R.cpu()
+        for each in passes:
+            continuations = [pairs[number][1] for number in each.numbers_R]
+            logp_R, greedy_R = _pass(network, each.contexts, each.owner_R, continuations, logit_tokens)
+            logp_N[each.numbers_R], greedy_N[each.numbers_R] = logp_R.cpu(), greedy_R.cpu()
+        for _ in range(idle_calls):
+            network(torch.zeros(1, 1, dtype=torch.long, device=network.lm_head.weight.device), with_logits=False)
     return Likelihoods(logp_N, greedy_N)
+
+
+class _Plan(NamedTuple):
+    """What is computed together.
+
+    Attributes:
+        contexts: of the pass.
+        owner_R: which of them each row continues.
+        numbers_R: the pair of each row.
+        num_prefix: S.
+        num_tokens: T.
+    """
+
+    contexts: list[Ids]
+    owner_R: list[int]
+    numbers_R: list[int]
+    num_prefix: int
+    num_tokens: int
+
+
+def _passes(pairs: Sequence[tuple[Ids, Ids]], batch_size: int, trained_length: int | None) -> list[_Plan]:
+    """Pairs of like length together, those that share a context side by side.
+
+    Args:
+        pairs: contexts and continuations.
+        batch_size: see `loglikelihoods`.
+        trained_length: most tokens of a pass; longer pairs are computed each by itself. None: any number.
+    """
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, _) in enumerate(pairs):
+        rows_of.setdefault(tuple(context), []).append(number)
+    groups: list[list[int]] = []  # pairs that take one place of a pass
+    for context, numbers in rows_of.items():
+        numbers.sort(key=lambda number: -len(pairs[number][1]))
+        alone = len(context) == 1
+        if trained_length is not None and len(context) - 1 + len(pairs[numbers[0]][1]) > trained_length:
+            alone = True
+        size = 1 if alone else MOST_OPTIONS
+        groups += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    groups.sort(key=lambda numbers: (-len(pairs[numbers[0]][0]), -len(pairs[numbers[0]][1])))
+    passes: list[list[list[int]]] = []
+    longest = 0
+    for group in groups:
+        context, continuation = pairs[group[0]]
+        new = True
+        if passes and len(passes[-1]) < batch_size:
+            longest_context = len(pairs[passes[-1][0][0]][0])
+            together = longest_context - 1 + max(longest, len(continuation))
+            new = trained_length is not None and together > trained_length
+        if new:
+            passes.append([])
+            longest = 0
+        passes[-1].append(group)
+        longest = max(longest, len(continuation))
+    return [_plan(pairs, [number for group in each for number in group]) for each in passes]
+
+
+def _plan(pairs: Sequence[tuple[Ids, Ids]], numbers_R: list[int]) -> _Plan:
+    places: dict[tuple[int, ...], int] = {}
+    owner_R = [places.setdefault(tuple(pairs[number][0]), len(places)) for number in numbers_R]
+    longest = max(len(pairs[number][1]) for number in numbers_R)
+    return _Plan(list(places), owner_R, numbers_R, max(map(len, places)) - 1, longest)
+
+
+def _num_calls(plan: _Plan, logit_tokens: int) -> int:
+    """How often the network is called for a pass."""
+    return (plan.num_prefix > 0) + len(list(_segments(plan.num_tokens, max(1, logit_tokens // len(plan.owner_R)))))
 
 
 def _pass(

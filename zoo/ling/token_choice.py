@@ -12,6 +12,9 @@ from torch import Tensor
 __all__ = ["TokenChoice", "draw", "keep_top_k", "keep_top_p", "penalize"]
 
 
+_TINY = 1e-6
+
+
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Divide the positive scores of tokens that occurred by ``penalty``, multiply the negative ones by it.
 
@@ -105,8 +108,10 @@ class TokenChoice:
             logits_BV = penalize(logits_BV, seen_BV, self.repetition_penalty)
         if not self.is_random:
             return logits_BV
+        if self.temperature < _TINY:  # by which the largest score would become infinite
+            logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
         if self.temperature != 1:
-            logits_BV = logits_BV / self.temperature
+            logits_BV = logits_BV / max(self.temperature, torch.finfo(logits_BV.dtype).tiny)
         if self.top_k:
             logits_BV = keep_top_k(logits_BV, self.top_k)
         return keep_top_p(logits_BV, self.top_p) if self.top_p < 1 else logits_BV
