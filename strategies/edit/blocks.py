@@ -71,7 +71,7 @@ def split_blocks(root: nn.Module, modules: Iterable[nn.Module] | None = None) ->
     paths = {module: name for name, module in root.named_modules()}
     blocks = list(dict.fromkeys(sync_blocks(root) if modules is None else modules))
     chosen = set(blocks)
-    owner: dict[nn.Module, nn.Module] = {}
+    owner: dict[nn.Module, nn.Module | None] = {}
     for block in blocks:
         if block not in paths:
             raise ValueError(f"sync_blocks of {type(root).__name__} names a {type(block).__name__} that is not a part of it.")
@@ -80,7 +80,7 @@ def split_blocks(root: nn.Module, modules: Iterable[nn.Module] | None = None) ->
                 raise ValueError(
                     f"sync_blocks of {type(root).__name__}: {paths[module]} lies inside {paths[block]}; name only one of them."
                 )
-            owner.setdefault(module, block)
+            owner[module] = block if owner.get(module, block) is block else None
     users: dict[nn.Parameter, set[nn.Module | None]] = {}
     names: dict[nn.Parameter, str] = {}
     for path, module in root.named_modules():

@@ -1,5 +1,6 @@
 """EDiT as Lightning strategies: replicas that train on their own and meet now and then."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -52,6 +53,8 @@ class EDiTStrategy(DDPStrategy):
     In A-EDiT ranks take different numbers of steps. ``max_steps`` is then a budget, so many steps a replica on average, and
     validation happens at the synchronisation after rank 0 wanted it.
 
+    A replica whose weights are not finite at a synchronisation is left out, which is said, and goes on from the anchor.
+
     Args:
         sync_interval: tau, optimizer steps between two synchronisations; not used with ``sync_seconds``.
         sync_seconds: seconds between two synchronisations (A-EDiT).
@@ -73,7 +76,8 @@ class EDiTStrategy(DDPStrategy):
         clip_scope: clip block by block, or by the norm over all blocks (which leaves nothing to overlap).
         consensus: thin the pseudo-gradients out and let only those of the majority's sign count (`Consensus`); null: the plain
             weighted sum.
-        overlap: synchronise block by block during the forward pass; false: all at once before it. Same result.
+        overlap: synchronise block by block during the forward pass; false: all at once before it. Same result. Modules that read
+            a block's weights before they call it, as for a penalty on weights, need false.
         cpu_offload: keep anchor and outer momentum in host memory.
         kwargs: of Lightning's DDPStrategy, for the warm-up.
 
@@ -192,6 +196,8 @@ class EDiTStrategy(DDPStrategy):
         self._asked |= _BITS[request] * wanted
         granted = bool(self._agreed & _BITS[request])
         self._agreed &= ~_BITS[request]
+        if granted:
+            self._asked &= ~_BITS[request]
         return granted
 
     # Set-up
@@ -230,6 +236,11 @@ class EDiTStrategy(DDPStrategy):
             )
         if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
+        if self.asynchronous and (trainer.min_steps is not None or trainer.min_epochs):
+            raise ValueError(
+                f"{name} with sync_seconds: min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs} would let each rank"
+                " end by its own count, and the others wait: leave them out; max_steps is a budget."
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             which = type(callback).__name__
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
@@ -277,6 +288,16 @@ class EDiTStrategy(DDPStrategy):
             loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore
         if self._fit.global_step >= self.warmup_steps:
             self._end_warmup()
+        elif self._restored is not None:
+            if "detectors" in self._restored:
+                rank_zero_warn(
+                    f"EDiT: the checkpoint is of step {self._fit.global_step}, after its warm-up, but this run's lasts until step"
+                    f" {self.warmup_steps}: outer momentum and outlier detectors begin anew then."
+                )
+            self._restored = None
+        spent = self._max_steps is not None and self._fit.global_step >= self._max_steps
+        if spent if self._rounds is None else self._rounds.is_spent(self._rounds.taken):
+            self._fit.should_stop = True  # a run that has ended before
 
     def _agreed_sigterm(self, original: Callable[[], None]) -> Callable[[], None]:
         return lambda: original() if self.in_warmup else None
@@ -287,6 +308,8 @@ class EDiTStrategy(DDPStrategy):
         def should_validate(fetcher: Any) -> bool:
             nonlocal answered
             assert self._fit is not None
+            if self.in_warmup and self._max_steps is not None and self._fit.global_step >= self._max_steps:
+                self._fit.should_stop = True
             wanted = original(fetcher)
             if self.in_warmup or self._fit.should_stop:
                 return wanted
@@ -303,7 +326,18 @@ class EDiTStrategy(DDPStrategy):
         output = super().training_step(*args, **kwargs)
         if self.synchronizer is not None:
             self.synchronizer.finish()
+            self._check_logged()
         return output
+
+    def _check_logged(self) -> None:
+        """Refuse what would be summed up over ranks at the end of an epoch, where they do not come together."""
+        results = self._fit.fit_loop.epoch_loop._results.values() if self._fit is not None and self.asynchronous else ()
+        for result in results:
+            if result.meta.on_epoch and not result.is_tensor and self.world_size > 1:
+                raise RuntimeError(
+                    f"{type(self).__name__} with sync_seconds: the metric {result.meta.name} is logged in training with"
+                    " on_epoch=True, and ranks would wait for one another at their epochs' ends: log it on_step, or validate it."
+                )
 
     def _before_step(self) -> None:
         assert self._fit is not None
@@ -381,6 +415,7 @@ class EDiTStrategy(DDPStrategy):
         self._asked, self._together = 0, True
         for asked in report.requests:
             self._agreed |= asked
+        self._heal([not all(map(math.isfinite, norms)) for norms in report.norms])
         if any(weights is None for weights in report.weights):
             rank_zero_warn(
                 f"EDiT: at step {self._fit.global_step} all replicas were anomalous in"
@@ -392,6 +427,24 @@ class EDiTStrategy(DDPStrategy):
             self._rounds.start_round(taken)
             if self._rounds.is_spent(taken + self._rounds.num_replicas):
                 self._fit.should_stop = True
+
+    def _heal(self, broken: list[bool]) -> None:
+        """Tell of replicas with weights that are not finite, and give a broken one's optimizer moments that are."""
+        assert self._fit is not None and self.synchronizer is not None
+        if not any(broken):
+            return
+        rank_zero_warn(
+            f"EDiT: at step {self._fit.global_step} weights of replica"
+            f" {', '.join(str(replica) for replica, is_broken in enumerate(broken) if is_broken)} (of {len(broken)}) were not"
+            " finite: it goes on from the anchor, its optimizer's moments begin anew where they are not finite. SpikeGuard would"
+            " leave such a step out."
+        )
+        if broken[self.synchronizer.index]:
+            states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+            for value in (value for state in states for value in state.values() if isinstance(value, Tensor)):
+                local = value.to_local() if isinstance(value, DTensor) else value
+                if local.is_floating_point() and not bool(local.isfinite().all()):
+                    local.zero_()
 
     def _check_trained(self) -> None:
         assert self.lightning_module is not None and self.synchronizer is not None
@@ -520,6 +573,13 @@ class EDiTStrategy(DDPStrategy):
         self._restored = checkpoint.pop(KEY, None)
         if self._restored is not None and self.mesh is not None:
             ranks, shards = self._restored.pop("ranks"), self._restored["shards"]
+            if not self.asynchronous and len({own["global_step"] for own in ranks}) > 1:
+                rank_zero_warn(
+                    f"EDiT: the checkpoint is of A-EDiT, whose ranks had taken {min(own['global_step'] for own in ranks)} to"
+                    f" {max(own['global_step'] for own in ranks)} steps: without sync_seconds all go on from where rank 0 was,"
+                    " each with its own optimizer's state."
+                )
+                ranks = [{**ranks[0], **{key: own[key] for key in ("optimizer_states",) if key in own}} for own in ranks]
             if (len(ranks), shards) == (self.world_size, self.mesh[SHARD].size()):
                 first = ranks[self.global_rank - self.global_rank % shards]
                 checkpoint.update({**ranks[self.global_rank], "optimizer_states": first["optimizer_states"]})
@@ -578,6 +638,14 @@ class EDiTShardedStrategy(EDiTStrategy):
     def _make_mesh(self) -> DeviceMesh:
         return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: self.shard_size or self.num_processes})
 
+    def _check(self, trainer: Trainer) -> None:
+        super()._check(trainer)
+        if self.lightning_module is not None and not self.lightning_module.automatic_optimization:
+            raise ValueError(
+                "EDiTShardedStrategy gathers weights for one forward and backward pass a step, which manual optimization does not"
+                " keep to: use EDiTStrategy."
+            )
+
     def _set_up_network(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
@@ -601,6 +669,12 @@ class EDiTShardedStrategy(EDiTStrategy):
         self._root = _ShardRoot(self.lightning_module)
         for block in split_blocks(self.lightning_module):
             if block.module is not None:
+                shared = len({id(p) for p in block.module.parameters() if p.requires_grad}) - len(block.parameters)
+                if shared:
+                    raise ValueError(
+                        f"EDiTShardedStrategy: block {block.name} has {shared} parameters that are other blocks' too, which"
+                        " cannot be sharded with each: name other blocks in sync_blocks, or use EDiTStrategy."
+                    )
                 fully_shard(block.module, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
         fully_shard(self._root, mesh=self.mesh[SHARD], reshard_after_forward=self.reshard_after_forward)
         return self._root
@@ -662,7 +736,7 @@ class EDiTShardedStrategy(EDiTStrategy):
         module = self.lightning_module
         assert module is not None
         if _is_sharded(module):
-            own = dict(module.named_parameters())
+            own = dict(module.named_parameters(remove_duplicate=False))
             weights = {
                 name: _part(tensor, own[name]) if name in own else tensor for name, tensor in checkpoint["state_dict"].items()
             }

@@ -18,6 +18,7 @@ from strategies.edit.penalty import Detectors, Outer, Penalty, clip_factor, repl
 
 __all__ = ["SyncReport", "Synchronizer"]
 
+_BITS = 8  # of requests
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -180,12 +181,16 @@ class Synchronizer:
 
         Args:
             steps: local steps of this replica since the synchronisation before.
-            requests: bits that the others shall know.
+            requests: up to 8 bits that the others shall know.
 
         Returns:
             What all replicas reported. If none of them took a step, nothing else has happened.
         """
         norms = self._norms()
+        if self.shards is not None:  # a replica asks for what any of its ranks asks for
+            bits = torch.tensor([requests >> bit & 1 for bit in range(_BITS)], device=norms.device)
+            dist.all_reduce(bits, dist.ReduceOp.MAX, group=self.shards)
+            requests = sum(wanted << bit for bit, wanted in enumerate(bits.tolist()))
         head = torch.tensor([steps, requests], dtype=torch.float64, device=norms.device)
         sent = torch.cat([head, norms])
         seen = [torch.empty_like(sent) for _ in range(self.num_replicas)]

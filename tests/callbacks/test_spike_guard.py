@@ -488,10 +488,14 @@ def test_scalers_manual_optimization_and_lbfgs_are_refused():
 
 
 class Scoped(Callback):
-    """Gives the strategy the methods by which one says how its steps are judged."""
+    """Gives the strategy the methods by which one says how its steps are judged: each rank alone, always or from a batch on."""
 
-    def __init__(self, alone: bool) -> None:
-        self.alone = alone
+    def __init__(self, alone: bool | int) -> None:
+        self.alone = alone is True
+        self.since = alone
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.alone = self.alone or (self.since is not False and batch_idx >= self.since)
 
     def on_fit_start(self, trainer, module):
         groups = [torch.distributed.new_group([rank]) for rank in range(trainer.world_size)]
@@ -552,3 +556,12 @@ def test_a_strategy_can_tell_the_norm_and_who_decides_together(pool):
     assert alone[1]["calls"] == []  # ranks that decide apart cannot queue together
     together = pool.run(on_ranks, planted, 2, {}, scoped=False)
     assert together[0]["state"] == together[1]["state"] and together[0]["state"]["skipped"] >= 1
+
+
+def test_what_all_ranks_queued_is_not_waited_for_by_each_alone(pool):
+    planted = dict.fromkeys(range(64, 72), (9.0, 1.0))  # all of batch 8
+    together = pool.run(on_ranks, planted, 2, {"retry_window": 30}, scoped=False)
+    assert together[0]["calls"] and together[0]["state"]["skipped"] == 1
+    for rank in pool.run(on_ranks, planted, 2, {"retry_window": 30}, scoped=9):
+        assert rank["calls"] == together[0]["calls"]
+        assert rank["state"]["waiting"] == [] and rank["state"]["reduced"] == 0

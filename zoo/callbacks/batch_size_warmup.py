@@ -86,6 +86,11 @@ class BatchSizeWarmup(Callback):
             raise ValueError(
                 "BatchSizeWarmup: DeepSpeed fixes the number of micro-batches when it starts: remove one of the two."
             )
+        if getattr(trainer.strategy, "asynchronous", False):
+            raise ValueError(
+                "BatchSizeWarmup counts the samples of all ranks together, and with sync_seconds these take different numbers of"
+                " steps: remove one of the two."
+            )
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"BatchSizeWarmup: {type(pl_module).__name__} optimizes manually, and so accumulates by itself: remove"

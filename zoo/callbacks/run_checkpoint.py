@@ -90,12 +90,16 @@ class RunCheckpoint(Checkpoint):
             stop = trainer.world_size > 1 and strategy.reduce_boolean_decision(self._told_to_stop, all=False)
         if stop:
             trainer._signal_connector.received_sigterm = True  # Lightning raises SIGTERMException after this batch
-        if trainer.global_step == self._seen_step:
+        stepped = trainer.global_step != self._seen_step
+        # Ranks that step at different batches save in the batch in which they agreed, before they validate in it.
+        if not stepped and not (agreeing is not None and agreeing.asynchronous):
             return
-        self._seen_step = self._boundary_step = trainer.global_step
-        self._boundary = _state_after_batch(trainer)
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+        due = late = False
+        if stepped:
+            self._seen_step = self._boundary_step = trainer.global_step
+            self._boundary = _state_after_batch(trainer)
+            due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+            late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
         if agreeing is not None:
             counted = due and not agreeing.asynchronous
             due = agreeing.agree("save", trainer.is_global_zero and (due or late) and not counted) or counted

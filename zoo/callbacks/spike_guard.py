@@ -287,6 +287,9 @@ class SpikeGuard(Callback):
             return
         with self._timed():
             group = _group(trainer)
+            if group is not None and self._waiting:  # what all ranks waited for would come back to one of them only
+                self._waiting, self._waiting_ids = {}, None
+                self._returned.clear()
             loss, norm, rest = self._measure(trainer, optimizer, group)
             self._verdict = self.judge(loss, norm, rest)
             if rest is not None or self._verdict != "apply":
