@@ -1,6 +1,6 @@
 """Expert parallelism as a strategy of Lightning."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -63,6 +64,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self._handles: list[RemovableHandle] = []
         self._reductions: list[dist.Work] = []
         self._arrived: set[int] = set()
+        self._accumulates = False
 
     # A run begins and ends
 
@@ -119,7 +121,28 @@ class ExpertParallelStrategy(DDPStrategy):
         if self._shards is not None:
             self._shards.unite()
 
+    def _setup_model(self, model: nn.Module) -> Any:
+        """The module in DDP; as it is, with what rank 0 has, where experts alone are trained, of which DDP knows nothing."""
+        if self._shards is None or any(p.requires_grad and not self._shards.holds(p) for p in model.parameters()):
+            return super()._setup_model(model)
+        _sync_module_states(model)
+        return model
+
+    def _register_ddp_hooks(self) -> None:
+        if isinstance(self.model, DistributedDataParallel):
+            super()._register_ddp_hooks()
+
     # Gradients
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Inside, gradients are not averaged: those of the first micro-batches of an accumulated step (Lightning hook)."""
+        self._accumulates = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulates = False
 
     def _follow_gradients(self, shards: ExpertShards) -> None:
         """Make of each gradient of an expert, which is a sum over the group's tokens, the mean over the losses of all ranks."""
@@ -137,10 +160,8 @@ class ExpertParallelStrategy(DDPStrategy):
         All of the layer together: which comes first depends on how a rank computes it, and with it on its number of tokens.
         """
         assert self._mesh is not None
-        # As DDP does: not for the first micro-batches of an accumulated step.
-        syncs = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
         num_groups = self._mesh.size(0)
-        if num_groups == 1 or not syncs:
+        if num_groups == 1 or self._accumulates:
             return
         if not self._arrived:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_reductions)

@@ -196,12 +196,21 @@ def assert_same(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
     assert {k: v for rank in ranks for k, v in rank.predictions.items()} == one.predictions
 
 
+# fmt: off
 SETTINGS = {
     "plain": Setting(),
     "accumulated, clipped, averaged, recomputed, noisy": Setting(accumulate=2, clip=0.3, average=True, recompute=True, warmup=2),
     "frozen experts": Setting(freeze=("model.layers.1.mlp.experts.*",), clip=0.3),
+    "experts alone": Setting(
+        freeze=(
+            "model.word_embeddings*", "model.norm*", "lm_head*", "*.attention.*", "*layernorm*", "*.mlp.gate.*",
+            "*.shared_experts.*", "model.layers.0.mlp.*",
+        ),
+        accumulate=2, clip=0.1,
+    ),
     "32 bit, each rank as its number of tokens wants": Setting(torch.float32, "32-true", "auto", clip=0.3),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
