@@ -33,7 +33,8 @@ class LanguageBatch(TypedDict, total=False):
 
     Attributes:
         input_ids: int64 (B, T).
-        labels: int64 (B, T), the id at the same place, or -100 where it does not count; the model shifts.
+        labels: int64 (B, T), the id that the ids before this place are asked for, or -100 for nothing: the id at the same place
+            (the model shifts), but for an eos that is learned and not written (:mod:`datamodules.chat_template`).
         attention_mask: int64 (B, T), 1 for an id, 0 for padding.
         position_ids: int64 (B, T), from 0 in each document; only where documents do not see one another.
         index: int64 (B,), number of the row in its data set.
