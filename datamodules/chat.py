@@ -22,7 +22,7 @@ from datamodules.json_lines import MalformedRows, read_json_lines
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader
-from datamodules.token_windows import LanguageBatch, segment_positions
+from datamodules.token_windows import LanguageBatch, blank_batch, segment_positions
 from datamodules.tokenizer import Tokenizer
 
 __all__ = ["SFT", "Conversation", "ConversationRows", "pack"]
@@ -129,6 +129,10 @@ class ConversationRows(Dataset[LanguageBatch]):
             begins_BT = np.diff(conversation_BT, axis=1, prepend=conversation_BT[:, :1]) != 0
             batch["position_ids"] = torch.from_numpy(segment_positions(begins_BT))
         return batch
+
+    def blank(self) -> LanguageBatch:
+        """A batch in which nothing counts."""
+        return blank_batch(self.batch([0]))
 
 
 class SFT(LanguageData):

@@ -67,7 +67,8 @@ class PairBatch(TypedDict, total=False):
         rejected_input_ids: int64 (B, T).
         rejected_labels: int64 (B, T).
         rejected_attention_mask: int64 (B, T).
-        index: int64 (B,), number of the pair in its data set.
+        index: int64 (B,), number of the pair in its data set; -1 for one that does not count, which in evaluation is given to a
+            process with one batch fewer than others.
         reference_chosen_logps: float32 (B,), where the file gives them.
         reference_rejected_logps: float32 (B,).
         retried: bool (B,), whether the pair had been put back; in training.
@@ -91,7 +92,7 @@ class PackedPairBatch(TypedDict, total=False):
     Answers have numbers: pair b's chosen one is b, its rejected one B + b. Each begins with its prompt, and lies in one row.
 
     Attributes:
-        index: int64 (B,), number of the pair in its data set.
+        index: int64 (B,), as that of `PairBatch`.
         packed_input_ids: int64 (R, T).
         packed_labels: int64 (R, T), as the labels of `PairBatch`.
         packed_attention_mask: int64 (R, T), 0 for padding.
@@ -145,6 +146,10 @@ class Pairs(Dataset[PairBatch]):
             batch |= {f"{name}_input_ids": ids_BT, f"{name}_labels": labels_BT, f"{name}_attention_mask": mask_BT}
         return cast(PairBatch, {**batch, "index": torch.tensor(indices), **_references(pairs)})
 
+    def blank(self) -> PairBatch:
+        """A batch in which nothing counts."""
+        return {**self.batch([0]), "index": torch.tensor([-1])}
+
 
 class PackedPairs(Dataset[PackedPairBatch]):
     """Pairs as batches whose answers share rows: as few as a simple rule can (:func:`~datamodules.chat.pack`).
@@ -195,6 +200,10 @@ class PackedPairs(Dataset[PackedPairBatch]):
             "packed_answer_ids": answer_RT,
         }
         return cast(PackedPairBatch, {**batch, **_references(pairs)})
+
+    def blank(self) -> PackedPairBatch:
+        """A batch in which nothing counts."""
+        return {**self.batch([0]), "index": torch.tensor([-1])}
 
 
 def _ids_and_labels(pair: Pair, name: str) -> tuple[Tensor, Tensor]:

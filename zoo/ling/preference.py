@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
 from zoo.ling.module import Ling
@@ -28,7 +29,8 @@ class LingDPO(Ling):
     Batches hold, for ``chosen`` and ``rejected`` each, ``<side>_input_ids`` and ``<side>_labels`` (B, T), -100 outside of the
     answer, padded on the right to one width, and ``<side>_attention_mask`` (B, T), 0 for padding (absent: none); with
     ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule Preferences gives them. Source: Rafailov
-    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report.
+    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report. A batch whose ``index`` (B,) is -1 has no
+    weight in an evaluation.
 
     Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
     ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
@@ -67,6 +69,7 @@ class LingDPO(Ling):
         self.reference = reference
         # In a list, so that it is no part of the module: not trained, not averaged, not in what is shared.
         self._reference: list[LingForCausalLM] = []
+        self.val_preferences, self.test_preferences = _Preferences(), _Preferences()
 
     def setup(self, stage: str) -> None:
         """Make the reference, before a strategy takes the weights apart (Lightning hook).
@@ -216,9 +219,22 @@ class LingDPO(Ling):
 
     def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         result, _ = self.preferences(batch)
-        values = {"loss": result.loss, "accuracy": result.accuracy,
-                  "margin": (result.chosen_reward_B - result.rejected_reward_B).mean()}  # fmt: skip
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=_num_pairs(batch), sync_dist=True)
+        weight = 0 if "index" in batch and bool((batch["index"] < 0).all()) else _num_pairs(batch)
+        means = self.val_preferences if stage == "val" else self.test_preferences
+        means.loss.update(result.loss, weight)
+        means.accuracy.update(result.accuracy, weight)
+        means.margin.update((result.chosen_reward_B - result.rejected_reward_B).mean(), weight)
+        self.log_dict({f"{stage}/loss": means.loss, f"{stage}/accuracy": means.accuracy, f"{stage}/margin": means.margin})
+
+
+class _Preferences(nn.Module):
+    """Means over the pairs of an evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.accuracy = MeanMetric()
+        self.margin = MeanMetric()
 
 
 def _num_pairs(batch: Mapping[str, Tensor]) -> int:
