@@ -1,9 +1,11 @@
 """Tokenizers, sources, de-duplication, what is held out, and ids on disk."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from datamodules.assets import cache_folder
 from datamodules.corpus import read_corpora
@@ -76,6 +79,30 @@ def test_a_fast_tokenizer_round_trips_counts_bytes_and_takes_text_as_text(bpe_fo
     assert tokenizer.encode("a<|endoftext|>", special=True)[-1] == tokenizer.eos_id == tokenizer.pad_id
     assert [row.tolist() for row in tokenizer.encode_many([text, "a"])] == [ids, tokenizer.encode("a")]
     assert tokenizer.fingerprint == from_file.fingerprint != BYTES.fingerprint
+
+
+def raw_fingerprint(folder: Path) -> str:
+    """The fingerprint of a tokenizer as its file has it."""
+    raw = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    pad = raw.eos_token_id if raw.pad_token_id is None else raw.pad_token_id
+    return hashlib.sha256(f"{raw.eos_token_id}/{pad}/{raw.backend_tokenizer.to_str()}".encode()).hexdigest()
+
+
+def test_a_file_that_tells_to_cut_off_and_to_fill_up_is_not_obeyed(tmp_path, bpe_folder):
+    folder = tmp_path / "cutting"
+    shutil.copytree(bpe_folder, folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(max_length=5)
+    backend.enable_padding(length=8, pad_id=0, pad_token="<|endoftext|>")
+    backend.save(str(folder / "tokenizer.json"))
+    plain, cutting = load_tokenizer(str(bpe_folder)), load_tokenizer(str(folder))
+    texts = ["a", "def f(x): return x + x + x + x + x"]
+    assert [len(ids) for ids in cutting.encode_many(texts)] == [len(plain.encode(text)) for text in texts] != [8, 8]
+    for text in texts:
+        assert cutting.encode(text) == plain.encode(text) == cutting.encode_with_spans(text)[0]
+        assert cutting.decode(cutting.encode(text)) == text
+    assert plain.fingerprint == raw_fingerprint(bpe_folder), "what others have in the cache stays right"
+    assert cutting.fingerprint == plain.fingerprint != raw_fingerprint(folder)
 
 
 def test_a_tokenizer_of_spaces_written_as_a_mark_counts_bytes(tmp_path):
