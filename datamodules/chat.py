@@ -209,7 +209,7 @@ class SFT(LanguageData):
         conversations = [
             whole._replace(ids=whole.ids[: self.seq_len], labels=whole.labels[: self.seq_len])
             for whole in read_json_lines(path, parse, MalformedRows(self.on_error))
-            if policy.keeps(len(whole.ids), int(whole.learned.argmax()))
+            if policy.keeps(len(whole.ids), bool(whole.learned[: self.seq_len].any()))
         ]
         policy.report(path, "conversations")
         if not conversations:

@@ -234,7 +234,9 @@ class Preferences(LanguageData):
             no validation. Without effect if ``val_path`` is given.
         seq_len: Ids that a prompt with an answer may have.
         too_long: What is done about pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
-            lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one.
+            lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one or the
+            two are the same then. Log-probabilities of a reference are left out with a warning where answers lose their ends,
+            since they are those of whole answers.
         packed: Whether answers of a batch share rows of up to ``seq_len`` ids, without seeing one another, instead of having a
             padded row each: the batch is a `PackedPairBatch` then, which gives the same losses with less padding. It still has
             ``batch_size`` pairs; how many rows that takes differs from batch to batch.
@@ -242,8 +244,7 @@ class Preferences(LanguageData):
             overlap a match count, in all of the loss. ``null``: all tokens of the answers count. They are searched for in each
             answer as it is written, without its prompt and, unless the tokenizer's own template writes it, without the eos,
             which does not count then. A pair whose chosen answer has no such token is a malformed row (``on_error``); a
-            rejected answer may lack the format. Log-probabilities of a reference are left out with a warning, since they are
-            those of whole answers.
+            rejected answer may lack the format. Log-probabilities of a reference are left out here, too.
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
@@ -295,11 +296,12 @@ class Preferences(LanguageData):
                 some rows have log-probabilities of a reference.
         """
         policy = LengthPolicy(self.too_long, self.seq_len)
-        pairs = [
-            pair.cut(self.seq_len)
-            for pair in read_json_lines(path, self._parse, MalformedRows(self.on_error))
-            if policy.keeps(max(len(pair.chosen), len(pair.rejected)), int(pair.chosen_learned.argmax()))
-        ]
+        pairs = []
+        for whole in read_json_lines(path, self._parse, MalformedRows(self.on_error)):
+            pair = whole.cut(self.seq_len)
+            remains = bool(pair.chosen_learned.any()) and pair.chosen != pair.rejected
+            if policy.keeps(max(len(whole.chosen), len(whole.rejected)), remains):
+                pairs.append(pair)
         policy.report(path, "pairs")
         if not pairs:
             raise ValueError(f"{path} holds no pair that can be used.")
@@ -309,10 +311,11 @@ class Preferences(LanguageData):
                 f"{given} of {len(pairs)} pairs of {path} have reference_chosen_logps and reference_rejected_logps: give them "
                 f"for all, or for none."
             )
-        if given and self.format_tokens is not None:
+        if given and (policy.cut or self.format_tokens is not None):
+            where = "answers lose their ends (too_long: truncate)" if policy.cut else "format_patterns decides what counts"
             rank_zero_warn(
                 f"The reference_chosen_logps and reference_rejected_logps of {path} are those of whole answers, and are left out "
-                f"where format_patterns decides what counts: the model needs another reference than precomputed."
+                f"where {where}: the model needs another reference than precomputed."
             )
             pairs = [pair._replace(reference_logps=None) for pair in pairs]
         return pairs

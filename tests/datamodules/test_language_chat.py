@@ -391,6 +391,26 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
         assert [len(pair.chosen) for pair in data.splits[0]] == [3, 20]
 
 
+def test_pairs_that_are_cut_have_no_log_probabilities_of_whole_answers_and_still_differ(tmp_path):
+    logps = {"reference_chosen_logps": -1.0, "reference_rejected_logps": -2.0}
+    long = {"prompt": "q", "chosen": "x" * 30, "rejected": "y", **logps}
+    alike = {"prompt": "q", "chosen": "x" * 30 + "a", "rejected": "x" * 30 + "b", **logps}
+    short = {"prompt": "q", "chosen": "x", "rejected": "y", **logps}
+    options: dict[str, Any] = {"seq_len": 20, "too_long": "truncate"}
+    with pytest.warns(UserWarning) as warned:
+        pairs = preferences(tmp_path / "p.jsonl", [long, alike, short], **options).splits[0]
+    assert [text(pair.chosen) for pair in pairs] == ["q" + "x" * 19, "qx$"], "the cut pair that became one answer is left out"
+    assert all(pair.reference_logps is None for pair in pairs)
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "2 of 3 pairs" in messages and "1 lose their end, 1 are left out" in messages
+    assert "those of whole answers, and are left out where answers lose their ends (too_long: truncate)" in messages
+    (kept,) = preferences(tmp_path / "p.jsonl", [short], **options).splits[0]
+    assert kept.reference_logps == (-1.0, -2.0)
+    with pytest.warns(UserWarning, match="2 of 3 pairs .* 0 lose their end, 2 are left out"):
+        (kept,) = preferences(tmp_path / "p.jsonl", [long, alike, short], **{**options, "too_long": "skip"}).splits[0]
+    assert kept.reference_logps == (-1.0, -2.0)
+
+
 def test_a_prompt_is_for_training_or_for_validation(tmp_path):
     rows = [{"prompt": f"{n % 40}", "chosen": f"{n}", "rejected": "no"} for n in range(120)]
     train, val = Preferences(path=write(tmp_path / "p.jsonl", rows), val_fraction=0.3).splits
