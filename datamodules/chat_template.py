@@ -226,10 +226,10 @@ def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
         raise MalformedRow("it has no list of messages")
     checked: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            role = message.get("role") if isinstance(message, Mapping) else message
-            raise MalformedRow(f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}")
-        role, calls = _ROLES[message["role"]], message.get("tool_calls") or []
+        named = message.get("role") if isinstance(message, Mapping) else message
+        if not isinstance(message, Mapping) or not isinstance(named, str) or named not in _ROLES:
+            raise MalformedRow(f"message {number} has the role {named!r}, which is none of {', '.join(_ROLES)}")
+        role, calls = _ROLES[named], message.get("tool_calls") or []
         content = message.get("content")
         if content is None and calls:
             content = ""
@@ -245,7 +245,9 @@ def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
         if calls:
             try:
                 encodable("".join(_json(_call(call)) for call in calls))
-            except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            except MalformedRow:
+                raise
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise MalformedRow(f"the tool calls of message {number} are no list of names and arguments") from error
             checked[-1]["tool_calls"] = list(calls)
     if system is not None and checked[0]["role"] != "system":

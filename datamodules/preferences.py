@@ -24,6 +24,7 @@ from datamodules.json_lines import MalformedRow, MalformedRows, encodable, read_
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader
+from datamodules.prompts import encode_prompt
 
 __all__ = ["PackedPairBatch", "PackedPairs", "Pair", "PairBatch", "Pairs", "Preferences"]
 
@@ -212,6 +213,14 @@ def _ids_and_labels(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
     return ids_N, ids_N.where(torch.from_numpy(getattr(pair, f"{name}_learned")), -100)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _references(pairs: list[Pair]) -> dict[str, Tensor]:
     if pairs[0].reference_logps is None:
         return {}
@@ -222,7 +231,8 @@ def _references(pairs: list[Pair]) -> dict[str, Tensor]:
 class Preferences(LanguageData):
     """Pairs of answers for preference learning: a ``.jsonl`` with ``prompt``, ``chosen`` and ``rejected`` in each row.
 
-    The three are strings, which are put together as they are; or lists of messages (:mod:`datamodules.chat_template`), the
+    The three are strings, which are put together as they are, where marks such as ``<role>`` count in the prompt, as in those of
+    ``predict``, and are text in the answers; or lists of messages (:mod:`datamodules.chat_template`), the
     answers one message of the assistant's each. An eos ends each answer, and counts. Rows may give
     ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
     model: all rows, or none.
@@ -323,8 +333,7 @@ class Preferences(LanguageData):
     def _parse(self, row: dict[str, Any]) -> Pair:
         parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
         if all(isinstance(part, str) for part in parts):
-            # An eos stands before a document, and asks for its first id.
-            prompt = self.tokenizer.encode(encodable(str(parts[0]))) or [self.tokenizer.eos_id]
+            prompt = encode_prompt(encodable(str(parts[0])), self.tokenizer).ids
             answers = [self._text(encodable(str(part))) for part in parts[1:]]
         elif all(isinstance(part, list) for part in parts):
             prompt, _ = self.template.encode_prompt(parts[0], row.get("tools"))
@@ -338,7 +347,7 @@ class Preferences(LanguageData):
             raise MalformedRow("no token of the chosen answer is format, as format_patterns says")
         first, second = (np.concatenate([np.zeros(len(prompt), dtype=bool), learned]) for _, learned in answers)
         logps = [row.get(f"reference_{name}_logps") for name in ("chosen", "rejected")]
-        if logps != [None, None] and not all(isinstance(logp, int | float) and math.isfinite(logp) for logp in logps):
+        if logps != [None, None] and not all(map(_is_finite, logps)):
             raise MalformedRow(f"its log-probabilities of a reference are {logps[0]} and {logps[1]}, and should be two numbers")
         reference = None if logps[0] is None else (float(logps[0]), float(logps[1]))  # type: ignore[arg-type]
         return Pair(json.dumps(parts[0]), chosen, rejected, first, second, reference)

@@ -25,6 +25,8 @@ SMALL = LingConfig(
     num_experts_per_tok=1, num_shared_experts=1, moe_intermediate_size=8, pad_token_id=None, eos_token_id=EOS,
 )  # fmt: skip
 
+DIGITS = "7" * 5000
+"""More of them than Python reads as a number."""
 USER, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
 
 
@@ -165,11 +167,15 @@ def test_a_tokenizers_own_template_is_used_if_it_marks_what_is_learned(tmp_path)
         ([], "no list of messages"),
         (["hi"], "message 0 has the role 'hi'"),
         ([{"role": "robot", "content": "x"}], "message 0 has the role 'robot', which is none of system, user"),
+        ([{"role": ["user"], "content": "x"}], r"message 0 has the role \['user'\], which is none of system"),
+        ([{"role": {"a": 1}, "content": "x"}], "message 0 has the role {'a': 1}, which is none of system"),
         ([USER, {"role": "assistant", "content": 5}], "content of message 1 is no string"),
         ([USER, {"role": "system", "content": "x"}, ANSWER], "message 1 is the system's, which comes first"),
         ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], "message 0 calls tools, and is not the assistant's"),
         ([USER, {"role": "assistant", "content": ""}], "message 1 is empty"),
         ([USER, {"role": "assistant", "tool_calls": [{"arguments": {}}]}], "tool calls of message 1"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": DIGITS}]}], "tool calls of message 1"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}], "half of a surrogate pair"),
         ([USER], "no message is the assistant's"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "half of a surrogate pair"),
     ],
@@ -316,6 +322,16 @@ def test_malformed_rows_are_counted(tmp_path):
         SFT(path=path, seq_len=1)
 
 
+def test_odd_rows_are_named_and_can_be_left_out(tmp_path):
+    deep = '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    odd = [{"messages": [{**USER, "role": ["user"]}, ANSWER]}, f'{{"messages": {DIGITS}}}', deep]
+    path = write(tmp_path / "chat.jsonl", [*odd, *conversations(2)])
+    with pytest.raises(ValueError, match=r"3 of 5 rows .*line 1: message 0 has the role .*line 2: it is no JSON .*line 3: it is"):
+        SFT(path=path).setup("fit")
+    with pytest.warns(UserWarning, match="3 of 5 rows"):
+        assert len(SFT(path=path, on_error="skip", val_fraction=0.0).splits[0]) == 2
+
+
 def test_fine_tuning_resumes_with_the_rows_that_were_left(tmp_path):
     path = write(tmp_path / "chat.jsonl", conversations(40))
 
@@ -359,6 +375,18 @@ def test_pairs_share_their_prompt_and_learn_their_answers(tmp_path):
             assert mask.tolist() == sorted(mask.tolist(), reverse=True)
 
 
+def test_marks_count_in_prompts_and_are_text_in_answers(tmp_path):
+    tokenizer = byte_level(tmp_path / "t")
+    written = "<role>HUMAN</role>hi<role>ASSISTANT</role>"
+    row = {"prompt": written, "chosen": "<role>", "rejected": "no"}
+    (pair,) = preferences(tmp_path / "p.jsonl", [row], tokenizer=str(tmp_path / "t")).splits[0]
+    (predicted,) = predict(write(tmp_path / "prompts.jsonl", [{"prompt": written}]), tokenizer=str(tmp_path / "t"))
+    prompt = predicted["input_ids"][0].tolist()
+    assert prompt.count(CHAT_MARKS["<role>"]) == 2
+    assert pair.chosen == [*prompt, *tokenizer.encode("<role>"), tokenizer.eos_id]
+    assert CHAT_MARKS["<role>"] not in pair.chosen[len(prompt) :]
+
+
 def test_log_probabilities_of_a_reference_are_handed_on(tmp_path):
     rows = [
         {"prompt": f"{n}", "chosen": "a", "rejected": "b", "reference_chosen_logps": -n - 0.5, "reference_rejected_logps": -2}
@@ -380,6 +408,7 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
         ({**good, "chosen": [ANSWER]}, "neither three strings nor three lists"),
         ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER]}, "an answer is not one message"),
         ({**good, "reference_chosen_logps": -1}, "reference are -1 and None, and should be two numbers"),
+        ({**good, "reference_chosen_logps": -(10**400), "reference_rejected_logps": -1}, "-1000.*, and should be two numbers"),
     ]:
         with pytest.raises(ValueError, match=rf"1 of 2 rows of .* \(line 2: .*{message}"):
             preferences(tmp_path / "p.jsonl", [good, bad]).setup("fit")

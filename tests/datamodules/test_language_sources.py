@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
 import sys
@@ -177,6 +178,22 @@ def test_folders_patterns_files_and_rows_give_their_documents(tmp_path):
     assert read(folder / "*.rst") == [("c.rst", "third")]
     assert read(folder / "c.rst") == [("c.rst", "third")]
     assert read(folder / "rows.jsonl") == rows
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_like_others(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    odd = os.fsdecode(b"caf\xe9.txt")
+    (folder / "a.txt").write_text("first")
+    try:
+        (folder / odd).write_text("second")
+    except (OSError, UnicodeError):
+        pytest.skip("not measured: this file system takes UTF-8 names only")
+    assert dict(text_source(str(folder)).documents("raise")) == {"a.txt": "first", odd: "second"}
+    (corpus,) = read_corpora([str(folder)], BYTES, 0.5, "exact", "raise")
+    assert corpus.facts.num_documents == 2 and len(corpus.train) and len(corpus.val)
+    names = [f"{number}.txt" for number in range(50)]
+    assert held_out([*names, odd], 0.3)[:50].tolist() == held_out(names, 0.3).tolist(), "others stay where they are"
 
 
 def test_bad_sources_are_named(tmp_path):
