@@ -415,6 +415,38 @@ def test_files_of_ids_round_trip_and_are_divided_between_documents(tmp_path_fact
     assert np.array_equal(open_token_file(path, BYTES)[0].ends, whole.ends), "every eos ends a document"
 
 
+def stopping(documents):
+    yield from documents
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_file_of_ids_is_not_taken_for_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    with pytest.raises(KeyboardInterrupt):
+        write_token_file(path, stopping([[1, 2], [3]]), BYTES)
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        open_token_file(path, BYTES)
+    write_token_file(path, [[4, 5, 6]], BYTES)
+    before = open_token_file(path, BYTES)[1]
+    with pytest.raises(KeyboardInterrupt):
+        write_token_file(path, stopping([[1, 2], [3]]), BYTES)
+    file, sha = open_token_file(path, BYTES)
+    assert sha == before and file.tokens.tolist() == [4, 5, 6, 257], "the one of before stays"
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_token_file(path, [[1, 2], [3]], BYTES)
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        open_token_file(path, BYTES)
+    write_token_file(path, [[1, 2], [3]], BYTES)
+    assert open_token_file(path, BYTES)[0].tokens.tolist() == [1, 2, 257, 3, 257]
+    assert sorted(found.name for found in tmp_path.glob("a.*")) == ["a.bin", "a.idx.npy", "a.json"]
+
+
 def test_a_worker_that_is_sent_a_file_is_not_sent_the_ids(tmp_path):
     file = write_token_file(tmp_path / "a.bin", [np.zeros(50_000)], BYTES)
     assert len(file.tokens) == 50_001
