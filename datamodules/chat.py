@@ -22,7 +22,7 @@ from datamodules.json_lines import MalformedRows, read_json_lines
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader
-from datamodules.token_windows import LanguageBatch, segment_positions
+from datamodules.token_windows import LanguageBatch, blank_batch, segment_positions
 from datamodules.tokenizer import Tokenizer
 
 __all__ = ["SFT", "Conversation", "ConversationRows", "pack"]
@@ -34,12 +34,17 @@ class Conversation(NamedTuple):
     Attributes:
         key: Decides whether it is for training or validation.
         ids: Its ids, int32 (N,).
-        learned: Which of them are the assistant's, bool (N,).
+        labels: What is to be learned at each place, int32 (N,), -100 for nothing.
     """
 
     key: str
     ids: np.ndarray
-    learned: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def learned(self) -> np.ndarray:
+        """Where something is to be learned, bool (N,)."""
+        return self.labels != -100
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -90,7 +95,7 @@ class ConversationRows(Dataset[LanguageBatch]):
         rows = pack(lengths, seq_len) if packing else [[number] for number in range(len(lengths))]
         ordered = [conversations[number] for row in rows for number in row]
         self.ids = np.concatenate([conversation.ids for conversation in ordered])
-        self.learned = np.concatenate([conversation.learned for conversation in ordered])
+        self.labels = np.concatenate([conversation.labels for conversation in ordered])
         self.ends = np.cumsum([len(conversation.ids) for conversation in ordered])
         self.stops = np.cumsum([sum(lengths[number] for number in row) for row in rows])
         self.starts = np.concatenate([[0], self.stops[:-1]])
@@ -109,13 +114,15 @@ class ConversationRows(Dataset[LanguageBatch]):
         real_BT = at_BT < stop_B[:, None]
         at_BT = np.minimum(at_BT, stop_B[:, None] - 1)
         ids_BT = np.where(real_BT, self.ids[at_BT], self.pad_id).astype(np.int64)
-        learned_BT = real_BT & self.learned[at_BT]
+        labels_BT = np.where(real_BT, self.labels[at_BT], -100).astype(np.int64)
+        asked_BT = labels_BT[:, 1:]
+        bytes_BT = np.where(asked_BT != -100, self.token_bytes[np.maximum(asked_BT, 0)], 0)
         batch: LanguageBatch = {
             "input_ids": torch.from_numpy(ids_BT),
-            "labels": torch.from_numpy(np.where(learned_BT, ids_BT, -100)),
+            "labels": torch.from_numpy(labels_BT),
             "attention_mask": torch.from_numpy(real_BT.astype(np.int64)),
             "index": torch.tensor(indices),
-            "num_bytes": torch.from_numpy((self.token_bytes[ids_BT[:, 1:]] * learned_BT[:, 1:]).sum(axis=1)),
+            "num_bytes": torch.from_numpy(bytes_BT.sum(axis=1)),
         }
         if self.packing:
             conversation_BT = np.searchsorted(self.ends, at_BT, side="right")
@@ -123,11 +130,15 @@ class ConversationRows(Dataset[LanguageBatch]):
             batch["position_ids"] = torch.from_numpy(segment_positions(begins_BT))
         return batch
 
+    def blank(self) -> LanguageBatch:
+        """A batch in which nothing counts."""
+        return blank_batch(self.batch([0]))
+
 
 class SFT(LanguageData):
     """Supervised fine-tuning on conversations: a ``.jsonl`` with ``messages``, and ``tools`` if there are any, in each row.
 
-    The messages, the tools and how they are written: :mod:`datamodules.chat_template`. Labels are the assistant's ids, with the
+    The messages, the tools and how they are written: :mod:`datamodules.chat_template`. Labels are the assistant's ids and an
     eos behind each of its messages; nothing else counts.
 
     Args:
@@ -192,13 +203,13 @@ class SFT(LanguageData):
         policy = LengthPolicy(self.too_long, self.seq_len)
 
         def parse(row: dict[str, Any]) -> Conversation:
-            ids, learned = self.template.encode(row.get("messages"), row.get("tools"))
-            return Conversation(json.dumps(row["messages"]), np.array(ids, dtype=np.int32), np.array(learned))
+            ids, labels = self.template.encode(row.get("messages"), row.get("tools"))
+            return Conversation(json.dumps(row["messages"]), np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32))
 
         conversations = [
-            Conversation(key, ids[: self.seq_len], learned[: self.seq_len])
-            for key, ids, learned in read_json_lines(path, parse, MalformedRows(self.on_error))
-            if policy.keeps(len(ids), int(learned.argmax()))
+            whole._replace(ids=whole.ids[: self.seq_len], labels=whole.labels[: self.seq_len])
+            for whole in read_json_lines(path, parse, MalformedRows(self.on_error))
+            if policy.keeps(len(whole.ids), bool(whole.learned[: self.seq_len].any()))
         ]
         policy.report(path, "conversations")
         if not conversations:

@@ -8,9 +8,10 @@ A conversation is a list of messages as Hugging Face writes them, ``{"role": ...
 * beside the messages, ``tools`` is a list of descriptions of the tools, JSON objects.
 
 Ling writes ``<role>NAME</role>`` and the content for each message, with NAME = ``HUMAN`` for the user, else the role in capitals
-(``SYSTEM``, ``ASSISTANT``, ``OBSERVATION``), nothing between messages and nothing before them; the eos id ends an assistant's
-message. How tools are written is not published; here, it is JSON, one object a line: in the system message, after an empty
-line and ``Tools:``; and for calls, in the assistant's message, after its content.
+(``SYSTEM``, ``ASSISTANT``, ``OBSERVATION``), nothing between messages and nothing before them. An assistant learns to end each of
+its messages with the eos id, which is written behind the last message only: behind an earlier one, it is the label at the first
+place of the next message. How tools are written is not published; here, it is JSON, one object a line: in the system message,
+after an empty line and ``Tools:``; and for calls, in the assistant's message, after its content.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TemplateName = Literal["ling", "tokenizer"]
 LING_SYSTEM = "You are Ling, an assistant created by inclusionAI"
 """The system message of Ling's examples."""
 
+_NOT_LEARNED = -100
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "tool": "tool", "observation": "tool"}
 
 
@@ -48,7 +50,7 @@ class ChatTemplate(ABC):
         self.tokenizer = tokenizer
         self.system = system
 
-    def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
+    def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
         """A conversation, and what of it is to be learned.
 
         Args:
@@ -56,7 +58,8 @@ class ChatTemplate(ABC):
             tools: Descriptions of tools, or ``None``.
 
         Returns:
-            Its ids, and for each whether it is the assistant's: its messages with the eos behind each.
+            Its ids, and their labels: at each place the id that is to be learned there, given the ids before it, or -100. These
+            are the assistant's ids, and an eos behind each of its messages.
 
         Raises:
             MalformedRow: The messages are not what is described above, or none is the assistant's.
@@ -106,7 +109,7 @@ class ChatTemplate(ABC):
         return self._encode_answer(checked, _checked_tools(tools))
 
     @abstractmethod
-    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]: ...
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]: ...
 
     @abstractmethod
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]: ...
@@ -118,17 +121,21 @@ class ChatTemplate(ABC):
 class LingTemplate(ChatTemplate):
     """The format of Ling's released chat models. Content is encoded as text, whatever marks it happens to contain."""
 
-    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]:
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
-        learned: list[bool] = []
+        labels: list[int] = []
+        end = _NOT_LEARNED  # what is to be learned at the first place behind a message
         for role, content in _contents(messages, tools):
-            body = self.tokenizer.encode(content)
-            if role == "ASSISTANT":
-                body.append(self.tokenizer.eos_id)
             head = self.tokenizer.encode(f"<role>{role}</role>", special=True)
+            body = self.tokenizer.encode(content)
             ids += head + body
-            learned += [False] * len(head) + [role == "ASSISTANT"] * len(body)
-        return ids, learned
+            labels += [end] + [_NOT_LEARNED] * (len(head) - 1)
+            labels += body if role == "ASSISTANT" else [_NOT_LEARNED] * len(body)
+            end = self.tokenizer.eos_id if role == "ASSISTANT" else _NOT_LEARNED
+        if end != _NOT_LEARNED:
+            ids.append(end)
+            labels.append(end)
+        return ids, labels
 
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
         text = "".join(f"<role>{role}</role>{content}" for role, content in _contents(messages, tools))
@@ -160,12 +167,13 @@ class TokenizerTemplate(ChatTemplate):
                 f"{{% generation %}}, so that it cannot be told what is to be learned: add the marks, or use template: ling."
             )
 
-    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[bool]]:
+    def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]:
         self.transformers.backend_tokenizer.encode_special_tokens = False
         encoding = self.transformers.apply_chat_template(
             messages, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return list(encoding["input_ids"]), [bool(learned) for learned in encoding["assistant_masks"]]
+        ids, learned = encoding["input_ids"], encoding["assistant_masks"]
+        return list(ids), [number if learn else _NOT_LEARNED for number, learn in zip(ids, learned, strict=True)]
 
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
         text = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
@@ -218,10 +226,10 @@ def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
         raise MalformedRow("it has no list of messages")
     checked: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            role = message.get("role") if isinstance(message, Mapping) else message
-            raise MalformedRow(f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}")
-        role, calls = _ROLES[message["role"]], message.get("tool_calls") or []
+        named = message.get("role") if isinstance(message, Mapping) else message
+        if not isinstance(message, Mapping) or not isinstance(named, str) or named not in _ROLES:
+            raise MalformedRow(f"message {number} has the role {named!r}, which is none of {', '.join(_ROLES)}")
+        role, calls = _ROLES[named], message.get("tool_calls") or []
         content = message.get("content")
         if content is None and calls:
             content = ""
@@ -237,7 +245,9 @@ def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
         if calls:
             try:
                 encodable("".join(_json(_call(call)) for call in calls))
-            except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            except MalformedRow:
+                raise
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise MalformedRow(f"the tool calls of message {number} are no list of names and arguments") from error
             checked[-1]["tool_calls"] = list(calls)
     if system is not None and checked[0]["role"] != "system":

@@ -134,24 +134,30 @@ class ZooDataModule(Configurable, LightningDataModule):
         """A loader for validation, test or prediction: every sample once, in order, on one of the processes.
 
         All processes get equally many batches, which a model whose forward pass communicates needs. Where
-        ``batch_size`` would give one process a last batch that another lacks, the batches are a little smaller. That
+        ``batch_size`` would give one process a last batch that another lacks, the other gets one in which nothing counts,
+        if the data set can make it, as those of language can. Otherwise, the batches are a little smaller. That
         fails only where ``length // W`` is a multiple of every number up to ``batch_size``, as 12 is for 4, and
         ``length`` is no multiple of ``W``: with a tiny batch, choose a number of samples that ``W`` divides.
 
         Args:
-            dataset: Map-style data set; if it has ``batch(indices)``, that makes the batches.
+            dataset: Map-style data set; if it has ``batch(indices)``, that makes the batches, and if it has ``blank()`` as
+                well, that makes the batch in which nothing counts.
             collate_fn: Makes a batch of samples; ``None`` is torch's default.
 
         Raises:
-            ValueError: There are fewer samples than processes.
+            ValueError: There are fewer samples than processes, and no batches in which nothing counts.
         """
         processes, rank = self._share()
         length = len(dataset)  # type: ignore[arg-type]
+        order = EpochOrder(dataset, num_replicas=processes, rank=rank, train=False, seed=self.data_seed)  # type: ignore[arg-type]
+        if hasattr(dataset, "blank"):
+            most, own = (-(-samples // self.batch_size) for samples in (-(-length // processes), len(order)))
+            order.blank = own < most
+            return self._loader(dataset, order, self.batch_size, collate_fn)
         if 0 < length < processes:
             raise ValueError(
                 f"{length} sample(s) cannot be shared out to {processes} processes: run on at most {length} device(s)."
             )
-        order = EpochOrder(dataset, num_replicas=processes, rank=rank, train=False, seed=self.data_seed)  # type: ignore[arg-type]
         return self._loader(dataset, order, _even_batch_size(length, processes, self.batch_size), collate_fn)
 
     def _loader(

@@ -55,7 +55,7 @@ class Source(ABC):
 
     Args:
         name: What the user calls it.
-        files: Path within the source, and path on disk, of each file.
+        files: Path within the source, and path on disk, of each file; a name need not be UTF-8.
     """
 
     def __init__(self, name: str, files: list[tuple[str, Path]]) -> None:
@@ -74,7 +74,7 @@ class Source(ABC):
         """SHA-256 over names, sizes and contents of its files."""
         whole = hashlib.sha256(type(self).__name__.encode())
         for relative, path in self.files:
-            whole.update(f"\n{relative}\n{path.stat().st_size}\n".encode())
+            whole.update(f"\n{relative}\n{path.stat().st_size}\n".encode(errors="surrogateescape"))
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     whole.update(block)

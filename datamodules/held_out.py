@@ -18,14 +18,15 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     """Which samples are held out.
 
     Args:
-        keys: A key for each sample.
+        keys: A key for each sample; paths may have bytes that are not UTF-8, as Python writes them (``surrogateescape``).
         share: Expected share, from 0 to less than 1. Unless it is 0, and if there are two keys at least, neither side stays
             empty: the least hash is held out, the greatest is not.
 
     Returns:
         bool (samples,).
     """
-    hashes = np.array([int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "little") for key in keys])
+    raw = (key.encode(errors="surrogateescape") for key in keys)
+    hashes = np.array([int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little") for key in raw])
     chosen = hashes < share * 2.0**48
     if share and len(keys):
         chosen |= hashes == hashes.min()

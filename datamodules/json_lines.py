@@ -84,17 +84,29 @@ def read_json_lines(path: Path, parse: Callable[[dict[str, Any]], T], problems: 
                 continue
             total += 1
             try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise MalformedRow("it is no JSON object")
-                parsed = parse(row)
+                parsed = parse(_json_object(line))
             except MalformedRow as error:
                 problems.add(f"line {number}: {error}")
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                problems.add(f"line {number}: it is no JSON ({error})")
+            except RecursionError as error:
+                problems.add(f"line {number}: it is nested too deeply ({error})")
             else:
                 yield parsed
     problems.report(path, total)
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """The object that a line holds.
+
+    Raises:
+        MalformedRow: It holds none; also where a number has more digits than Python reads.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise MalformedRow(f"it is no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise MalformedRow("it is no JSON object")
+    return row
 
 
 def encodable(text: str) -> str:

@@ -108,7 +108,9 @@ class Text(LanguageData):
         document_mask: Whether documents of a window do not see one another: batches have ``position_ids`` that begin at 0
             in each document, and the first id of a document is not predicted.
         windows_per_epoch: Windows of an epoch, of all processes together. ``null``: as many as all sources have. Each source
-            is walked in an order of its own, over the epochs; none of its windows comes again before all have come.
+            is walked in an order of its own, over the epochs; none of its windows comes again before all have come, if the global
+            batch divides this number. If not, the last, incomplete batch of each epoch is left out, with up to a global batch
+            of windows that do not come before the next walk.
         val_fraction: Share of the documents of each source that is held out, by a fixed hash of the file's path or of the
             row's text; 0: no validation. ``test`` sees the held-out text too.
         validate_per_source: Whether validation has a loader for each source, in their order, instead of one for all. Batches

@@ -26,18 +26,18 @@ class LengthPolicy:
         self.total = self.cut = self.left_out = 0
         self.longest = 0
 
-    def keeps(self, length: int, first_learned: int) -> bool:
+    def keeps(self, length: int, remains: bool) -> bool:
         """Whether a sample stays, cut if need be.
 
         Args:
             length: Ids of the sample.
-            first_learned: Place of the first that is to be learned.
+            remains: Whether something that is to be learned remains of it where it is cut.
         """
         self.total += 1
         self.longest = max(self.longest, length)
         if length <= self.seq_len:
             return True
-        kept = self.too_long == "truncate" and first_learned < self.seq_len
+        kept = self.too_long == "truncate" and remains
         self.cut += kept
         self.left_out += not kept
         return kept

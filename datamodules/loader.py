@@ -31,6 +31,9 @@ from datamodules.retry_queue import RetryQueue, RetryState
 
 T = TypeVar("T", covariant=True)
 
+BLANK = -1
+"""An index that stands for no sample, but for a batch of its own in which nothing counts."""
+
 
 class Position(TypedDict):
     """A position in the data.
@@ -94,6 +97,9 @@ class EpochOrder(DistributedSampler[int]):
     start: int
     """Samples of this rank to leave out at the beginning of the next pass."""
 
+    blank: bool
+    """Whether :data:`BLANK` follows this rank's samples; in evaluation."""
+
     retries: RetryQueue
     """Samples that were put back into the order."""
 
@@ -109,6 +115,7 @@ class EpochOrder(DistributedSampler[int]):
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=train, seed=seed, drop_last=train)  # type: ignore[arg-type]
         self.start = 0
+        self.blank = False
         self.epoch_counter = epoch_counter
         self.retries = RetryQueue()
 
@@ -118,6 +125,10 @@ class EpochOrder(DistributedSampler[int]):
         return epoch_length(self.dataset) if self.shuffle else len(self.dataset)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
+        return self._num_samples + self.blank
+
+    @property
+    def _num_samples(self) -> int:
         return self.length // self.num_replicas if self.drop_last else len(range(self.rank, self.length, self.num_replicas))
 
     def order(self, epoch: int) -> np.ndarray:
@@ -138,8 +149,10 @@ class EpochOrder(DistributedSampler[int]):
         return self._samples(self.order(self.epoch), start)
 
     def _samples(self, order: np.ndarray, start: int) -> Iterator[int]:
-        for place in self.places(start, len(self)):
+        for place in self.places(start, self._num_samples):
             yield self.retries.at(place, order) if self.retries else int(order[place])
+        if self.blank:
+            yield BLANK
 
 
 def epoch_length(dataset: Any) -> int:
@@ -154,7 +167,8 @@ class WholeBatches(Dataset[Any]):
     would break the data set's use with a plain ``DataLoader``, which takes it for a list of samples.
 
     Args:
-        dataset: A map-style data set with ``batch(indices: list[int])``.
+        dataset: A map-style data set with ``batch(indices: list[int])``; if it has ``blank()``, that makes the batch of
+            :data:`BLANK`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -179,7 +193,7 @@ class WholeBatches(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> Any:
         """A whole batch."""
-        return self.dataset.batch(indices)
+        return self.dataset.blank() if indices == [BLANK] else self.dataset.batch(indices)
 
     @staticmethod
     def collate(batch: Any) -> Any:

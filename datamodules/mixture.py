@@ -1,8 +1,9 @@
 """A weighted mixture of sources: which windows an epoch has, and in which order.
 
 An epoch has a fixed number of windows. Each source gives its share of them, exactly but for rounding, in every epoch. A source
-is walked in a shuffled order of its own, across the epochs: no window of it comes again before all have come; then the
-order is drawn anew. The windows of an epoch are shuffled together. All of it is a pure function of (seed, epoch).
+is walked in a shuffled order of its own, across the epochs: no window of it comes again before all have had their turn; then the
+order is drawn anew. The windows of an epoch are shuffled together. All of it is a pure function of (seed, epoch), whatever the
+batches: where these do not divide an epoch, the loader leaves out the last, incomplete one, and its windows have had their turn.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from datamodules.json_lines import MalformedRow, MalformedRows, encodable, read_
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader
+from datamodules.prompts import encode_prompt
 
 __all__ = ["PackedPairBatch", "PackedPairs", "Pair", "PairBatch", "Pairs", "Preferences"]
 
@@ -67,7 +68,8 @@ class PairBatch(TypedDict, total=False):
         rejected_input_ids: int64 (B, T).
         rejected_labels: int64 (B, T).
         rejected_attention_mask: int64 (B, T).
-        index: int64 (B,), number of the pair in its data set.
+        index: int64 (B,), number of the pair in its data set; -1 for one that does not count, which in evaluation is given to a
+            process with one batch fewer than others.
         reference_chosen_logps: float32 (B,), where the file gives them.
         reference_rejected_logps: float32 (B,).
         retried: bool (B,), whether the pair had been put back; in training.
@@ -91,7 +93,7 @@ class PackedPairBatch(TypedDict, total=False):
     Answers have numbers: pair b's chosen one is b, its rejected one B + b. Each begins with its prompt, and lies in one row.
 
     Attributes:
-        index: int64 (B,), number of the pair in its data set.
+        index: int64 (B,), as that of `PairBatch`.
         packed_input_ids: int64 (R, T).
         packed_labels: int64 (R, T), as the labels of `PairBatch`.
         packed_attention_mask: int64 (R, T), 0 for padding.
@@ -145,6 +147,10 @@ class Pairs(Dataset[PairBatch]):
             batch |= {f"{name}_input_ids": ids_BT, f"{name}_labels": labels_BT, f"{name}_attention_mask": mask_BT}
         return cast(PairBatch, {**batch, "index": torch.tensor(indices), **_references(pairs)})
 
+    def blank(self) -> PairBatch:
+        """A batch in which nothing counts."""
+        return {**self.batch([0]), "index": torch.tensor([-1])}
+
 
 class PackedPairs(Dataset[PackedPairBatch]):
     """Pairs as batches whose answers share rows: as few as a simple rule can (:func:`~datamodules.chat.pack`).
@@ -196,11 +202,23 @@ class PackedPairs(Dataset[PackedPairBatch]):
         }
         return cast(PackedPairBatch, {**batch, **_references(pairs)})
 
+    def blank(self) -> PackedPairBatch:
+        """A batch in which nothing counts."""
+        return {**self.batch([0]), "index": torch.tensor([-1])}
+
 
 def _ids_and_labels(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
     """The ids of an answer with its prompt, and its labels, int64 (N,)."""
     ids_N = torch.tensor(getattr(pair, name))
     return ids_N, ids_N.where(torch.from_numpy(getattr(pair, f"{name}_learned")), -100)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _references(pairs: list[Pair]) -> dict[str, Tensor]:
@@ -213,7 +231,8 @@ def _references(pairs: list[Pair]) -> dict[str, Tensor]:
 class Preferences(LanguageData):
     """Pairs of answers for preference learning: a ``.jsonl`` with ``prompt``, ``chosen`` and ``rejected`` in each row.
 
-    The three are strings, which are put together as they are; or lists of messages (:mod:`datamodules.chat_template`), the
+    The three are strings, which are put together as they are, where marks such as ``<role>`` count in the prompt, as in those of
+    ``predict``, and are text in the answers; or lists of messages (:mod:`datamodules.chat_template`), the
     answers one message of the assistant's each. An eos ends each answer, and counts. Rows may give
     ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
     model: all rows, or none.
@@ -225,7 +244,9 @@ class Preferences(LanguageData):
             no validation. Without effect if ``val_path`` is given.
         seq_len: Ids that a prompt with an answer may have.
         too_long: What is done about pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
-            lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one.
+            lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one or the
+            two are the same then. Log-probabilities of a reference are left out with a warning where answers lose their ends,
+            since they are those of whole answers.
         packed: Whether answers of a batch share rows of up to ``seq_len`` ids, without seeing one another, instead of having a
             padded row each: the batch is a `PackedPairBatch` then, which gives the same losses with less padding. It still has
             ``batch_size`` pairs; how many rows that takes differs from batch to batch.
@@ -233,8 +254,7 @@ class Preferences(LanguageData):
             overlap a match count, in all of the loss. ``null``: all tokens of the answers count. They are searched for in each
             answer as it is written, without its prompt and, unless the tokenizer's own template writes it, without the eos,
             which does not count then. A pair whose chosen answer has no such token is a malformed row (``on_error``); a
-            rejected answer may lack the format. Log-probabilities of a reference are left out with a warning, since they are
-            those of whole answers.
+            rejected answer may lack the format. Log-probabilities of a reference are left out here, too.
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
@@ -286,11 +306,12 @@ class Preferences(LanguageData):
                 some rows have log-probabilities of a reference.
         """
         policy = LengthPolicy(self.too_long, self.seq_len)
-        pairs = [
-            pair.cut(self.seq_len)
-            for pair in read_json_lines(path, self._parse, MalformedRows(self.on_error))
-            if policy.keeps(max(len(pair.chosen), len(pair.rejected)), int(pair.chosen_learned.argmax()))
-        ]
+        pairs = []
+        for whole in read_json_lines(path, self._parse, MalformedRows(self.on_error)):
+            pair = whole.cut(self.seq_len)
+            remains = bool(pair.chosen_learned.any()) and pair.chosen != pair.rejected
+            if policy.keeps(max(len(whole.chosen), len(whole.rejected)), remains):
+                pairs.append(pair)
         policy.report(path, "pairs")
         if not pairs:
             raise ValueError(f"{path} holds no pair that can be used.")
@@ -300,10 +321,11 @@ class Preferences(LanguageData):
                 f"{given} of {len(pairs)} pairs of {path} have reference_chosen_logps and reference_rejected_logps: give them "
                 f"for all, or for none."
             )
-        if given and self.format_tokens is not None:
+        if given and (policy.cut or self.format_tokens is not None):
+            where = "answers lose their ends (too_long: truncate)" if policy.cut else "format_patterns decides what counts"
             rank_zero_warn(
                 f"The reference_chosen_logps and reference_rejected_logps of {path} are those of whole answers, and are left out "
-                f"where format_patterns decides what counts: the model needs another reference than precomputed."
+                f"where {where}: the model needs another reference than precomputed."
             )
             pairs = [pair._replace(reference_logps=None) for pair in pairs]
         return pairs
@@ -311,8 +333,7 @@ class Preferences(LanguageData):
     def _parse(self, row: dict[str, Any]) -> Pair:
         parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
         if all(isinstance(part, str) for part in parts):
-            # An eos stands before a document, and asks for its first id.
-            prompt = self.tokenizer.encode(encodable(str(parts[0]))) or [self.tokenizer.eos_id]
+            prompt = encode_prompt(encodable(str(parts[0])), self.tokenizer).ids
             answers = [self._text(encodable(str(part))) for part in parts[1:]]
         elif all(isinstance(part, list) for part in parts):
             prompt, _ = self.template.encode_prompt(parts[0], row.get("tools"))
@@ -326,7 +347,7 @@ class Preferences(LanguageData):
             raise MalformedRow("no token of the chosen answer is format, as format_patterns says")
         first, second = (np.concatenate([np.zeros(len(prompt), dtype=bool), learned]) for _, learned in answers)
         logps = [row.get(f"reference_{name}_logps") for name in ("chosen", "rejected")]
-        if logps != [None, None] and not all(isinstance(logp, int | float) and math.isfinite(logp) for logp in logps):
+        if logps != [None, None] and not all(map(_is_finite, logps)):
             raise MalformedRow(f"its log-probabilities of a reference are {logps[0]} and {logps[1]}, and should be two numbers")
         reference = None if logps[0] is None else (float(logps[0]), float(logps[1]))  # type: ignore[arg-type]
         return Pair(json.dumps(parts[0]), chosen, rejected, first, second, reference)

@@ -88,7 +88,9 @@ class TokenFile:
 
 
 def write_token_file(path: Path, documents: Iterable[Iterable[int] | np.ndarray], tokenizer: Tokenizer) -> TokenFile:
-    """Write a ``.bin`` file and what belongs beside it; an interrupted call leaves no ``.json``.
+    """Write a ``.bin`` file and what belongs beside it; an interrupted call leaves no ``.bin`` that is not whole.
+
+    The ids are written to ``NAME.bin.partial``; a file of before stays until they are all there.
 
     Args:
         path: Name of the file, ending in ``.bin``.
@@ -113,10 +115,10 @@ def write_token_file(path: Path, documents: Iterable[Iterable[int] | np.ndarray]
     if path.suffix != ".bin":
         raise ValueError(f"{path} must end in .bin.")
     facts_path, ends_path = _beside(path)
-    facts_path.unlink(missing_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
     dtype = _dtype(tokenizer.vocab_size)
     sha, ends, place, largest = hashlib.sha256(), [], 0, 0
-    with path.open("wb") as file:
+    with partial.open("wb") as file:
         for number, document in enumerate(documents):
             ids = np.asarray(document if isinstance(document, np.ndarray) else list(document), dtype=np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
@@ -128,6 +130,7 @@ def write_token_file(path: Path, documents: Iterable[Iterable[int] | np.ndarray]
             sha.update(raw)
             place += len(ids) + 1
             ends.append(place)
+    path.unlink(missing_ok=True)  # what is written beside it now is not of a file of before
     np.save(ends_path, np.asarray(ends, dtype=np.int64))
     facts = {
         "dtype": str(np.dtype(dtype)),
@@ -140,6 +143,7 @@ def write_token_file(path: Path, documents: Iterable[Iterable[int] | np.ndarray]
         "sha256": sha.hexdigest(),
     }
     facts_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
     return TokenFile(path, dtype, np.asarray(ends, dtype=np.int64))
 
 

@@ -25,7 +25,7 @@ from datamodules.mixture import Mixture
 from datamodules.token_files import TokenFile
 from datamodules.tokenizer import Tokenizer
 
-__all__ = ["LanguageBatch", "TokenWindows", "segment_positions"]
+__all__ = ["LanguageBatch", "TokenWindows", "blank_batch", "segment_positions"]
 
 
 class LanguageBatch(TypedDict, total=False):
@@ -33,10 +33,11 @@ class LanguageBatch(TypedDict, total=False):
 
     Attributes:
         input_ids: int64 (B, T).
-        labels: int64 (B, T), the id at the same place, or -100 where it does not count; the model shifts.
+        labels: int64 (B, T), the id that the ids before this place are asked for, or -100 for nothing: the id at the same place
+            (the model shifts), but for an eos that is learned and not written (:mod:`datamodules.chat_template`).
         attention_mask: int64 (B, T), 1 for an id, 0 for padding.
         position_ids: int64 (B, T), from 0 in each document; only where documents do not see one another.
-        index: int64 (B,), number of the row in its data set.
+        index: int64 (B,), number of the row in its data set; -1 where nothing counts, see :func:`blank_batch`.
         num_bytes: int64 (B,), bytes of text that the labels stand for that a model is asked for: not the first of a row.
         source: int64 (B,), number of the source, for `Text`.
         retried: bool (B,), whether the row had been put back; in training.
@@ -144,6 +145,21 @@ class TokenWindows(Dataset[LanguageBatch]):
             "source": torch.from_numpy(source_B + self.first_source),
             **batch,
         }
+
+    def blank(self) -> LanguageBatch:
+        """A batch in which nothing counts."""
+        return blank_batch(self.batch([0]))
+
+
+def blank_batch(batch: LanguageBatch) -> LanguageBatch:
+    """A batch like this one in which nothing counts, for a process that has one batch fewer than others."""
+    labels, index, num_bytes = batch["labels"], batch["index"], batch["num_bytes"]
+    return {
+        **batch,
+        "labels": torch.full_like(labels, -100),
+        "index": torch.full_like(index, -1),
+        "num_bytes": torch.zeros_like(num_bytes),
+    }
 
 
 def segment_positions(begins_BT: np.ndarray) -> np.ndarray:

@@ -246,7 +246,11 @@ def _load(name: str) -> Any:
             f"The tokenizer {name!r} is neither `byte`, nor a folder with a tokenizer.json (the file of a fast tokenizer), nor "
             f"the name of a repository on the hub such as inclusionAI/Ling-lite."
         )
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    # A file may tell to cut texts off and to fill them up, which nobody here has asked for.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

@@ -126,11 +126,44 @@ def test_recipes_for_deepspeed_have_no_spike_guard():
 
 def test_one_number_of_an_architecture_can_be_typed(capsys):
     """The recipe spells its preset out: a single number typed beside the preset's name would make a Ling-Lite of it."""
-    for name, known in (("ling/tiny", "ling_tiny"), ("ling/tiny_long", "ling_tiny"), ("ling/plus_pretrain", "ling_plus")):
+    first_stage = {"rope_theta": 1e4, "max_position_embeddings": 4096}
+    plus = preset("ling_plus").replace(**first_stage)
+    tiny = preset("ling_tiny")
+    for name, known in (("ling/tiny", tiny), ("ling/tiny_long", tiny), ("ling/plus_pretrain", plus)):
         with pytest.raises(SystemExit):
             main(["fit", "-c", name, "--model.config.num_hidden_layers", "2", "--print_config"])
         config = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["config"]
-        assert config == dataclasses.asdict(preset(known).replace(num_hidden_layers=2))
+        assert config == dataclasses.asdict(known.replace(num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("name", ["ling/lite_pretrain", "ling/plus_pretrain"])
+def test_the_first_stage_has_the_positions_of_short_texts(name):
+    config = yaml.safe_load(CONFIGS[name].read_text())
+    architecture = config["model"]["init_args"]["config"]
+    assert architecture["rope_theta"] == 1e4
+    assert architecture["max_position_embeddings"] == config["data"]["init_args"]["seq_len"] - 1 == 4096
+
+
+@pytest.mark.parametrize("name", ["ling/lite_pretrain_long", "ling/lite_pretrain_anneal"])
+def test_later_stages_have_the_tokens_that_they_name(name):
+    text = CONFIGS[name].read_text()
+    config = yaml.safe_load(text)
+    (batch,) = [each["init_args"] for each in config["trainer"]["callbacks"] if each["class_path"] == "BatchSizeWarmup"]
+    assert batch["start"] == batch["end"] == 2240 and "batches of 2240 sequences" in text
+    tokens = config["trainer"]["max_steps"] * batch["end"] * (config["data"]["init_args"]["seq_len"] - 1)
+    assert tokens == pytest.approx(150e9, rel=1e-3)
+
+
+def test_the_schedule_of_fine_tuning_leaves_the_betas_of_its_optimizer():
+    arguments = yaml.safe_load(CONFIGS["ling/lite_sft"].read_text())["model"]["init_args"]
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    options = {**arguments["optimizer"]["init_args"], "fused": False}
+    optimizer = torch.optim.AdamW(parameters, **options)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, **arguments["lr_scheduler"]["init_args"])
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
 
 
 def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_before(tmp_path):

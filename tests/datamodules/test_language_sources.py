@@ -1,9 +1,12 @@
 """Tokenizers, sources, de-duplication, what is held out, and ids on disk."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from datamodules.assets import cache_folder
 from datamodules.corpus import read_corpora
@@ -76,6 +80,30 @@ def test_a_fast_tokenizer_round_trips_counts_bytes_and_takes_text_as_text(bpe_fo
     assert tokenizer.encode("a<|endoftext|>", special=True)[-1] == tokenizer.eos_id == tokenizer.pad_id
     assert [row.tolist() for row in tokenizer.encode_many([text, "a"])] == [ids, tokenizer.encode("a")]
     assert tokenizer.fingerprint == from_file.fingerprint != BYTES.fingerprint
+
+
+def raw_fingerprint(folder: Path) -> str:
+    """The fingerprint of a tokenizer as its file has it."""
+    raw = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    pad = raw.eos_token_id if raw.pad_token_id is None else raw.pad_token_id
+    return hashlib.sha256(f"{raw.eos_token_id}/{pad}/{raw.backend_tokenizer.to_str()}".encode()).hexdigest()
+
+
+def test_a_file_that_tells_to_cut_off_and_to_fill_up_is_not_obeyed(tmp_path, bpe_folder):
+    folder = tmp_path / "cutting"
+    shutil.copytree(bpe_folder, folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(max_length=5)
+    backend.enable_padding(length=8, pad_id=0, pad_token="<|endoftext|>")
+    backend.save(str(folder / "tokenizer.json"))
+    plain, cutting = load_tokenizer(str(bpe_folder)), load_tokenizer(str(folder))
+    texts = ["a", "def f(x): return x + x + x + x + x"]
+    assert [len(ids) for ids in cutting.encode_many(texts)] == [len(plain.encode(text)) for text in texts] != [8, 8]
+    for text in texts:
+        assert cutting.encode(text) == plain.encode(text) == cutting.encode_with_spans(text)[0]
+        assert cutting.decode(cutting.encode(text)) == text
+    assert plain.fingerprint == raw_fingerprint(bpe_folder), "what others have in the cache stays right"
+    assert cutting.fingerprint == plain.fingerprint != raw_fingerprint(folder)
 
 
 def test_a_tokenizer_of_spaces_written_as_a_mark_counts_bytes(tmp_path):
@@ -150,6 +178,22 @@ def test_folders_patterns_files_and_rows_give_their_documents(tmp_path):
     assert read(folder / "*.rst") == [("c.rst", "third")]
     assert read(folder / "c.rst") == [("c.rst", "third")]
     assert read(folder / "rows.jsonl") == rows
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_like_others(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    odd = os.fsdecode(b"caf\xe9.txt")
+    (folder / "a.txt").write_text("first")
+    try:
+        (folder / odd).write_text("second")
+    except (OSError, UnicodeError):
+        pytest.skip("not measured: this file system takes UTF-8 names only")
+    assert dict(text_source(str(folder)).documents("raise")) == {"a.txt": "first", odd: "second"}
+    (corpus,) = read_corpora([str(folder)], BYTES, 0.5, "exact", "raise")
+    assert corpus.facts.num_documents == 2 and len(corpus.train) and len(corpus.val)
+    names = [f"{number}.txt" for number in range(50)]
+    assert held_out([*names, odd], 0.3)[:50].tolist() == held_out(names, 0.3).tolist(), "others stay where they are"
 
 
 def test_bad_sources_are_named(tmp_path):
@@ -369,6 +413,38 @@ def test_files_of_ids_round_trip_and_are_divided_between_documents(tmp_path_fact
     assert same == sha and np.array_equal(again.ends, whole.ends)
     path.with_suffix(".idx.npy").unlink()
     assert np.array_equal(open_token_file(path, BYTES)[0].ends, whole.ends), "every eos ends a document"
+
+
+def stopping(documents):
+    yield from documents
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_file_of_ids_is_not_taken_for_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    with pytest.raises(KeyboardInterrupt):
+        write_token_file(path, stopping([[1, 2], [3]]), BYTES)
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        open_token_file(path, BYTES)
+    write_token_file(path, [[4, 5, 6]], BYTES)
+    before = open_token_file(path, BYTES)[1]
+    with pytest.raises(KeyboardInterrupt):
+        write_token_file(path, stopping([[1, 2], [3]]), BYTES)
+    file, sha = open_token_file(path, BYTES)
+    assert sha == before and file.tokens.tolist() == [4, 5, 6, 257], "the one of before stays"
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_token_file(path, [[1, 2], [3]], BYTES)
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        open_token_file(path, BYTES)
+    write_token_file(path, [[1, 2], [3]], BYTES)
+    assert open_token_file(path, BYTES)[0].tokens.tolist() == [1, 2, 257, 3, 257]
+    assert sorted(found.name for found in tmp_path.glob("a.*")) == ["a.bin", "a.idx.npy", "a.json"]
 
 
 def test_a_worker_that_is_sent_a_file_is_not_sent_the_ids(tmp_path):

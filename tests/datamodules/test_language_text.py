@@ -180,6 +180,18 @@ def test_an_epoch_has_the_shares_of_the_weights_and_batches_their_keys(pair):
     assert tensors["retried"].dtype == torch.bool
 
 
+@pytest.mark.parametrize(("length", "lost"), [(40, 0), (43, 3)])
+def test_a_walk_gives_each_window_once_but_for_those_of_incomplete_batches(pair, length, lost):
+    name, _ = pair
+    data = Text(sources={name: 1.0}, seq_len=16, batch_size=4, val_fraction=0.0, windows_per_epoch=length)
+    loader = data.train_dataloader()
+    windows = len(loader.dataset)
+    epochs = windows // length  # of the first walk
+    assert epochs > 2
+    given = Counter(index for epoch in range(epochs) for batch in epoch_of(loader, epoch) for index in batch["index"])
+    assert set(given.values()) == {1} and len(given) == epochs * (length - lost)
+
+
 def test_validation_is_the_held_out_text_whole_and_always_the_same(pair):
     mixed = Text(sources=pair, seq_len=16, batch_size=5, val_fraction=0.2, seed=1)
     separate = Text(sources=pair, seq_len=16, batch_size=7, val_fraction=0.2, seed=2, validate_per_source=True)

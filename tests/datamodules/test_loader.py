@@ -1,6 +1,7 @@
 """The order of the data is a pure function of (seed, epoch); ranks divide it, workers and resuming do not change it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import lightning as L
@@ -71,6 +72,28 @@ def test_evaluation_gives_every_sample_to_one_rank_and_each_rank_as_many_batches
     assert len({len(rank) for rank in ranks}) == 1
     assert all(0 < len(batch) <= batch_size for rank in ranks for batch in rank)
     assert all(batch == sorted(batch) for rank in ranks for batch in rank)
+
+
+class Blanks(Places):
+    """A data set that can make batches in which nothing counts: (None, None)."""
+
+    def batch(self, indices: list[int]) -> tuple[torch.Tensor, None]:
+        return torch.tensor(indices), None
+
+    def blank(self) -> tuple[torch.Tensor, None]:
+        return torch.tensor([-1]), None
+
+
+@given(length=st.integers(1, 60), world=st.integers(1, 8), batch_size=st.integers(1, 7))
+def test_a_rank_that_lacks_a_batch_gets_one_in_which_nothing_counts(length, world, batch_size):
+    loaders = [datamodule(batch_size, rank, world).eval_loader(Blanks(length)) for rank in range(world)]
+    ranks = [batches(loader) for loader in loaders]
+    most = math.ceil(math.ceil(length / world) / batch_size)
+    assert {len(rank) for rank in ranks} == {len(loader) for loader in loaders} == {most}
+    assert sorted(index for rank in ranks for batch in rank for index in batch if index >= 0) == list(range(length))
+    blank = [batch for rank in ranks for batch in rank if -1 in batch]
+    assert all(batch == [-1] for batch in blank), "it is a batch of its own"
+    assert all([-1] not in rank[:-1] for rank in ranks)
 
 
 def test_seeds_and_epochs_give_unrelated_orders():

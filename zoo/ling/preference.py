@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
 from zoo.ling.module import Ling
 from zoo.ling.network import LingForCausalLM, LingOutput
 from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
+from zoo.metrics.mean_and_error import Mean
 
 __all__ = ["LingDPO"]
 
@@ -28,7 +29,8 @@ class LingDPO(Ling):
     Batches hold, for ``chosen`` and ``rejected`` each, ``<side>_input_ids`` and ``<side>_labels`` (B, T), -100 outside of the
     answer, padded on the right to one width, and ``<side>_attention_mask`` (B, T), 0 for padding (absent: none); with
     ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule Preferences gives them. Source: Rafailov
-    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report.
+    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report. A batch whose ``index`` (B,) is -1 has no
+    weight in an evaluation.
 
     Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
     ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
@@ -40,7 +42,7 @@ class LingDPO(Ling):
         nll_weight: weight of the chosen answers' cross-entropy.
         reference: ``copy`` takes the weights at the start of the training (kept in checkpoints, so that a continued run has
             the same reference), ``precomputed`` the log-likelihoods that the data hold, anything else is the folder of a
-            model in the released format.
+            model in the released format, whose experts and router are computed as the model's.
         router_warmup_steps: must be 0, since the router has learned already.
         kwargs: as for `Ling`; the routers' losses count as there, over both answers. ``loss_chunk`` has no effect: the logits
             of whole answers are in memory.
@@ -48,6 +50,8 @@ class LingDPO(Ling):
     Raises:
         ValueError: numbers out of range.
     """
+
+    exact_batches = True  # log-likelihoods of a reference are larger than what half precision tells apart
 
     def __init__(
         self,
@@ -65,8 +69,13 @@ class LingDPO(Ling):
         self.beta = beta
         self.nll_weight = nll_weight
         self.reference = reference
+        self._reference_options = {
+            "experts": kwargs.get("experts", "auto"),
+            "accurate_router": kwargs.get("router_dtype", "float32") == "float32",
+        }
         # In a list, so that it is no part of the module: not trained, not averaged, not in what is shared.
         self._reference: list[LingForCausalLM] = []
+        self.val_preferences, self.test_preferences = _Preferences(), _Preferences()
 
     def setup(self, stage: str) -> None:
         """Make the reference, before a strategy takes the weights apart (Lightning hook).
@@ -79,7 +88,7 @@ class LingDPO(Ling):
         if stage == "predict" or self._reference or self.reference == "precomputed":
             return
         if self.reference != "copy":
-            self._keep(load_hf(self.reference))
+            self._keep(load_hf(self.reference, **self._reference_options))
             if (size := self._reference[0].config.vocab_size) != self.config.vocab_size:
                 raise ValueError(
                     f"LingDPO: the reference {self.reference} has a vocabulary of {size}, the model one of"
@@ -216,9 +225,23 @@ class LingDPO(Ling):
 
     def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         result, _ = self.preferences(batch)
-        values = {"loss": result.loss, "accuracy": result.accuracy,
-                  "margin": (result.chosen_reward_B - result.rejected_reward_B).mean()}  # fmt: skip
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, batch_size=_num_pairs(batch), sync_dist=True)
+        margin = (result.chosen_reward_B - result.rejected_reward_B).mean()
+        weight = 0 if "index" in batch and bool((batch["index"] < 0).all()) else _num_pairs(batch)
+        means = self.val_preferences if stage == "val" else self.test_preferences
+        means.loss.update(result.loss.expand(weight))
+        means.accuracy.update(result.accuracy.expand(weight))
+        means.margin.update(margin.expand(weight))
+        self.log_dict({f"{stage}/loss": means.loss, f"{stage}/accuracy": means.accuracy, f"{stage}/margin": means.margin})
+
+
+class _Preferences(nn.Module):
+    """Means over the pairs of an evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = Mean()
+        self.accuracy = Mean()
+        self.margin = Mean()
 
 
 def _num_pairs(batch: Mapping[str, Tensor]) -> int:
