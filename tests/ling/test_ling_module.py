@@ -487,3 +487,11 @@ def test_preferences_need_their_entries(tmp_path: Path) -> None:
         trainer(tmp_path).fit(Ling(SMALL), DataLoader(Pairs(), batch_size=8))
     with pytest.raises(ValueError, match="beta=0"):
         LingDPO(config=SMALL, beta=0)
+
+
+def test_means_of_an_evaluation_are_exact_in_half_precision() -> None:
+    metrics = Ling(SMALL).bfloat16().val_metrics
+    for number in range(600):
+        metrics.loss.update(torch.tensor(2.35 + number % 2), torch.tensor(1 + number % 3))
+    metrics.loss.update(torch.tensor(math.nan), torch.tensor(0))  # of a batch in which nothing counts
+    assert metrics.compute()["loss"].item() == pytest.approx(2.85, rel=1e-6)

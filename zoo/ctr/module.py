@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
 
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.xdeepfm import XDeepFMNetwork
+from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
 
@@ -45,7 +45,7 @@ class ClickModule(ZooModule):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
         self.network = network
         self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
-        self.val_log_loss, self.test_log_loss = MeanMetric(), MeanMetric()
+        self.val_log_loss, self.test_log_loss = Mean(), Mean()
 
     def setup(self, stage: str) -> None:
         """Compare the columns of model and data before anything runs (Lightning hook).
@@ -126,7 +126,7 @@ class ClickModule(ZooModule):
         """AUC and log loss of a test batch."""
         self._evaluate("test", batch, self.test_auc, self.test_log_loss)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: MeanMetric) -> None:
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: Mean) -> None:
         logit_B = self(batch).float()
         auc.update(logit_B.sigmoid(), batch["label"].long())
         log_loss.update(binary_cross_entropy_with_logits(logit_B, batch["label"].float(), reduction="none"))

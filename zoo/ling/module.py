@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from zoo.hyperparameters import build
 from zoo.ling.config import Generation, LingConfig, Preset, preset
@@ -23,6 +22,7 @@ from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
+from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
 
@@ -506,9 +506,9 @@ class _Evaluation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = MeanMetric()
-        self.bits_per_byte = MeanMetric()
-        self.max_violation = MeanMetric()
+        self.loss = Mean()
+        self.bits_per_byte = Mean()
+        self.max_violation = Mean()
 
     def compute(self) -> dict[str, Tensor]:
         """The means of what was updated, which are then forgotten."""

@@ -228,9 +228,9 @@ class LingDPO(Ling):
         margin = (result.chosen_reward_B - result.rejected_reward_B).mean()
         weight = 0 if "index" in batch and bool((batch["index"] < 0).all()) else _num_pairs(batch)
         means = self.val_preferences if stage == "val" else self.test_preferences
-        means.loss.update(result.loss.expand(weight))
-        means.accuracy.update(result.accuracy.expand(weight))
-        means.margin.update(margin.expand(weight))
+        means.loss.update(result.loss, weight)
+        means.accuracy.update(result.accuracy, weight)
+        means.margin.update(margin, weight)
         self.log_dict({f"{stage}/loss": means.loss, f"{stage}/accuracy": means.accuracy, f"{stage}/margin": means.margin})
 
 

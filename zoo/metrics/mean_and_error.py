@@ -32,7 +32,7 @@ class _Float64Sums(Metric):
 
 
 class Mean(_Float64Sums):
-    """Mean over samples, over all batches and ranks.
+    """Mean over samples, weighted or not, over all batches and ranks.
 
     Example:
         >>> metric = Mean().to(torch.bfloat16)
@@ -48,10 +48,18 @@ class Mean(_Float64Sums):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("count", "total", **kwargs)
 
-    def update(self, values: Tensor) -> None:
-        """Add the values (B,) of some samples."""
-        self.count += values.numel()
-        self.total += values.detach().double().sum()
+    def update(self, values: Tensor, weights: Tensor | float = 1.0) -> None:
+        """Add the values of some samples, of any shape.
+
+        Args:
+            values: the values.
+            weights: what each counts for; of the same shape, or one for all.
+        """
+        values = values.detach().double()
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=values.device).expand_as(values)
+        self.count += weights.sum()
+        # Not a product with zero: what has no weight may be infinite.
+        self.total += torch.where(weights == 0, 0, values * weights).sum()
 
     def compute(self) -> Tensor:
         """The mean, float32 as logged numbers are."""
