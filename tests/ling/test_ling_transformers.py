@@ -153,6 +153,47 @@ def test_a_copy_divides_by_its_own_norms(lite):
         torch.testing.assert_close(other(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_evaluation_follows_an_optimizer_that_counts_no_version(compiled, lite):
+    model = loaded(lite, dtype=torch.float32).train()
+    run = torch.compile(model, backend="eager") if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        run(IDS, labels=LABELS).loss.backward()
+        with torch.no_grad():
+            model(IDS)
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, fresh.eval()(IDS).logits)
+
+
+def test_a_reference_that_is_synchronised_through_data_has_the_models_logits(lite):
+    model = loaded(lite)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        reference(IDS)
+        model.lm_head.weight.mul_(torch.linspace(0.5, 2, 24)).add_(0.1)
+        for old, new in zip(reference.parameters(), model.parameters(), strict=True):
+            old.data.copy_(new.data)
+        torch.testing.assert_close(reference(IDS).logits, model(IDS).logits)
+
+
+def test_norms_of_the_head_are_computed_once_a_generation(lite, monkeypatch):
+    model = loaded(lite)
+    norms = []
+    compute = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: norms.append(1) or compute(*args, **kwargs))
+    options = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    before = model.generate(IDS, **options)
+    assert len(norms) == 1
+    model.lm_head.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+    after = model.generate(IDS, **options)
+    assert len(norms) == 2 and not torch.equal(before, after)
+    assert torch.equal(after, copy.deepcopy(model).generate(IDS, **options))
+
+
 def test_packed_documents_do_not_see_one_another(lite):
     model, ids = loaded(lite), IDS[1:]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])

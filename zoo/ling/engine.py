@@ -116,6 +116,7 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in the order of arrival
         self._step: CPUStep | None = None
+        self._head: list[Tensor] = []
         self._next = 0
 
     @property
@@ -262,7 +263,7 @@ class Engine:
             request.segments = [*(self._share(donor, shared) if donor is not None else []), segment]
             request.stored = shared
             if not self._running:
-                self._step = None  # weights may have changed since
+                self._step, self._head = None, []  # weights may have changed since
             self._running.append(request)
             self._append([request], self._prefill(request))
 
@@ -320,7 +321,7 @@ class Engine:
     def _prefill(self, request: _Request) -> Tensor:
         """Scores (1, V) after all tokens of a request, whose keys and values are stored."""
         new_1T = torch.tensor([request.tokens[request.stored :]], device=self.both.device)
-        with evaluation_mode(self.network):
+        with evaluation_mode(self.network), self.network.lm_head.keep(self._head):
             logits = self.network(new_1T, cache=_Reading(self.both, request), last_only=True).logits
         assert logits is not None
         return logits[:, -1]
@@ -328,7 +329,8 @@ class Engine:
     def _decode(self, requests: list[_Request]) -> Tensor:
         """Scores (R, V) after the newest token of each request."""
         if self._step is None and CPUStep.supports(self.network, self.max_tokens):
-            self._step = CPUStep(self.network, self.max_tokens)
+            with self.network.lm_head.keep(self._head):
+                self._step = CPUStep(self.network, self.max_tokens)
         token_R = torch.tensor([request.tokens[-1] for request in requests], device=self.both.device)
         if self._step is not None:
             position_R = torch.tensor([request.stored for request in requests])
@@ -338,7 +340,7 @@ class Engine:
                 request.stored += 1
             return logits_RV
         gathered = _Gathered(self.both, requests)
-        with evaluation_mode(self.network):
+        with evaluation_mode(self.network), self.network.lm_head.keep(self._head):
             logits = self.network(token_R[:, None], gathered.mask_RS, cache=gathered, last_only=True).logits
         assert logits is not None
         return logits[:, -1]

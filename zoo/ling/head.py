@@ -4,6 +4,8 @@ Shape suffixes: N tokens, D width, V vocabulary, C tokens of a chunk.
 Source: arXiv 2503.05139, equation 4, and the code released with the weights.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def normalized_weight(weight_VD: Tensor) -> Tensor:
 class Head(nn.Module):
     """Logits over the vocabulary, with the weight normalised over it (NormHead) or as it is.
 
-    The weight itself is never overwritten. For evaluation the normalised one is kept until the weight changes.
+    The weight itself is never overwritten. The normalised one is computed anew in each forward pass, because nothing tells of
+    every change of a weight; it is kept only inside a generation, see `keep`.
 
     Args:
         vocab_size: V.
@@ -42,32 +45,35 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.normalize = normalize
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: list[Tensor] | None = None
 
     def effective_weight(self) -> Tensor:
         """What the logits are products with, (V, D)."""
         if not self.normalize:
             return self.weight
-        if torch.compiler.is_compiling():
+        if self._kept is None:
             return normalized_weight(self.weight)
-        if self.weight.is_inference():  # it has no version that would tell of a change
-            return normalized_weight(self.weight)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._kept = None  # some optimizers change `weight.data` without a new version, but never without a forward before
-            return normalized_weight(self.weight)
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
-        if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, normalized_weight(self.weight))
-        return self._kept[1]
+        if not self._kept:
+            self._kept.append(normalized_weight(self.weight))
+        return self._kept[0]
+
+    @contextmanager
+    def keep(self, kept: list[Tensor]) -> Iterator[None]:
+        """Take the normalised weight from a list inside, which holds it from the first time on: for the steps of one generation.
+
+        Args:
+            kept: empty at the first step; it belongs to the generation, so that other forward passes see nothing of it.
+        """
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., V), float32 (or float64)."""
         logits = F.linear(x, self.effective_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
 
 
 def cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:

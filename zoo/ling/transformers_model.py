@@ -276,7 +276,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         self.model = BailingMoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.model._norm_of_head = self._norm_of_head  # a bound method: a copy of this model gets its own
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: list[Tensor] | None = None  # norms of the head, while `generate` runs
         self.post_init()
 
     def _norm_of_head(self) -> Tensor | None:
@@ -289,18 +289,22 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
                 "An adapter on lm_head would change what NormHead divides by: leave lm_head out of target_modules; to train it"
                 " whole, name it in modules_to_save."
             )
-        weight = cast(Tensor, head.weight)
-        changing = torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
-        key = None if changing else (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if key is None or self._kept is None or self._kept[0] != key:
-            accurate = torch.promote_types(weight.dtype, torch.float32)
-            with torch.inference_mode(False), torch.no_grad():
-                norm_D = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=accurate) + EPS
-                norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
-            if torch.compiler.is_compiling():
-                return norm_D
-            self._kept = (key, norm_D)
-        return self._kept[1]
+        if self._kept:
+            return self._kept[0]
+        weight = cast(Tensor, head.weight).detach()
+        norm_D = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)) + EPS
+        norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
+        if self._kept is not None:
+            self._kept.append(norm_D)
+        return norm_D
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts, as the library does; weights do not change meanwhile, so that the head's norms are computed once."""
+        self._kept = []
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._kept = None
 
     def forward(
         self,
