@@ -269,6 +269,30 @@ def test_caches_of_the_library_continue_a_sequence(lite):
         torch.testing.assert_close(torch.cat(parts, dim=1)[0, 3:], full[0, 3:])
 
 
+@pytest.mark.parametrize("use_cache", [None, False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_given_cache_is_always_read_and_extended(training, use_cache, lite):
+    model = loaded(lite)
+    full = model(IDS).logits
+    cache = DynamicCache()
+    model(IDS[:, :4], past_key_values=cache)
+    output = model.train(training)(IDS[:, 4:], past_key_values=cache, use_cache=use_cache)
+    torch.testing.assert_close(output.logits, full[:, 4:])
+    assert cache.get_seq_length() == 7
+    assert getattr(model(IDS, use_cache=False), "cache", None) is None
+
+
+def test_activation_checkpointing_and_a_cache_exclude_one_another(lite):
+    model = loaded(lite).train()
+    model.activation_checkpointing_enable()
+    full = model(IDS, use_cache=True)
+    assert getattr(full, "past_key_values", None) is None and getattr(full, "cache", None) is None
+    with pytest.raises(ValueError, match="would be cached twice: leave out the cache"):
+        model(IDS, past_key_values=DynamicCache())
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, **options), loaded(lite).generate(IDS, **options))
+
+
 def test_beams_and_sampling_run(lite):
     model = loaded(lite)
     torch.manual_seed(0)
@@ -370,6 +394,37 @@ def test_lora_learns_is_stored_and_is_merged(targets, lite, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, after, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(load_hf(tmp_path / "merged")(IDS).logits, after, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+def test_a_learned_prefix_is_seen_in_training(lite, tmp_path):
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(loaded(lite), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    loss = model.train()(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+    loss.backward()
+    (prefix,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert prefix.grad.abs().min() > 0
+    assert model.eval()(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.item() == pytest.approx(loss.item())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="not measured: accelerate is not installed")
+def test_a_head_that_is_not_in_memory_is_normalised(lite, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    expected = loaded(lite)(IDS).logits.detach()
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    models = [
+        loaded(lite, device_map=device_map, offload_folder=tmp_path / "a"),
+        cpu_offload(loaded(lite), execution_device="cpu"),
+        loaded(lite),
+    ]
+    disk_offload(models[2], tmp_path / "b", execution_device="cpu")
+    for model in models:
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected)
+        assert model.lm_head.weight.is_meta
 
 
 @needs_peft

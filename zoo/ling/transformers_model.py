@@ -11,6 +11,7 @@ Files are read and written in the released format, the network in between is our
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, get_args
 
 import torch
@@ -31,6 +32,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import logging
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
@@ -40,6 +42,8 @@ from zoo.ling.official_config import ARCHITECTURE, MODEL_TYPE, check_released, f
 from zoo.ling.router import Router, balance_loss
 
 __all__ = ["BailingMoeConfig", "BailingMoeForCausalLM", "BailingMoeModel", "register", "slice_logits"]
+
+logger = logging.get_logger(__name__)
 
 #: The library renamed its argument for keys and values; outputs say which name this version has.
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -200,9 +204,9 @@ class BailingMoeModel(BailingMoePreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding, with those cached; or one as the library makes for caches of
                 a fixed size, (B or 1, 1, T, S).
             position_ids: (B, T); None: counted from the first token that is no padding.
-            cache: earlier keys and values, which this call extends; None with ``use_cache``: a new one.
+            cache: earlier keys and values, which this call reads and extends; None with ``use_cache``: a new one.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
-            use_cache: whether keys and values are returned; None: as configured, but not in training.
+            use_cache: whether a cache is made where none is given; None: as configured, but not in training.
             output_router_logits: whether the routers' logits are returned.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
             past_key_values: the same as ``cache`` under its older name.
@@ -210,7 +214,8 @@ class BailingMoeModel(BailingMoePreTrainedModel):
             kwargs: of other models; ``output_attentions`` is refused.
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attention weights are asked for.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, attention weights are asked for, or a cache is
+                given while activations are computed again.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -218,11 +223,14 @@ class BailingMoeModel(BailingMoePreTrainedModel):
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("BailingMoeModel computes no attention weights: leave out output_attentions.")
         cache = cache if cache is not None else past_key_values
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputed and cache is not None:
+            raise ValueError("Activations that are computed again would be cached twice: leave out the cache, or checkpointing.")
+        if recomputed and use_cache:
+            logger.warning_once("use_cache=True has no effect while activations are computed again in the backward pass.")
         if use_cache is None:
-            use_cache = (self.config.use_cache or cache is not None) and not self.training
-        if not use_cache or (self.gradient_checkpointing and self.training):
-            cache = None
-        elif cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache and not recomputed:
             cache = DynamicCache()
         past = 0 if cache is None else int(cache.get_seq_length())
         made = attention_mask is not None and attention_mask.dim() == 4
@@ -291,8 +299,9 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
             )
         if self._kept:
             return self._kept[0]
-        weight = cast(Tensor, head.weight).detach()
-        norm_D = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)) + EPS
+        with _present(head):
+            weight = cast(Tensor, head.weight).detach()
+            norm_D = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)) + EPS
         norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
         if self._kept is not None:
             self._kept.append(norm_D)
@@ -331,7 +340,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
             cache: earlier keys and values.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
             labels: (B, T) int64, shifted here; -100 does not count.
-            use_cache: whether keys and values are returned.
+            use_cache: whether a cache is made where none is given.
             output_router_logits: whether the routers' logits are returned, with the balance loss summed over the layers.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
             logits_to_keep: how many of the last positions get logits, 0: all; or positions, see `slice_logits`.
@@ -381,6 +390,15 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         probs = [layer_NE.softmax(-1) for layer_NE in logits]
         k = self.config.num_experts_per_tok
         return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
+
+
+def _present(module: nn.Module) -> AbstractContextManager[None]:
+    """Where weights are kept elsewhere between forward passes (the library's ``device_map``): bring a module's for a while."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device  # whose hook it is
+
+    return align_module_device(module)
 
 
 class _CacheView:
