@@ -8,11 +8,14 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -59,6 +62,9 @@ class Ling(ZooModule):
     ``position_ids`` (B, T) that start at 0 with each document, which then do not see one another (absent: one document);
     ``num_bytes`` (B,), the bytes of text that the labels stand for (absent: no bits per byte).
 
+    Weights of half precision stay so in evaluation and in true half precision; other training keeps them in float32. Rebuilt
+    from a checkpoint or a folder, the module has them in the type that was stored.
+
     Args:
         config: the architecture, or the name of a preset.
         checkpoint: folder of released weights (Hugging Face layout) to start from; its ``config.json`` decides the
@@ -87,6 +93,7 @@ class Ling(ZooModule):
         ValueError: arguments that do not fit one another, or a pattern of ``freeze`` that no parameter has.
     """
 
+    keeps_stored_types: ClassVar[bool] = True
     #: What the last training step saw, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), ``aux``, ``z``.
     last_losses: dict[str, Tensor]
     #: What the routers did in it.
@@ -189,6 +196,23 @@ class Ling(ZooModule):
             {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
             {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
         ]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Settle the type of the weights that are trained, before callbacks and strategies copy or divide them (Lightning hook).
+
+        An optimizer that adds small updates needs float32: without true half precision, parameters of half precision become it.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            precision = str(self.trainer.precision)
+            small = [p for p in self.network.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+            if small and (precision == "32-true" or precision.endswith("-mixed")):
+                rank_zero_info(
+                    f"Ling: {len(small)} parameters of half precision are trained in float32, as precision={precision} says;"
+                    " bf16-true trains them as they are."
+                )
+                for parameter in small:
+                    parameter.data = parameter.data.float()
+        return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
         """Compare the vocabularies of model and data before anything runs (Lightning hook).
