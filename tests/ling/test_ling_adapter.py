@@ -211,7 +211,8 @@ def test_aliases_nulls_and_unknown_entries():
     renamed |= {"n_routed_experts": 12, "n_shared_experts": 2}
     assert from_hf_config(renamed) == from_hf_config(LITE)
     assert from_hf_config(LITE | {"num_shared_experts": None}) == from_hf_config(LITE | {"num_shared_experts": 0})
-    assert from_hf_config(LITE | {"foo": 1, "eos_token_id": [39, 7]}) == from_hf_config(LITE)
+    assert from_hf_config(LITE | {"foo": 1, "eos_token_id": [39, 7]}) == from_hf_config(LITE).replace(eos_token_id=[39, 7])
+    assert from_hf_config(LITE | {"eos_token_id": []}).eos_token_id is None
     written = to_hf_config(from_hf_config(renamed), renamed)
     assert written["n_routed_experts"] == written["num_experts"] == 12
     assert to_hf_config(from_hf_config(LITE | {"eos_token_id": [39, 7]}), LITE | {"eos_token_id": [39, 7]})["eos_token_id"] == [
@@ -224,9 +225,33 @@ def test_aliases_nulls_and_unknown_entries():
     preset("ling_lite"), preset("ling_plus"), preset("ling_tiny"),
     LingConfig(head_dim=64, rope_scaling=RopeScaling("yarn", 4.0, 32768), use_bias=True, num_shared_experts=0),
     LingConfig(rope_scaling=RopeScaling("linear", 2.0), norm_head=False),
-], ids=range(5))  # fmt: skip
+    LingConfig(rope_scaling=RopeScaling("yarn", 4.0), max_position_embeddings=32768, eos_token_id=[7, 3]),
+], ids=range(6))  # fmt: skip
 def test_architectures_survive(config):
     assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config.replace(head_dim=config.head_width)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16384}
+
+
+@pytest.mark.parametrize(("changes", "same"), [
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"rope_theta": 1e4}),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4}}, {"rope_theta": 1e4}),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 600000.0, **YARN}, "rope_scaling": {"type": "yarn", **YARN}},
+     {"rope_scaling": {"rope_type": "yarn", **YARN}}),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN}}, {"rope_scaling": {"type": "yarn", **YARN}}),
+])  # fmt: skip
+def test_rope_parameters_are_base_and_scaling(changes, same):
+    config = from_hf_config(LITE | changes)
+    assert config == from_hf_config(LITE | same)
+    assert from_hf_config(to_hf_config(config, LITE | changes)) == config.replace(head_dim=6)
+
+
+def test_yarn_keeps_the_trained_length_when_the_context_grows():
+    config = from_hf_config(LITE).replace(rope_scaling=RopeScaling("yarn", 4.0))
+    longer = config.replace(max_position_embeddings=65536)
+    assert longer.rope_scaling == config.rope_scaling == RopeScaling("yarn", 4.0, 16384)
 
 
 V2 = "only BailingMoeForCausalLM"
@@ -251,6 +276,18 @@ V2 = "only BailingMoeForCausalLM"
     ({"rope_scaling": {"type": "linear"}}, "needs type and factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "needs original_max_position_embeddings"),
     ({"rope_scaling": {"type": "linear", "factor": 2, "attention_factor": 1}}, "but not attention_factor"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "yarn", **YARN}}, "type and rope_type .* contradict each other"),
+    ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor=nan must be a number of at least 1"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be of type float"),
+    ({"rope_scaling": {"type": "yarn", **YARN, "original_max_position_embeddings": -5}}, "=-5 must be at least 1"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=600000, .* contradict each other"),
+    ({"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.type='llama3'"),
+    ({"rope_parameters": "yarn"}, "rope_parameters='yarn' must be entries"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be of type bool"),
+    ({"head_dim": "128"}, "head_dim='128' must be of type int or null"),
+    ({"eos_token_id": "39"}, "eos_token_id='39' must be of type int"),
+    ({"eos_token_id": [39, 40]}, "eos_token_id=40 is outside of the vocabulary of 40"),
 ])  # fmt: skip
 def test_other_architectures_and_contradictions_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):

@@ -223,6 +223,15 @@ def test_padding_has_an_embedding_of_zero(tied):
         ({"initializer_range": -0.1}, "initializer_range=-0.1 must not be negative"),
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type='ntk'"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": {"type": "yarn", "foo": 1}}, "may have factor, .*, but not foo"),
+        ({"rope_scaling": {"factor": 2.0}}, "needs type"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be of type RopeScaling or null"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic needs heads that are wider than 2"),
+        ({"num_experts_per_tok": 2.0}, "num_experts_per_tok=2.0 must be of type int"),
+        ({"hidden_size": "32"}, "hidden_size='32' must be of type int"),
+        ({"norm_head": 1}, "norm_head=1 must be of type bool"),
+        ({"eos_token_id": [48, 50]}, "eos_token_id=50 is outside"),
+        ({"eos_token_id": ["48"]}, "eos_token_id=.* must be of type int or"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(changes, words):

@@ -90,6 +90,23 @@ def test_a_configuration_survives_and_resolves_quirks():
         BailingMoeConfig(num_experts=4, num_experts_per_tok=9)
 
 
+def test_rope_parameters_of_the_library_are_read_and_may_be_set(lite, tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16384}
+    entries = {name: value for name, value in LITE.items() if name not in ("rope_theta", "rope_scaling")}
+    config = AutoConfig.from_pretrained(write_released(tmp_path / "a", entries | {"rope_parameters": rope}, {}, num_files=1))
+    assert config.ling.rope_theta == 1e4 and config.ling.rope_scaling.factor == 4
+    assert rope.items() <= config.rope_parameters.items()
+    config.save_pretrained(tmp_path / "b")
+    assert AutoConfig.from_pretrained(tmp_path / "b").ling == config.ling
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}
+    assert config.ling.rope_theta == 5e3 and config.ling.rope_scaling.type == "linear"
+    assert loaded(lite, config=config).model.rotary.theta == 5e3
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 6e5}
+    assert config.ling == AutoConfig.from_pretrained(lite).ling
+    with pytest.raises(ValueError, match="contradict"):
+        BailingMoeConfig(**LITE | {"rope_parameters": rope})
+
+
 def test_new_weights_are_those_of_our_initialization(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(BailingMoeConfig(**LITE | {"initializer_range": 0.1, "hidden_size": 96}))

@@ -68,6 +68,7 @@ class BailingMoeConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("cache", "past_key_values")
+    rope_theta: float
     rope_scaling: dict[str, Any] | None = None  # a plain entry here, where newer versions of the library have a property
     has_no_defaults_at_init = False
 
@@ -83,6 +84,8 @@ class BailingMoeConfig(PreTrainedConfig):
         for alias, name in zip(aliases, ("num_experts", "num_shared_experts"), strict=True):
             if kwargs.get(alias) is not None:
                 defaults.pop(name)
+        if kwargs.get("rope_parameters"):  # decides alone, unless the released entries are given too
+            defaults |= {"rope_theta": None}
         config = from_hf_config({**defaults, **kwargs}, "BailingMoeConfig")
         entries = to_hf_config(config, kwargs)
         for name in ("architectures", "model_type", *aliases):
@@ -90,12 +93,15 @@ class BailingMoeConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
-        own = set(to_hf_config(config)) - {"architectures", "model_type", "tie_word_embeddings", *_TOKENS}
+        rope = {name: entries.pop(name) for name in ("rope_theta", "rope_scaling")}  # kept from what the library makes of them
+        own = set(to_hf_config(config)) - {"architectures", "model_type", "tie_word_embeddings", *rope, *_TOKENS}
         for name in own:
             setattr(self, name, entries.pop(name))
         super().__init__(**{"architectures": kwargs.get("architectures"), **entries})
         for name in ("tie_word_embeddings", *_TOKENS):
             setattr(self, name, entries[name])
+        for name, value in rope.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -106,6 +112,19 @@ class BailingMoeConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All entries that shape the network, and what else differs from the library's defaults (hook of the library)."""
         return {**super().to_diff_dict(), **to_hf_config(self.ling), "architectures": self.architectures or [ARCHITECTURE]}
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """``rope_theta`` and ``rope_scaling`` in one, as newer versions of the library name them; may be set."""
+        scaling = dict(self.rope_scaling or {"type": "default"})
+        kind = scaling.pop("type", None)
+        return {"rope_theta": self.rope_theta, "rope_type": kind, **scaling}
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: dict[str, Any] | None) -> None:
+        entries = dict(value or {})
+        self.rope_theta = entries.pop("rope_theta", self.rope_theta)
+        self.rope_scaling = None if set(entries.values()) <= {"default"} else entries
 
     @property
     def ling(self) -> LingConfig:
