@@ -277,7 +277,7 @@ class ZooModule(Configurable, LightningModule):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        config = {**self.hparams_initial, "zoo_version": zoo.__version__, **self.shared_entries()}
         if description:
             config["_description"] = description
         if half:
@@ -315,7 +315,19 @@ class ZooModule(Configurable, LightningModule):
             _take_types(module, weights)
         check_weights(module, weights, str(folder))
         load_model(module, str(folder / WEIGHTS_FILE))
+        module.take_shared_entries(config)
         return module
+
+    def shared_entries(self) -> dict[str, Any]:
+        """Plain data that ``config.json`` keeps beside the hyperparameters, by names that begin with an underscore."""
+        return {}
+
+    def take_shared_entries(self, config: Mapping[str, Any]) -> None:
+        """Give a module that is rebuilt what `shared_entries` kept.
+
+        Args:
+            config: all entries of ``config.json``.
+        """
 
     # Officially released weights: a method that has some overrides the hooks
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from ling_reference import CASES, LITE, Weights, random_weights, shapes, write_released
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from zoo.__main__ import main
 from zoo.hyperparameters import build
-from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf
+from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf, state_dict_adapter
 from zoo.ling.official_config import from_hf_config, to_hf_config
 from zoo.ling.state_dict_adapter import load_weights, released_tensors, weight_files
 
@@ -89,6 +90,79 @@ def test_shards_keep_their_size_and_the_index_knows_them(tmp_path):
     for size in ("many", "0GB", -1, "5 XB"):
         with pytest.raises(ValueError, match="max_shard_size"):
             save_hf(network, tmp_path / "b", max_shard_size=size)
+
+
+def test_new_weights_take_the_place_of_all_others_once_they_are_written(tmp_path, monkeypatch):
+    weights = bf16_weights()
+    folder = write_released(tmp_path / "a", LITE, weights, num_files=2)
+    network = load_hf(folder)
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
+        (folder / name).write_bytes(b"old")
+    (folder / "adapter_model.safetensors").write_bytes(b"another's")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
+        broken.setattr(state_dict_adapter, "save_file", fail)
+        save_hf(network, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_hf(network, folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "adapter_model.safetensors"}
+    assert same(dict(released_tensors(load_hf(folder))), weights)
+
+
+def test_what_belongs_to_the_weights_goes_with_them(tmp_path):
+    entries = LITE | {"eos_token_id": [39, 38], "my": 3, "torch_dtype": "bfloat16"}
+    folder = write_released(tmp_path / "a", entries, bf16_weights())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "notes.py"):
+        (folder / name).write_text(name)
+    module = Ling(checkpoint=str(folder))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again = Ling.load_from_checkpoint(tmp_path / "a.ckpt")
+    shared = Ling.from_pretrained(module.save_pretrained(tmp_path / "shared"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "tokenizer.json").write_text("my own")
+    again.to_hf(tmp_path / "b")
+    shared.to_hf(tmp_path / "c")
+    for other in ("b", "c"):
+        written = json.loads((tmp_path / other / "config.json").read_text())
+        assert written == {"bos_token_id": None} | entries | {"head_dim": 6}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in folder.iterdir()} - {
+        "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "notes.py",
+    } | {"model.safetensors"}  # fmt: skip
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "my own"
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "chat_template.jinja"
+    assert str(tmp_path) not in (tmp_path / "shared" / "config.json").read_text()
+
+
+def test_every_id_that_ends_a_text_ends_it(tmp_path):
+    network = load_hf(write_released(tmp_path / "a", LITE, random_weights(LITE)))
+    tokens = network.generate(IDS, max_new_tokens=6, eos_token_id=())[0, IDS.shape[1] :].tolist()
+    ended = load_hf(tmp_path / "a", config_changes={"eos_token_id": [39, tokens[2]]})
+    assert ended.generate(IDS, max_new_tokens=6)[0, IDS.shape[1] :].tolist() == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_a_repository_of_the_hub_is_fetched_as_data_only(tmp_path, monkeypatch):
+    folder = write_released(tmp_path / "a", LITE, bf16_weights())
+    asked = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        if name == "nobody/nothing":
+            raise ConnectionError("no network")
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert same(dict(released_tensors(Ling(checkpoint="inclusionAI/Ling-lite").network)), bf16_weights())
+    assert asked == {"inclusionAI/Ling-lite": ["*.json", "*.safetensors", "*.jinja", "*.txt"]}
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing is no local folder and could not be fetched from the hub"):
+        load_hf("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"There is no \.\./a/b: give the folder"):
+        load_hf("../a/b")
 
 
 def test_pickled_files_are_read_without_running_them(tmp_path):

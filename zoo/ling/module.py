@@ -67,8 +67,9 @@ class Ling(ZooModule):
 
     Args:
         config: the architecture, or the name of a preset.
-        checkpoint: folder of released weights (Hugging Face layout) to start from; its ``config.json`` decides the
-            architecture. A run that is continued does not need it any more.
+        checkpoint: folder of released weights (Hugging Face layout) to start from, or the name of a repository of the Hugging
+            Face hub with safetensors; its ``config.json`` decides the architecture. A run that is continued does not need it any
+            more.
         config_changes: entries of ``config`` or of the checkpoint's architecture that are other ones from here on, such as
             ``rope_theta`` and ``max_position_embeddings`` where training on long texts begins.
         experts: how routed experts are computed: one ``grouped`` product, a ``loop`` over experts, ``batched`` products of
@@ -454,6 +455,32 @@ class Ling(ZooModule):
 
     # Released weights
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the released folder said beside the architecture (Lightning hook)."""
+        super().on_save_checkpoint(checkpoint)
+        folder = self.network.hf_folder
+        checkpoint["ling_released"] = {"config": self.network.hf_config, "folder": None if folder is None else str(folder)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back (Lightning hook)."""
+        super().on_load_checkpoint(checkpoint)
+        if (released := checkpoint.get("ling_released")) is not None:
+            self.network.hf_config = released["config"]
+            self.network.hf_folder = None if released["folder"] is None else Path(released["folder"])
+
+    def shared_entries(self) -> dict[str, Any]:
+        """What the released ``config.json`` said beside the architecture."""
+        return {**super().shared_entries(), **({"_released": self.network.hf_config} if self.network.hf_config else {})}
+
+    def take_shared_entries(self, config: Mapping[str, Any]) -> None:
+        """Take it back.
+
+        Args:
+            config: all entries of ``config.json``.
+        """
+        super().take_shared_entries(config)
+        self.network.hf_config = config.get("_released", {})
+
     def load_official(self, path: str | Path) -> None:
         """Fill the network from a released folder (Hugging Face layout, whole or in shards) or one file of weights.
 
@@ -492,7 +519,7 @@ class Ling(ZooModule):
         """The module of a released folder, see `load_hf`.
 
         Args:
-            path: the folder.
+            path: the folder, or a repository of the hub.
             arguments: of the constructor.
         """
         return cls(checkpoint=str(path), **arguments)

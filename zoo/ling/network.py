@@ -10,6 +10,7 @@ Source: "Every FLOP Counts", arXiv 2503.05139, and the modelling file released w
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -316,6 +317,8 @@ class LingForCausalLM(nn.Module):
         self.config = config
         #: All entries of the ``config.json`` that the weights were released with, to be written again.
         self.hf_config: dict[str, Any] = {}
+        #: The folder that they were read from, whose tokenizer is written with them.
+        self.hf_folder: Path | None = None
         self.model = Model(config, experts, accurate_router)
         self.lm_head = Head(config.vocab_size, config.hidden_size, config.norm_head)
         if config.tie_word_embeddings:
