@@ -196,6 +196,39 @@ def test_chunked_gradient_by_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, weight: cross_entropy(x, weight, label_N, 5)[0], (x_ND, weight_VD))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_chunked_gradients_in_half_precision_are_as_near_as_the_plain_ones(dtype: torch.dtype) -> None:
+    """With a vocabulary and a batch whose probabilities over the number of labels float16 cannot tell from zero."""
+    generator = torch.Generator().manual_seed(0)
+    x_ND, weight_VD = torch.randn(1024, 16, generator=generator), torch.randn(4096, 16, generator=generator)
+    label_N = torch.randint(0, 4096, (1024,), generator=generator)
+    label_N[:900] = 7  # its row is the sum over many tokens
+    x_ND[:900, 0] = 100.0
+
+    def gradients(chunk: int, autocast: bool, scale: float) -> list[Tensor]:
+        x, weight = x_ND.clone().requires_grad_(), normalized_weight(weight_VD).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            mean = cross_entropy(x, weight, label_N, chunk)[0]
+        return [gradient / scale for gradient in torch.autograd.grad(mean * scale, [x, weight])]
+
+    def error(found: list[Tensor]) -> list[float]:
+        return [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
+
+    exact = gradients(0, False, 1.0)
+    for scale in (1.0, 2.0**8):
+        chunked, plain = (error(gradients(chunk, True, scale)) for chunk in (256, 0))
+        assert max(chunked) < 1e-2
+        assert scale == 1 or all(one < 1.5 * other + 1e-4 for one, other in zip(chunked, plain, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_label_below_zero_is_no_class(chunk: int) -> None:
+    head, (x_ND, label_N) = build(), inputs()
+    label_N[3] = -1
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy(x_ND, head.effective_weight(), label_N, chunk)
+
+
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_no_label_that_counts_is_a_loss_of_zero(chunk: int) -> None:
     head, (x_ND, label_N) = build(), inputs()

@@ -103,7 +103,11 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk: int =
 
 
 class _Chunked(torch.autograd.Function):
-    """Loss and gradients chunk by chunk, so that no more than (C, V) logits exist; each chunk is computed once."""
+    """Loss and gradients chunk by chunk, so that no more than (C, V) logits exist; each chunk is computed once.
+
+    Gradients are those of the sum until they leave: divided by the number of labels, most probabilities would be too small for
+    float16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, count: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -117,23 +121,23 @@ class _Chunked(torch.autograd.Function):
             x_CD, label_C = x_ND[part], label_N[part]
             logits_CV = F.linear(x_CD, weight_VD).to(accurate)
             valid_C = label_C != IGNORED
-            target_C1 = label_C.clamp(min=0)[:, None]
+            target_C1 = label_C.where(valid_C, 0)[:, None]
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
             each_N[part] = torch.where(valid_C, (lse_C1 - logits_CV.gather(1, target_C1)).squeeze(1), 0.0)
             if not (needs_x or needs_weight):
                 continue
             grad_CV = logits_CV.sub_(lse_C1).exp_()
             grad_CV.scatter_add_(1, target_C1, torch.full_like(lse_C1, -1.0))
-            scale_C1 = (valid_C.to(accurate) / count)[:, None]
-            grad_CV = torch.mul(grad_CV, scale_C1, out=grad_CV if accurate == x_ND.dtype else x_ND.new_empty(grad_CV.shape))
+            out = grad_CV if accurate == x_ND.dtype else x_ND.new_empty(grad_CV.shape)
+            grad_CV = torch.mul(grad_CV, valid_C[:, None], out=out)
             if grad_x is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_x[part])
             if grad_weight is not None:
-                if accurate == x_ND.dtype:
-                    grad_weight.addmm_(grad_CV.t(), x_CD)
-                else:
+                if x_ND.dtype == torch.bfloat16:
                     grad_weight += grad_CV.t() @ x_CD
-        ctx.save_for_backward(grad_x, grad_weight)
+                else:  # the sum of a chunk may be too large for float16
+                    grad_weight.addmm_(grad_CV.t().to(accurate), x_CD.to(accurate))
+        ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(each_N)
         return each_N.sum() / count, each_N
@@ -141,9 +145,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale_1 = (grads[0] / count).view(1)  # of one dimension, for a product in its own type
         if grad_x is not None:
-            grad_x = grad_x * grads[0].to(grad_x.dtype)
+            grad_x = (grad_x * scale_1).to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0].to(grad_weight.dtype)).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * scale_1).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None

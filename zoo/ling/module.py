@@ -54,7 +54,8 @@ class Ling(ZooModule):
     """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
 
     Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
-    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139.
+    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139. The mean is over the labels of a micro-batch of one process,
+    and micro-batches and processes count alike, whatever their numbers of labels (nearly equal in packed batches).
 
     Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
     where nothing is learned (absent: ``input_ids`` but for padding and each document's first token); ``attention_mask`` (B, T),
