@@ -242,6 +242,14 @@ def test_all_that_differs_is_listed(tmp_path):
     assert "1 no floating-point numbers: model.layers.0.mlp.gate.weight" in text
 
 
+def test_a_folder_with_another_head_is_no_language_model(tmp_path):
+    weights = bf16_weights()
+    weights["score.weight"] = weights.pop("lm_head.weight")[:1].clone()
+    entries = LITE | {"architectures": ["BailingMoeForSequenceClassification"]}
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight; 1 unknown: score\.weight"):
+        load_hf(write_released(tmp_path / "a", entries, weights))
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     folder = write_released(tmp_path / "a", LITE, bf16_weights(), num_files=3)
     (folder / "model-00002-of-00003.safetensors").unlink()

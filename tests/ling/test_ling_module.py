@@ -342,6 +342,17 @@ def test_a_rebuilt_module_has_the_types_that_were_stored(tmp_path: Path, small_h
     assert parameter_types(Ling.from_pretrained(exact.save_pretrained(tmp_path / "halved", half=True))) == {torch.float32}
 
 
+def test_ids_may_be_narrow_integers(tmp_path: Path) -> None:
+    seen = []
+    for dtype in (torch.int32, torch.int64):
+        torch.manual_seed(0)
+        model = Recording(SMALL)
+        rows = [{"input_ids": Sequences(padded=False)[index]["input_ids"].to(dtype)} for index in range(4)]
+        trainer(tmp_path, max_steps=1).fit(model, DataLoader(rows, batch_size=4))
+        seen.append(model.seen)
+    assert seen[0] == seen[1]
+
+
 def test_bad_batches_are_refused_before_they_reach_the_network(tmp_path: Path) -> None:
     model = Ling(SMALL)
     with pytest.raises(ValueError, match="id 24, but the vocabulary has 24 entries"):

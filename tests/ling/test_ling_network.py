@@ -248,5 +248,25 @@ def test_inputs_that_do_not_fit_are_named():
             model(ids, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match=r"labels of shape \(2, 11\) do not fit tokens of shape \(2, 12\)"):
         model(ids, labels=ids[:, 1:])
+    for name in ("position_ids", "document_ids"):
+        with pytest.raises(ValueError, match=rf"{name} of shape \(2, 11\) does not fit 2 sequences of 12 new tokens"):
+            model(ids, **{name: ids[:, 1:]})
     with pytest.raises(ValueError, match="There is no preset"):
         preset("ling_huge")
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (2, 1)])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_nothing_gives_nothing(shape, chunk):
+    model, ids = network(), torch.zeros(shape, dtype=torch.long)
+    output = model(ids, labels=ids, with_logits=True, loss_chunk=chunk)
+    assert output.logits.shape == (*shape, 50) and output.loss_BT.shape == shape and output.loss == 0
+    output.loss.backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_narrow_integers_are_ids_and_labels_too():
+    model, ids = network(), tokens()
+    expected = model(ids, labels=ids)
+    narrow = model(ids.int(), labels=ids.int())
+    assert torch.equal(narrow.loss, expected.loss) and torch.equal(narrow.loss_BT, expected.loss_BT)

@@ -12,7 +12,14 @@ import torch
 from ling_reference import CASES, LITE, logits_and_routes, random_weights, write_released
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.utils import logging
 
 from zoo.ling import LingForCausalLM, balance_loss, load_hf
@@ -217,6 +224,43 @@ def test_packed_documents_do_not_see_one_another(lite):
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed[:, 3:], model(ids[:, 3:]).logits)
     torch.testing.assert_close(packed[:, :3], model(ids[:, :3]).logits)
+
+
+def test_positions_without_a_mask_are_compiled_whole(lite):
+    model, positions = loaded(lite), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    for position_ids in (positions, torch.arange(7)[None]):
+        found = run(IDS[1:], position_ids=position_ids, use_cache=False).logits
+        torch.testing.assert_close(found, model(IDS[1:], position_ids=position_ids).logits)
+
+
+def test_masks_of_any_type_and_one_for_all_rows(lite):
+    model = loaded(lite)
+    ids = IDS[1:].expand(2, 7)
+    expected = model(ids).logits
+    seen = torch.ones(7, 7).tril()[None, None]
+    for mask in (seen.bool(), seen.long(), torch.zeros(1, 1, 7, 7, dtype=torch.float64).masked_fill(seen == 0, -1e9)):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+    both = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    one = model(ids, attention_mask=both, output_router_logits=True)
+    two = model(ids, attention_mask=both.expand(2, 7), output_router_logits=True)
+    assert torch.equal(one.aux_loss, two.aux_loss)
+
+
+def test_a_reward_model_is_a_layer_on_the_last_token(lite, tmp_path):
+    model, report = AutoModelForSequenceClassification.from_pretrained(lite, num_labels=1, output_loading_info=True)
+    assert report["missing_keys"] == {"score.weight"} and report["unexpected_keys"] == {"lm_head.weight"}
+    right = torch.cat([IDS[:, 3:], torch.full((2, 2), PAD)], dim=1)
+    rewards = model(right, attention_mask=(right != PAD).long()).logits
+    last = AutoModel.from_pretrained(lite)(IDS[:, 3:]).last_hidden_state[:, -1]
+    torch.testing.assert_close(rewards, last @ model.score.weight.T)
+    rewards.sum().backward()
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    torch.testing.assert_close(again(right, attention_mask=(right != PAD).long()).logits, rewards)
+    AutoModel.from_pretrained(lite).save_pretrained(tmp_path / "b")
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "b")(IDS[:, 3:]).last_hidden_state[:, -1], last)
 
 
 def test_hidden_states_router_logits_and_balance_loss(lite):

@@ -15,6 +15,8 @@ from zoo.ling.config import LingConfig, RopeScaling
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "check_released", "from_hf_config", "read_hf_config", "to_hf_config"]
 
 ARCHITECTURE = "BailingMoeForCausalLM"
+#: Other heads on the same network, and none.
+_OTHER_HEADS = ("BailingMoeForSequenceClassification", "BailingMoeModel")
 MODEL_TYPE = "bailing_moe"
 CONFIG_FILE = "config.json"
 
@@ -90,7 +92,7 @@ def check_released(entries: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source} is of {later}, another architecture: only {ARCHITECTURE} (Ling-Lite, Ling-Plus) is known.")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{source} has model_type={model_type!r} instead of {MODEL_TYPE!r}: these are no weights of Ling.")
-    if architectures and ARCHITECTURE not in architectures:
+    if architectures and not {ARCHITECTURE, *_OTHER_HEADS} & set(architectures):
         raise ValueError(f"{source} is of {', '.join(architectures)}: only {ARCHITECTURE} is known.")
     missing = [name for name in _REQUIRED if _value(entries, name, source) is None and name not in _NULLABLE]
     missing += [name for name in _NULLABLE if not any(key in entries for key in _keys(name))]

@@ -1,4 +1,5 @@
-"""Ling as a model of the transformers library: ``AutoModelForCausalLM``, ``generate``, ``Trainer``, and what builds on them.
+"""Ling as a model of the transformers library: ``AutoModelForCausalLM`` and its kin, ``generate``, ``Trainer``, and what builds
+on them.
 
 Importing this file, or ``zoo.ling.register()``, makes released folders loadable without remote code::
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Cache,
     DynamicCache,
@@ -31,6 +33,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
@@ -41,7 +44,14 @@ from zoo.ling.network import Model, positions_and_mask
 from zoo.ling.official_config import ARCHITECTURE, MODEL_TYPE, check_released, from_hf_config, to_hf_config
 from zoo.ling.router import Router, balance_loss
 
-__all__ = ["BailingMoeConfig", "BailingMoeForCausalLM", "BailingMoeModel", "register", "slice_logits"]
+__all__ = [
+    "BailingMoeConfig",
+    "BailingMoeForCausalLM",
+    "BailingMoeForSequenceClassification",
+    "BailingMoeModel",
+    "register",
+    "slice_logits",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -253,8 +263,10 @@ class BailingMoeModel(BailingMoePreTrainedModel):
             cache = DynamicCache()
         past = 0 if cache is None else int(cache.get_seq_length())
         made = attention_mask is not None and attention_mask.dim() == 4
+        if made and attention_mask is not None and not attention_mask.is_floating_point():
+            attention_mask = attention_mask.bool()
         document_ids = None
-        if attention_mask is None and position_ids is not None and not past and bool((position_ids.diff(dim=1) != 1).any()):
+        if attention_mask is None and position_ids is not None and not past and _begin_anew(position_ids):
             document_ids = (position_ids == 0).cumsum(1)
         position_ids, mask = positions_and_mask(given, past, None if made else attention_mask, position_ids, document_ids)
         view = None if cache is None else _CacheView(cache, past, whole=made)
@@ -387,7 +399,8 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if want_router and inner.router_logits:
-            aux_loss = self._balance_loss(inner.router_logits, attention_mask)
+            shape = cast(Tensor, inner.last_hidden_state).shape[:2]
+            aux_loss = self._balance_loss(inner.router_logits, attention_mask, shape)
             if loss is not None and self.config.router_aux_loss_coef:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = MoeCausalLMOutputWithPast(
@@ -401,14 +414,18 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict is not False else output.to_tuple()
 
-    def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None) -> Tensor:
+    def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None, shape_BT: torch.Size) -> Tensor:
         valid_N = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            tokens = logits[0].shape[0] // attention_mask.shape[0]
-            valid_N = attention_mask[:, -tokens:].reshape(-1).bool()
+            valid_N = attention_mask[:, -shape_BT[1] :].expand(shape_BT).reshape(-1).bool()
         probs = [layer_NE.softmax(-1) for layer_NE in logits]
         k = self.config.num_experts_per_tok
         return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
+
+
+def _begin_anew(position_ids: Tensor) -> bool:
+    """Whether there may be several documents, for which attention needs a mask; in a compiled graph that cannot be asked."""
+    return torch.compiler.is_compiling() or bool((position_ids.diff(dim=1) != 1).any())
 
 
 def _present(module: nn.Module) -> AbstractContextManager[None]:
@@ -418,6 +435,14 @@ def _present(module: nn.Module) -> AbstractContextManager[None]:
     from accelerate.utils import align_module_device  # whose hook it is
 
     return align_module_device(module)
+
+
+class BailingMoeForSequenceClassification(GenericForSequenceClassification, BailingMoePreTrainedModel):
+    """A linear layer on the last token's output of `BailingMoeModel`, as reward models have it: the library's own.
+
+    Args:
+        config: its configuration; ``num_labels`` is the width of the layer, whose weights are new where a folder has none.
+    """
 
 
 class _CacheView:
@@ -465,6 +490,7 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, BailingMoeConfig, exist_ok=True)
     AutoModel.register(BailingMoeConfig, BailingMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(BailingMoeConfig, BailingMoeForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(BailingMoeConfig, BailingMoeForSequenceClassification, exist_ok=True)
     AutoTokenizer.register(BailingMoeConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
     converters: list[Any] = [
         WeightConverter(
