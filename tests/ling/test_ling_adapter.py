@@ -161,8 +161,11 @@ def test_a_repository_of_the_hub_is_fetched_as_data_only(tmp_path, monkeypatch):
     assert asked == {"inclusionAI/Ling-lite": ["*.json", "*.safetensors", "*.jinja", "*.txt"]}
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing is no local folder and could not be fetched from the hub"):
         load_hf("nobody/nothing")
-    with pytest.raises(FileNotFoundError, match=r"There is no \.\./a/b: give the folder"):
-        load_hf("../a/b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for local in ("../a/b", "./nobody/nothing", "data/ling-lite"):
+        with pytest.raises(FileNotFoundError, match=r"There is no .*: give the folder"):
+            load_hf(local)
 
 
 def test_pickled_files_are_read_without_running_them(tmp_path):

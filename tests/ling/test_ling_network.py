@@ -230,6 +230,8 @@ def test_padding_has_an_embedding_of_zero(tied):
         ({"num_experts_per_tok": 2.0}, "num_experts_per_tok=2.0 must be of type int"),
         ({"hidden_size": "32"}, "hidden_size='32' must be of type int"),
         ({"norm_head": 1}, "norm_head=1 must be of type bool"),
+        ({"vocab_size": True}, "vocab_size=True must be of type int"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be of type float"),
         ({"eos_token_id": [48, 50]}, "eos_token_id=50 is outside"),
         ({"eos_token_id": ["48"]}, "eos_token_id=.* must be of type int or"),
     ],

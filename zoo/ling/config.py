@@ -23,15 +23,16 @@ def _check_types(config: "RopeScaling | LingConfig", prefix: str) -> None:
     Raises:
         ValueError: there is one.
     """
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        kinds = get_args(kind) or (kind,)
-        if get_origin(kind) is Literal:
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
             continue
-        ids = isinstance(value, list) and list[int] in kinds and all(type(token) is int for token in value)
-        if not (ids or type(value) in kinds or (type(value) is int and float in kinds)):
-            names = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-            raise ValueError(f"{prefix}{name}={value!r} must be of type {names}.")
+        plain = tuple(kind for kind in kinds if get_origin(kind) is None)
+        fits = isinstance(value, (*plain, int) if float in plain else plain) and isinstance(value, bool) == (bool in plain)
+        fits |= list[int] in kinds and isinstance(value, list) and all(type(item) is int for item in value)
+        if not fits:
+            names = ["null" if kind is type(None) else str(kind) if get_origin(kind) else kind.__name__ for kind in kinds]
+            raise ValueError(f"{prefix}{name}={value!r} must be of type {' or '.join(names)}.")
 
 
 @dataclass

@@ -233,10 +233,13 @@ def _allocate(network: LingForCausalLM, stored: Mapping[str, _Stored], dtype: to
 def local_folder(path: str | Path) -> Path:
     """A folder as it is; the name of a repository of the Hugging Face hub is fetched first, once: settings and safetensors.
 
+    A path that begins with ``./`` or ``/``, or with a folder that there is, never means a repository.
+
     Raises:
         FileNotFoundError: it is no folder, and could not be fetched.
     """
-    if Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    repository = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
+    if repository is None or Path(repository[1]).exists():
         return Path(path)
     return fetch_repository(str(path), ["*.json", "*.safetensors", "*.jinja", "*.txt"])
 

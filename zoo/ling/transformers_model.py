@@ -134,7 +134,7 @@ class BailingMoeConfig(PreTrainedConfig):
     def rope_parameters(self, value: dict[str, Any] | None) -> None:
         entries = dict(value or {})
         self.rope_theta = entries.pop("rope_theta", self.rope_theta)
-        self.rope_scaling = None if set(entries.values()) <= {"default"} else entries
+        self.rope_scaling = None if all(entry == "default" for entry in entries.values()) else entries
 
     @property
     def ling(self) -> LingConfig:
@@ -417,7 +417,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
     def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None, shape_BT: torch.Size) -> Tensor:
         valid_N = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            valid_N = attention_mask[:, -shape_BT[1] :].expand(shape_BT).reshape(-1).bool()
+            valid_N = attention_mask[:, attention_mask.shape[1] - shape_BT[1] :].expand(shape_BT).reshape(-1).bool()
         probs = [layer_NE.softmax(-1) for layer_NE in logits]
         k = self.config.num_experts_per_tok
         return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
