@@ -168,7 +168,7 @@ def test_the_schedule_of_fine_tuning_leaves_the_betas_of_its_optimizer():
 
 def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_before(tmp_path):
     arguments = yaml.safe_load(CONFIGS["ling/lite_pretrain_long"].read_text())["model"]["init_args"]
-    assert arguments["checkpoint"] == "data/ling-stage-1"
+    assert arguments["checkpoint"] == "./data/ling-stage-1"
     before = preset("ling_tiny").replace(num_hidden_layers=1)
     save_hf(LingForCausalLM(before), tmp_path / "stage-1")
     changes = arguments["config_changes"]

@@ -12,7 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["check_weights", "is_pretrained_folder", "read_checkpoint", "read_plain", "read_pretrained", "refuse_text"]
+__all__ = [
+    "check_weights",
+    "fetch_repository",
+    "is_pretrained_folder",
+    "read_checkpoint",
+    "read_plain",
+    "read_pretrained",
+    "refuse_text",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,6 +71,28 @@ def read_plain(path: str | Path, map_location: Any = "cpu", mmap: bool = False) 
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error
+
+
+def fetch_repository(name: str, patterns: list[str]) -> Path:
+    """Folder of a repository of the Hugging Face hub, fetched once, then cached.
+
+    Args:
+        name: ``"organisation/name"``.
+        patterns: of the files that are wanted.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}):"
+            " check the name and the connection, or give a folder."
+        ) from error
 
 
 def is_pretrained_folder(path: str | Path) -> bool:

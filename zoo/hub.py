@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoint import CONFIG_FILE, is_pretrained_folder
+from zoo.checkpoint import CONFIG_FILE, fetch_repository, is_pretrained_folder
 from zoo.module import ZooModule
 
 __all__ = ["ShippedModel", "import_methods", "list_models", "load", "resolve"]
@@ -82,16 +82,7 @@ def resolve(name: str) -> Path:
     if is_pretrained_folder(name):
         return Path(name)
     if name.count("/") == 1 and not Path(name).exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}):"
-                " check the name and the connection, or give a folder."
-            ) from error
+        return fetch_repository(name, ["*.json", "*.safetensors", "*.md"])
     near = difflib.get_close_matches(name, _manifest(), n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise FileNotFoundError(f"There is no pretrained model {name!r}.{hint} `zoo list` shows those shipped with the package.")

@@ -46,6 +46,9 @@ class ZooModule(Configurable, LightningModule):
     #: Whether batches come as the data gives them, also in true half precision: for modules that quantise or encode them, since
     #: 8-bit values would be rounded to others.
     exact_batches: ClassVar[bool] = False
+    #: Whether a module that is rebuilt has its parameters in the floating-point types in which they were stored: for those that
+    #: compute in any; the others get the type that their constructor gives them.
+    keeps_stored_types: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -257,6 +260,8 @@ class ZooModule(Configurable, LightningModule):
         if cls.CHECKPOINT_HYPER_PARAMS_KEY not in checkpoint:
             raise ValueError(f"{checkpoint_path} holds no hyperparameters, so the module cannot be rebuilt from it.")
         module = cls._build({**checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]}, overrides)
+        if module.keeps_stored_types:
+            _take_types(module, checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
         check_weights(module, checkpoint["state_dict"], str(checkpoint_path), strict)
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -274,9 +279,11 @@ class ZooModule(Configurable, LightningModule):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.hparams_initial, "zoo_version": zoo.__version__}
+        config = {**self.hparams_initial, "zoo_version": zoo.__version__, **self.shared_entries()}
         if description:
             config["_description"] = description
+        if half:
+            config["_half"] = True
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         path = folder / WEIGHTS_FILE
         save_model(self, str(path))
@@ -306,9 +313,23 @@ class ZooModule(Configurable, LightningModule):
             folder = resolve(str(name_or_folder))
         config, weights = read_pretrained(folder)
         module = cls._build(config, overrides)
+        if module.keeps_stored_types and not config.get("_half"):
+            _take_types(module, weights)
         check_weights(module, weights, str(folder))
         load_model(module, str(folder / WEIGHTS_FILE))
+        module.take_shared_entries(config)
         return module
+
+    def shared_entries(self) -> dict[str, Any]:
+        """Plain data that ``config.json`` keeps beside the hyperparameters, by names that begin with an underscore."""
+        return {}
+
+    def take_shared_entries(self, config: Mapping[str, Any]) -> None:
+        """Give a module that is rebuilt what `shared_entries` kept.
+
+        Args:
+            config: all entries of ``config.json``.
+        """
 
     # Officially released weights: a method that has some overrides the hooks
 
@@ -511,6 +532,13 @@ def _family(cls: type[ZooModule]) -> list[type[ZooModule]]:
         found.append(waiting.pop(0))
         waiting += found[-1].__subclasses__()
     return found
+
+
+def _take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Convert parameters to the types of the weights that they are about to get."""
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        if isinstance(parameter, nn.Parameter) and name in weights and weights[name].is_floating_point():
+            parameter.data = parameter.data.to(weights[name].dtype)
 
 
 class _SeedEachBatch(Callback):

@@ -1,15 +1,21 @@
 """NormHead: identities of the column norm and its gradient; the chunked cross-entropy is the plain one."""
 
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ling import Engine, LingConfig, LingForCausalLM
+from zoo.ling import head as module
+from zoo.ling.decode_step import CPUStep
 from zoo.ling.head import IGNORED, Head, cross_entropy, normalized_weight
 
 V, D, N = 11, 6, 13
+SMALL = LingConfig(
+    vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+    num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=8, initializer_range=0.1, pad_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
 
 
 def build(normalize: bool = True) -> Head:
@@ -61,7 +67,6 @@ def test_evaluation_gives_the_same_logits_and_touches_no_weight() -> None:
     trained = head.train()(x_ND)
     with torch.no_grad():
         assert torch.equal(head.eval()(x_ND), trained)
-        assert head.effective_weight() is head.effective_weight()  # kept
     with torch.inference_mode():
         assert torch.equal(head(x_ND), trained)
     assert torch.equal(head.weight, before)
@@ -81,7 +86,61 @@ def test_evaluation_gives_the_same_logits_and_touches_no_weight() -> None:
     assert losses[0] == losses[1]
 
 
-def test_the_kept_weight_follows_every_change() -> None:
+def test_the_weight_is_kept_inside_a_generation_only_and_by_it() -> None:
+    head, (x_ND, _) = build(), inputs()
+    first: list[Tensor] = []
+    with torch.inference_mode():
+        with head.keep(first):
+            logits = head(x_ND)
+            assert head.effective_weight() is head.effective_weight() is first[0]
+        assert head.effective_weight() is not head.effective_weight()
+        head.weight.data.normal_()
+        with head.keep([]):
+            assert torch.equal(head(x_ND), x_ND @ normalized_weight(head.weight).T)
+        with head.keep(first):  # the generation that began before goes on as it began
+            assert torch.equal(head(x_ND), logits)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["cpu step", "modules"])
+def test_generation_normalises_once_and_every_one_anew(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = LingForCausalLM(SMALL).eval()
+    calls = []
+    monkeypatch.setattr(module, "normalized_weight", lambda weight: calls.append(1) or normalized_weight(weight))
+    monkeypatch.setattr(CPUStep, "supports", lambda *_: plain)
+    network.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)
+    assert len(calls) == 1
+    network.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)
+    assert len(calls) == 2
+    engine = Engine(network, max_tokens=64)
+    for _ in range(2):
+        for length in (3, 4, 5):
+            engine.submit(list(range(1, length)), max_new_tokens=length)
+        assert len(list(engine.run())) == 3
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["step", "evaluation before the step"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_fused_optimizer_is_followed_although_it_counts_no_version(between: bool, compiled: bool) -> None:
+    head, (x_ND, label_N) = build().float(), inputs()
+    x_ND = x_ND.detach().float()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.5, fused=True)
+    train = torch.compile(head, backend="eager") if compiled else head
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(head(x_ND), F.linear(x_ND, normalized_weight(head.weight)))
+        F.cross_entropy(train(x_ND), label_N).backward()
+        if between:
+            with torch.no_grad():
+                head(x_ND)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(head(x_ND), F.linear(x_ND, normalized_weight(head.weight)))
+
+
+def test_evaluation_follows_every_change_of_the_weight() -> None:
     head, (x_ND, _) = build(), inputs()
 
     def evaluated() -> Tensor:
@@ -102,7 +161,9 @@ def test_the_kept_weight_follows_every_change() -> None:
     head.float()
     with torch.no_grad():
         assert torch.equal(head(x_ND.float()), F.linear(x_ND.float(), normalized_weight(head.weight)))
-    assert pickle.loads(pickle.dumps(head))._kept is None  # noqa: S301
+    with torch.no_grad():
+        head.weight.data.copy_(torch.randn(V, D))  # as averages of a target network are
+        assert torch.equal(head(x_ND.float()), F.linear(x_ND.float(), normalized_weight(head.weight)))
     assert head.state_dict().keys() == {"weight"}
 
 
@@ -133,6 +194,39 @@ def test_chunked_gradient_by_differences() -> None:
     x_ND, label_N = inputs()
     weight_VD = normalized_weight(build().weight.detach()).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: cross_entropy(x, weight, label_N, 5)[0], (x_ND, weight_VD))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_chunked_gradients_in_half_precision_are_as_near_as_the_plain_ones(dtype: torch.dtype) -> None:
+    """With a vocabulary and a batch whose probabilities over the number of labels float16 cannot tell from zero."""
+    generator = torch.Generator().manual_seed(0)
+    x_ND, weight_VD = torch.randn(1024, 16, generator=generator), torch.randn(4096, 16, generator=generator)
+    label_N = torch.randint(0, 4096, (1024,), generator=generator)
+    label_N[:900] = 7  # its row is the sum over many tokens
+    x_ND[:900, 0] = 100.0
+
+    def gradients(chunk: int, autocast: bool, scale: float) -> list[Tensor]:
+        x, weight = x_ND.clone().requires_grad_(), normalized_weight(weight_VD).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            mean = cross_entropy(x, weight, label_N, chunk)[0]
+        return [gradient / scale for gradient in torch.autograd.grad(mean * scale, [x, weight])]
+
+    def error(found: list[Tensor]) -> list[float]:
+        return [((one - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
+
+    exact = gradients(0, False, 1.0)
+    for scale in (1.0, 2.0**8):
+        chunked, plain = (error(gradients(chunk, True, scale)) for chunk in (256, 0))
+        assert max(chunked) < 1e-2
+        assert scale == 1 or all(one < 1.5 * other + 1e-4 for one, other in zip(chunked, plain, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_label_below_zero_is_no_class(chunk: int) -> None:
+    head, (x_ND, label_N) = build(), inputs()
+    label_N[3] = -1
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        cross_entropy(x_ND, head.effective_weight(), label_N, chunk)
 
 
 @pytest.mark.parametrize("chunk", [0, 4])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from ling_reference import CASES, LITE, Weights, random_weights, shapes, write_released
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from zoo.__main__ import main
 from zoo.hyperparameters import build
-from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf
+from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf, state_dict_adapter
 from zoo.ling.official_config import from_hf_config, to_hf_config
 from zoo.ling.state_dict_adapter import load_weights, released_tensors, weight_files
 
@@ -89,6 +90,82 @@ def test_shards_keep_their_size_and_the_index_knows_them(tmp_path):
     for size in ("many", "0GB", -1, "5 XB"):
         with pytest.raises(ValueError, match="max_shard_size"):
             save_hf(network, tmp_path / "b", max_shard_size=size)
+
+
+def test_new_weights_take_the_place_of_all_others_once_they_are_written(tmp_path, monkeypatch):
+    weights = bf16_weights()
+    folder = write_released(tmp_path / "a", LITE, weights, num_files=2)
+    network = load_hf(folder)
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
+        (folder / name).write_bytes(b"old")
+    (folder / "adapter_model.safetensors").write_bytes(b"another's")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
+        broken.setattr(state_dict_adapter, "save_file", fail)
+        save_hf(network, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_hf(network, folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "adapter_model.safetensors"}
+    assert same(dict(released_tensors(load_hf(folder))), weights)
+
+
+def test_what_belongs_to_the_weights_goes_with_them(tmp_path):
+    entries = LITE | {"eos_token_id": [39, 38], "my": 3, "torch_dtype": "bfloat16"}
+    folder = write_released(tmp_path / "a", entries, bf16_weights())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "notes.py"):
+        (folder / name).write_text(name)
+    module = Ling(checkpoint=str(folder))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again = Ling.load_from_checkpoint(tmp_path / "a.ckpt")
+    shared = Ling.from_pretrained(module.save_pretrained(tmp_path / "shared"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "tokenizer.json").write_text("my own")
+    again.to_hf(tmp_path / "b")
+    shared.to_hf(tmp_path / "c")
+    for other in ("b", "c"):
+        written = json.loads((tmp_path / other / "config.json").read_text())
+        assert written == {"bos_token_id": None} | entries | {"head_dim": 6}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in folder.iterdir()} - {
+        "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "notes.py",
+    } | {"model.safetensors"}  # fmt: skip
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "my own"
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "chat_template.jinja"
+    assert str(tmp_path) not in (tmp_path / "shared" / "config.json").read_text()
+
+
+def test_every_id_that_ends_a_text_ends_it(tmp_path):
+    network = load_hf(write_released(tmp_path / "a", LITE, random_weights(LITE)))
+    tokens = network.generate(IDS, max_new_tokens=6, eos_token_id=())[0, IDS.shape[1] :].tolist()
+    ended = load_hf(tmp_path / "a", config_changes={"eos_token_id": [39, tokens[2]]})
+    assert ended.generate(IDS, max_new_tokens=6)[0, IDS.shape[1] :].tolist() == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_a_repository_of_the_hub_is_fetched_as_data_only(tmp_path, monkeypatch):
+    folder = write_released(tmp_path / "a", LITE, bf16_weights())
+    asked = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        if name == "nobody/nothing":
+            raise ConnectionError("no network")
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert same(dict(released_tensors(Ling(checkpoint="inclusionAI/Ling-lite").network)), bf16_weights())
+    assert asked == {"inclusionAI/Ling-lite": ["*.json", "*.safetensors", "*.jinja", "*.txt"]}
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing is no local folder and could not be fetched from the hub"):
+        load_hf("nobody/nothing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for local in ("../a/b", "./nobody/nothing", "data/ling-lite"):
+        with pytest.raises(FileNotFoundError, match=r"There is no .*: give the folder"):
+            load_hf(local)
 
 
 def test_pickled_files_are_read_without_running_them(tmp_path):
@@ -168,6 +245,14 @@ def test_all_that_differs_is_listed(tmp_path):
     assert "1 no floating-point numbers: model.layers.0.mlp.gate.weight" in text
 
 
+def test_a_folder_with_another_head_is_no_language_model(tmp_path):
+    weights = bf16_weights()
+    weights["score.weight"] = weights.pop("lm_head.weight")[:1].clone()
+    entries = LITE | {"architectures": ["BailingMoeForSequenceClassification"]}
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight; 1 unknown: score\.weight"):
+        load_hf(write_released(tmp_path / "a", entries, weights))
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     folder = write_released(tmp_path / "a", LITE, bf16_weights(), num_files=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -211,7 +296,8 @@ def test_aliases_nulls_and_unknown_entries():
     renamed |= {"n_routed_experts": 12, "n_shared_experts": 2}
     assert from_hf_config(renamed) == from_hf_config(LITE)
     assert from_hf_config(LITE | {"num_shared_experts": None}) == from_hf_config(LITE | {"num_shared_experts": 0})
-    assert from_hf_config(LITE | {"foo": 1, "eos_token_id": [39, 7]}) == from_hf_config(LITE)
+    assert from_hf_config(LITE | {"foo": 1, "eos_token_id": [39, 7]}) == from_hf_config(LITE).replace(eos_token_id=[39, 7])
+    assert from_hf_config(LITE | {"eos_token_id": []}).eos_token_id is None
     written = to_hf_config(from_hf_config(renamed), renamed)
     assert written["n_routed_experts"] == written["num_experts"] == 12
     assert to_hf_config(from_hf_config(LITE | {"eos_token_id": [39, 7]}), LITE | {"eos_token_id": [39, 7]})["eos_token_id"] == [
@@ -224,9 +310,33 @@ def test_aliases_nulls_and_unknown_entries():
     preset("ling_lite"), preset("ling_plus"), preset("ling_tiny"),
     LingConfig(head_dim=64, rope_scaling=RopeScaling("yarn", 4.0, 32768), use_bias=True, num_shared_experts=0),
     LingConfig(rope_scaling=RopeScaling("linear", 2.0), norm_head=False),
-], ids=range(5))  # fmt: skip
+    LingConfig(rope_scaling=RopeScaling("yarn", 4.0), max_position_embeddings=32768, eos_token_id=[7, 3]),
+], ids=range(6))  # fmt: skip
 def test_architectures_survive(config):
     assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config.replace(head_dim=config.head_width)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16384}
+
+
+@pytest.mark.parametrize(("changes", "same"), [
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"rope_theta": 1e4}),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4}}, {"rope_theta": 1e4}),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 600000.0, **YARN}, "rope_scaling": {"type": "yarn", **YARN}},
+     {"rope_scaling": {"rope_type": "yarn", **YARN}}),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN}}, {"rope_scaling": {"type": "yarn", **YARN}}),
+])  # fmt: skip
+def test_rope_parameters_are_base_and_scaling(changes, same):
+    config = from_hf_config(LITE | changes)
+    assert config == from_hf_config(LITE | same)
+    assert from_hf_config(to_hf_config(config, LITE | changes)) == config.replace(head_dim=6)
+
+
+def test_yarn_keeps_the_trained_length_when_the_context_grows():
+    config = from_hf_config(LITE).replace(rope_scaling=RopeScaling("yarn", 4.0))
+    longer = config.replace(max_position_embeddings=65536)
+    assert longer.rope_scaling == config.rope_scaling == RopeScaling("yarn", 4.0, 16384)
 
 
 V2 = "only BailingMoeForCausalLM"
@@ -251,6 +361,18 @@ V2 = "only BailingMoeForCausalLM"
     ({"rope_scaling": {"type": "linear"}}, "needs type and factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "needs original_max_position_embeddings"),
     ({"rope_scaling": {"type": "linear", "factor": 2, "attention_factor": 1}}, "but not attention_factor"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "yarn", **YARN}}, "type and rope_type .* contradict each other"),
+    ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor=nan must be a number of at least 1"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be of type float"),
+    ({"rope_scaling": {"type": "yarn", **YARN, "original_max_position_embeddings": -5}}, "=-5 must be at least 1"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta=600000, .* contradict each other"),
+    ({"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.type='llama3'"),
+    ({"rope_parameters": "yarn"}, "rope_parameters='yarn' must be entries"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be of type bool"),
+    ({"head_dim": "128"}, "head_dim='128' must be of type int or null"),
+    ({"eos_token_id": "39"}, "eos_token_id='39' must be of type int"),
+    ({"eos_token_id": [39, 40]}, "eos_token_id=40 is outside of the vocabulary of 40"),
 ])  # fmt: skip
 def test_other_architectures_and_contradictions_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -336,11 +458,11 @@ def test_a_folder_becomes_ours_and_a_released_folder_again(tmp_path, capsys):
     assert main(["convert", source, ours, "--description", "small"]) == 0
     module = zoo.load(ours)
     assert type(module) is Ling
-    assert all(torch.equal(view, weights[name].float()) for name, view in released_tensors(module.network))
+    assert same(dict(released_tensors(module.network)), weights)
     assert main(["convert", ours, back, "--official"]) == 0
     assert f"wrote {len(weights)} tensors of Ling to {back}" in capsys.readouterr().out
     assert read_hf_config(back)[0] == read_hf_config(source)[0].replace(head_dim=6)
-    assert all(torch.equal(tensor, weights[name].float()) for name, tensor in stored(Path(back)).items())
+    assert same(stored(Path(back)), weights)
     assert main(["convert", ours, file, "--official"]) == 0
     assert load_file(file).keys() == weights.keys()
     write_released(tmp_path / "later", LITE | {"architectures": ["BailingMoeV2ForCausalLM"]}, weights)

@@ -279,6 +279,91 @@ def test_it_trains_in_half_precision(tmp_path: Path, precision: str) -> None:
     assert model.seen[-1][1] < 0.9 * model.seen[0][1]
 
 
+def parameter_types(module: Ling) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.network.parameters()}
+
+
+@pytest.fixture
+def small_half(tmp_path: Path) -> Path:
+    """A released folder in bfloat16."""
+    torch.manual_seed(0)
+    return save_hf(LingForCausalLM(SMALL), tmp_path / "half", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16),
+])  # fmt: skip
+def test_weights_stored_in_half_precision_are_trained_as_the_precision_says(
+    tmp_path: Path, small_half: Path, precision: str, dtype: torch.dtype
+) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def fit(model: Ling, ckpt: Path | None = None) -> Trainer:
+        seed_everything(0, verbose=False)
+        fitting = trainer(tmp_path, precision=precision, max_steps=4, callbacks=[Save()])
+        fitting.fit(model, Periods(batch_size=8), ckpt_path=ckpt, weights_only=True)
+        return fitting
+
+    def made() -> Ling:
+        return Ling(checkpoint=str(small_half), router_warmup_steps=0, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+
+    whole = made()
+    assert parameter_types(whole) == {torch.bfloat16}
+    optimizer = fit(whole).optimizers[0]
+    assert parameter_types(whole) == {dtype} == {state["exp_avg"].dtype for state in optimizer.state.values()}
+    for model in (Ling.load_from_checkpoint(tmp_path / "half.ckpt"), made()):
+        fit(model, tmp_path / "half.ckpt")
+        assert parameter_types(model) == {dtype}
+        assert all(map(torch.equal, model.network.parameters(), whole.network.parameters()))
+
+
+def test_averages_are_those_of_training_that_begins_in_float32(tmp_path: Path, small_half: Path) -> None:
+    weights = []
+    for convert in (False, True):
+        seed_everything(0, verbose=False)
+        model = Ling(checkpoint=str(small_half), router_warmup_steps=0)
+        model = model.float() if convert else model
+        trainer(tmp_path, max_steps=3, callbacks=[EMA(0.5)]).fit(model, Periods(batch_size=8))
+        weights.append([*model.network.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_small_updates_are_not_rounded_away(tmp_path: Path, small_half: Path) -> None:
+    model = Ling(checkpoint=str(small_half), router_warmup_steps=0, optimizer=partial(torch.optim.AdamW, lr=1e-5))
+    before = [parameter.detach().float() for parameter in model.network.parameters()]
+    trainer(tmp_path, precision="bf16-mixed", max_steps=1).fit(model, Periods(batch_size=8))
+    changed = [(one != other).float().mean().item() for one, other in zip(before, model.network.parameters(), strict=True)]
+    assert sum(changed) / len(changed) > 0.9
+
+
+def test_a_rebuilt_module_has_the_types_that_were_stored(tmp_path: Path, small_half: Path) -> None:
+    model = Ling(checkpoint=str(small_half))
+    fitting = trainer(tmp_path, precision="bf16-true", max_steps=1)
+    fitting.fit(model, Periods(batch_size=8))
+    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    again = Ling.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert parameter_types(again) == {torch.bfloat16} and again.network.moe_layers[0].gate.running_mean.dtype == torch.float32
+    shared = Ling.from_pretrained(model.save_pretrained(tmp_path / "shared"))
+    assert parameter_types(shared) == {torch.bfloat16}
+    assert all(map(torch.equal, shared.network.parameters(), model.network.parameters()))
+    exact = Ling(SMALL)
+    assert parameter_types(Ling.from_pretrained(exact.save_pretrained(tmp_path / "halved", half=True))) == {torch.float32}
+
+
+def test_ids_may_be_narrow_integers(tmp_path: Path) -> None:
+    seen = []
+    for dtype in (torch.int32, torch.int64):
+        torch.manual_seed(0)
+        model = Recording(SMALL)
+        rows = [{"input_ids": Sequences(padded=False)[index]["input_ids"].to(dtype)} for index in range(4)]
+        trainer(tmp_path, max_steps=1).fit(model, DataLoader(rows, batch_size=4))
+        seen.append(model.seen)
+    assert seen[0] == seen[1]
+
+
 def test_bad_batches_are_refused_before_they_reach_the_network(tmp_path: Path) -> None:
     model = Ling(SMALL)
     with pytest.raises(ValueError, match="id 24, but the vocabulary has 24 entries"):

@@ -223,6 +223,17 @@ def test_padding_has_an_embedding_of_zero(tied):
         ({"initializer_range": -0.1}, "initializer_range=-0.1 must not be negative"),
         ({"rope_scaling": {"type": "ntk"}}, "rope_scaling.type='ntk'"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": {"type": "yarn", "foo": 1}}, "may have factor, .*, but not foo"),
+        ({"rope_scaling": {"factor": 2.0}}, "needs type"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be of type RopeScaling or null"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic needs heads that are wider than 2"),
+        ({"num_experts_per_tok": 2.0}, "num_experts_per_tok=2.0 must be of type int"),
+        ({"hidden_size": "32"}, "hidden_size='32' must be of type int"),
+        ({"norm_head": 1}, "norm_head=1 must be of type bool"),
+        ({"vocab_size": True}, "vocab_size=True must be of type int"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be of type float"),
+        ({"eos_token_id": [48, 50]}, "eos_token_id=50 is outside"),
+        ({"eos_token_id": ["48"]}, "eos_token_id=.* must be of type int or"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(changes, words):
@@ -239,5 +250,25 @@ def test_inputs_that_do_not_fit_are_named():
             model(ids, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match=r"labels of shape \(2, 11\) do not fit tokens of shape \(2, 12\)"):
         model(ids, labels=ids[:, 1:])
+    for name in ("position_ids", "document_ids"):
+        with pytest.raises(ValueError, match=rf"{name} of shape \(2, 11\) does not fit 2 sequences of 12 new tokens"):
+            model(ids, **{name: ids[:, 1:]})
     with pytest.raises(ValueError, match="There is no preset"):
         preset("ling_huge")
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (2, 1)])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_nothing_gives_nothing(shape, chunk):
+    model, ids = network(), torch.zeros(shape, dtype=torch.long)
+    output = model(ids, labels=ids, with_logits=True, loss_chunk=chunk)
+    assert output.logits.shape == (*shape, 50) and output.loss_BT.shape == shape and output.loss == 0
+    output.loss.backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_narrow_integers_are_ids_and_labels_too():
+    model, ids = network(), tokens()
+    expected = model(ids, labels=ids)
+    narrow = model(ids.int(), labels=ids.int())
+    assert torch.equal(narrow.loss, expected.loss) and torch.equal(narrow.loss_BT, expected.loss_BT)

@@ -12,7 +12,14 @@ import torch
 from ling_reference import CASES, LITE, logits_and_routes, random_weights, write_released
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.utils import logging
 
 from zoo.ling import LingForCausalLM, balance_loss, load_hf
@@ -90,6 +97,23 @@ def test_a_configuration_survives_and_resolves_quirks():
         BailingMoeConfig(num_experts=4, num_experts_per_tok=9)
 
 
+def test_rope_parameters_of_the_library_are_read_and_may_be_set(lite, tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16384}
+    entries = {name: value for name, value in LITE.items() if name not in ("rope_theta", "rope_scaling")}
+    config = AutoConfig.from_pretrained(write_released(tmp_path / "a", entries | {"rope_parameters": rope}, {}, num_files=1))
+    assert config.ling.rope_theta == 1e4 and config.ling.rope_scaling.factor == 4
+    assert rope.items() <= config.rope_parameters.items()
+    config.save_pretrained(tmp_path / "b")
+    assert AutoConfig.from_pretrained(tmp_path / "b").ling == config.ling
+    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}
+    assert config.ling.rope_theta == 5e3 and config.ling.rope_scaling.type == "linear"
+    assert loaded(lite, config=config).model.rotary.theta == 5e3
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 6e5}
+    assert config.ling == AutoConfig.from_pretrained(lite).ling
+    with pytest.raises(ValueError, match="contradict"):
+        BailingMoeConfig(**LITE | {"rope_parameters": rope})
+
+
 def test_new_weights_are_those_of_our_initialization(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(BailingMoeConfig(**LITE | {"initializer_range": 0.1, "hidden_size": 96}))
@@ -153,12 +177,90 @@ def test_a_copy_divides_by_its_own_norms(lite):
         torch.testing.assert_close(other(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_evaluation_follows_an_optimizer_that_counts_no_version(compiled, lite):
+    model = loaded(lite, dtype=torch.float32).train()
+    run = torch.compile(model, backend="eager") if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        run(IDS, labels=LABELS).loss.backward()
+        with torch.no_grad():
+            model(IDS)
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, fresh.eval()(IDS).logits)
+
+
+def test_a_reference_that_is_synchronised_through_data_has_the_models_logits(lite):
+    model = loaded(lite)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        reference(IDS)
+        model.lm_head.weight.mul_(torch.linspace(0.5, 2, 24)).add_(0.1)
+        for old, new in zip(reference.parameters(), model.parameters(), strict=True):
+            old.data.copy_(new.data)
+        torch.testing.assert_close(reference(IDS).logits, model(IDS).logits)
+
+
+def test_norms_of_the_head_are_computed_once_a_generation(lite, monkeypatch):
+    model = loaded(lite)
+    norms = []
+    compute = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **kwargs: norms.append(1) or compute(*args, **kwargs))
+    options = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    before = model.generate(IDS, **options)
+    assert len(norms) == 1
+    model.lm_head.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+    after = model.generate(IDS, **options)
+    assert len(norms) == 2 and not torch.equal(before, after)
+    assert torch.equal(after, copy.deepcopy(model).generate(IDS, **options))
+
+
 def test_packed_documents_do_not_see_one_another(lite):
     model, ids = loaded(lite), IDS[1:]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     packed = model(ids, position_ids=positions).logits
     torch.testing.assert_close(packed[:, 3:], model(ids[:, 3:]).logits)
     torch.testing.assert_close(packed[:, :3], model(ids[:, :3]).logits)
+
+
+def test_positions_without_a_mask_are_compiled_whole(lite):
+    model, positions = loaded(lite), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    for position_ids in (positions, torch.arange(7)[None]):
+        found = run(IDS[1:], position_ids=position_ids, use_cache=False).logits
+        torch.testing.assert_close(found, model(IDS[1:], position_ids=position_ids).logits)
+
+
+def test_masks_of_any_type_and_one_for_all_rows(lite):
+    model = loaded(lite)
+    ids = IDS[1:].expand(2, 7)
+    expected = model(ids).logits
+    seen = torch.ones(7, 7).tril()[None, None]
+    for mask in (seen.bool(), seen.long(), torch.zeros(1, 1, 7, 7, dtype=torch.float64).masked_fill(seen == 0, -1e9)):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
+    both = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    one = model(ids, attention_mask=both, output_router_logits=True)
+    two = model(ids, attention_mask=both.expand(2, 7), output_router_logits=True)
+    assert torch.equal(one.aux_loss, two.aux_loss)
+
+
+def test_a_reward_model_is_a_layer_on_the_last_token(lite, tmp_path):
+    model, report = AutoModelForSequenceClassification.from_pretrained(lite, num_labels=1, output_loading_info=True)
+    assert report["missing_keys"] == {"score.weight"} and report["unexpected_keys"] == {"lm_head.weight"}
+    right = torch.cat([IDS[:, 3:], torch.full((2, 2), PAD)], dim=1)
+    rewards = model(right, attention_mask=(right != PAD).long()).logits
+    last = AutoModel.from_pretrained(lite)(IDS[:, 3:]).last_hidden_state[:, -1]
+    torch.testing.assert_close(rewards, last @ model.score.weight.T)
+    rewards.sum().backward()
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    torch.testing.assert_close(again(right, attention_mask=(right != PAD).long()).logits, rewards)
+    AutoModel.from_pretrained(lite).save_pretrained(tmp_path / "b")
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "b")(IDS[:, 3:]).last_hidden_state[:, -1], last)
 
 
 def test_hidden_states_router_logits_and_balance_loss(lite):
@@ -226,6 +328,30 @@ def test_caches_of_the_library_continue_a_sequence(lite):
         ]
         torch.testing.assert_close(torch.cat(parts, dim=1)[1], full[1])
         torch.testing.assert_close(torch.cat(parts, dim=1)[0, 3:], full[0, 3:])
+
+
+@pytest.mark.parametrize("use_cache", [None, False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_given_cache_is_always_read_and_extended(training, use_cache, lite):
+    model = loaded(lite)
+    full = model(IDS).logits
+    cache = DynamicCache()
+    model(IDS[:, :4], past_key_values=cache)
+    output = model.train(training)(IDS[:, 4:], past_key_values=cache, use_cache=use_cache)
+    torch.testing.assert_close(output.logits, full[:, 4:])
+    assert cache.get_seq_length() == 7
+    assert getattr(model(IDS, use_cache=False), "cache", None) is None
+
+
+def test_activation_checkpointing_and_a_cache_exclude_one_another(lite):
+    model = loaded(lite).train()
+    model.activation_checkpointing_enable()
+    full = model(IDS, use_cache=True)
+    assert getattr(full, "past_key_values", None) is None and getattr(full, "cache", None) is None
+    with pytest.raises(ValueError, match="would be cached twice: leave out the cache"):
+        model(IDS, past_key_values=DynamicCache())
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, **options), loaded(lite).generate(IDS, **options))
 
 
 def test_beams_and_sampling_run(lite):
@@ -329,6 +455,37 @@ def test_lora_learns_is_stored_and_is_merged(targets, lite, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, after, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(load_hf(tmp_path / "merged")(IDS).logits, after, rtol=1e-4, atol=1e-4)
+
+
+@needs_peft
+def test_a_learned_prefix_is_seen_in_training(lite, tmp_path):
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(loaded(lite), peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    loss = model.train()(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+    loss.backward()
+    (prefix,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert prefix.grad.abs().min() > 0
+    assert model.eval()(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.item() == pytest.approx(loss.item())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="not measured: accelerate is not installed")
+def test_a_head_that_is_not_in_memory_is_normalised(lite, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    expected = loaded(lite)(IDS).logits.detach()
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    models = [
+        loaded(lite, device_map=device_map, offload_folder=tmp_path / "a"),
+        cpu_offload(loaded(lite), execution_device="cpu"),
+        loaded(lite),
+    ]
+    disk_offload(models[2], tmp_path / "b", execution_device="cpu")
+    for model in models:
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, expected)
+        assert model.lm_head.weight.is_meta
 
 
 @needs_peft

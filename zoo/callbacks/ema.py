@@ -45,13 +45,6 @@ def _shards_weights(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "shards_parameters", False)
 
 
-def _tell_of_change(pl_module: LightningModule) -> None:
-    """Count the exchange as a change of each weight: modules may keep what they computed from one until its version changes."""
-    for parameter in pl_module.parameters():
-        if not parameter.is_inference():  # has no version
-            torch.autograd.graph.increment_version(parameter)
-
-
 class EMA(WeightAveraging):
     """Averages the parameters after each *applied* optimizer step: ``average <- decay * average + (1 - decay) * weights``.
 
@@ -156,7 +149,6 @@ class EMA(WeightAveraging):
             self._swapped = not self._swapped
         if self._average_model is not None:
             self._swap_models(pl_module)
-            _tell_of_change(pl_module)
             self._swapped = not self._swapped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +158,6 @@ class EMA(WeightAveraging):
         """Leave the average in the module (Lightning hook)."""
         if self._average_model is not None:
             self._copy_average_to_current(pl_module)
-            _tell_of_change(pl_module)
             self._average_model = None
         self._sharded = None  # the strategy has left the average there
 

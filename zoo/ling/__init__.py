@@ -59,8 +59,9 @@ __all__ = [
 
 
 def register() -> None:
-    """Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` of transformers know released folders, without remote
-    code. Not done on import, because importing the library's models takes seconds; see `zoo.ling.transformers_model`.
+    """Make ``AutoConfig``, ``AutoModel``, ``AutoModelForCausalLM`` and ``AutoModelForSequenceClassification`` of transformers
+    know released folders, without remote code. Not done on import, because importing the library's models takes seconds; see
+    `zoo.ling.transformers_model`.
     """
     from zoo.ling import transformers_model
 

@@ -4,8 +4,10 @@ Source: "Every FLOP Counts", arXiv 2503.05139, and the configurations released w
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from zoo.ling.token_choice import TokenChoice
 
@@ -13,6 +15,24 @@ __all__ = ["Generation", "LingConfig", "Preset", "RopeScaling", "preset"]
 
 Preset = Literal["ling_tiny", "ling_lite", "ling_plus"]
 ScalingType = Literal["linear", "dynamic", "yarn"]
+
+
+def _check_types(config: "RopeScaling | LingConfig", prefix: str) -> None:
+    """Refuse values that are not of their attribute's type; whole numbers pass as floating-point ones.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            continue
+        plain = tuple(kind for kind in kinds if get_origin(kind) is None)
+        fits = isinstance(value, (*plain, int) if float in plain else plain) and isinstance(value, bool) == (bool in plain)
+        fits |= list[int] in kinds and isinstance(value, list) and all(type(item) is int for item in value)
+        if not fits:
+            names = ["null" if kind is type(None) else str(kind) if get_origin(kind) else kind.__name__ for kind in kinds]
+            raise ValueError(f"{prefix}{name}={value!r} must be of type {' or '.join(names)}.")
 
 
 @dataclass
@@ -44,10 +64,38 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.type not in get_args(ScalingType):
             raise ValueError(f"rope_scaling.type={self.type!r} must be one of {', '.join(get_args(ScalingType))}.")
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.")
-        if not 0 < self.beta_slow <= self.beta_fast:
+        _check_types(self, "rope_scaling.")
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"rope_scaling.factor={self.factor} must be a number of at least 1.")
+        if self.original_max_position_embeddings is not None and self.original_max_position_embeddings < 1:
+            raise ValueError(
+                f"rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings} must be at least 1."
+            )
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
             raise ValueError(f"rope_scaling: beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
+        if not (math.isfinite(self.mscale) and math.isfinite(self.mscale_all_dim)):
+            raise ValueError(
+                f"rope_scaling: mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} must be finite numbers."
+            )
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Any]) -> "RopeScaling":
+        """Build it from plain data.
+
+        Args:
+            entries: values by the names of the attributes; ``type`` must be among them.
+
+        Raises:
+            ValueError: an unknown name, no type, or values that do not fit.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in entries if name not in known]
+        if unknown or "type" not in entries:
+            raise ValueError(
+                f"rope_scaling={dict(entries)!r} needs type, and may have {', '.join(known[1:])}"
+                + (f", but not {', '.join(unknown)}." if unknown else ".")
+            )
+        return cls(**entries)
 
 
 @dataclass
@@ -96,7 +144,7 @@ class LingConfig:
         first_k_dense_replace: how many of the first layers are dense instead of experts.
         norm_topk_prob: whether the k routing weights are divided by their sum (for k > 1).
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how positions are stretched; None: not.
+        rope_scaling: how positions are stretched; None: not. For ``yarn`` it names the trained length from here on.
         max_position_embeddings: trained length; tables grow beyond it on demand.
         rms_norm_eps: added to the mean square.
         norm_head: whether the head's weight is normalised over the vocabulary.
@@ -106,7 +154,7 @@ class LingConfig:
         initializer_range: standard deviation of the initial weights.
         attention_dropout: probability, in training.
         pad_token_id: id of padding, whose embedding gets no gradient; None: none.
-        eos_token_id: id that ends a text; None: none.
+        eos_token_id: id that ends a text, or several, the first of which ends those that are trained on; None: none.
         bos_token_id: id that begins a text; None: none.
 
     Raises:
@@ -137,12 +185,15 @@ class LingConfig:
     initializer_range: float = 0.006
     attention_dropout: float = 0.0
     pad_token_id: int | None = 126081
-    eos_token_id: int | None = 126081
+    eos_token_id: int | list[int] | None = 126081
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, dict):
-            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        if isinstance(self.rope_scaling, Mapping):
+            self.rope_scaling = RopeScaling.of(self.rope_scaling)
+        if isinstance(self.eos_token_id, tuple):
+            self.eos_token_id = list(self.eos_token_id)
+        _check_types(self, "LingConfig: ")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -156,6 +207,8 @@ class LingConfig:
             )
         if self.head_width % 2:
             raise ValueError(f"LingConfig: heads of width {self.head_width} cannot be rotated in pairs: make head_dim even.")
+        if self.head_width == 2 and self.rope_scaling is not None and self.rope_scaling.type == "dynamic":
+            raise ValueError("LingConfig: rope_scaling of type dynamic needs heads that are wider than 2.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"LingConfig: num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads="
@@ -180,9 +233,13 @@ class LingConfig:
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"LingConfig: attention_dropout={self.attention_dropout} must lie in [0, 1).")
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"LingConfig: {name}={token} is outside of the vocabulary of {self.vocab_size}.")
+            given = getattr(self, name)
+            for token in given if isinstance(given, list) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"LingConfig: {name}={token} is outside of the vocabulary of {self.vocab_size}.")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.type == "yarn" and scaling.original_max_position_embeddings is None:
+            self.rope_scaling = dataclasses.replace(scaling, original_max_position_embeddings=self.max_position_embeddings)
 
     @property
     def head_width(self) -> int:

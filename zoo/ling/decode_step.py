@@ -297,7 +297,7 @@ class StaticStep:
         """Go on from what the cache holds.
 
         Args:
-            network: the same as ever; its head is normalised anew if its weight has changed.
+            network: the same as ever; its weights may have changed since.
             padding_B: tokens of padding on the left of each sequence; None: none.
         """
         self.head_VD.copy_(network.lm_head.effective_weight())

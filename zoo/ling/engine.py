@@ -117,6 +117,7 @@ class Engine:
         self._running: list[_Request] = []  # in the order of arrival
         self._ended: list[Completion] = []  # that `step` has not given yet
         self._step: CPUStep | None = None
+        self._head: list[Tensor] = []
         self._next = 0
 
     @property
@@ -289,7 +290,7 @@ class Engine:
             request.segments = [*(self._share(donor, shared) if donor is not None else []), segment]
             request.stored = shared
             if not self._running:
-                self._step = None  # weights may have changed since
+                self._step, self._head = None, []  # weights may have changed since
             self._running.append(request)
             try:
                 self._compute([request], self._prefill)
@@ -374,7 +375,7 @@ class Engine:
         """Scores (1, V) after all tokens of a single request, whose keys and values are stored."""
         (request,) = requests
         new_1T = torch.tensor([request.tokens[request.stored :]], device=self.both.device)
-        with evaluation_mode(self.network):
+        with evaluation_mode(self.network), self.network.lm_head.keep(self._head):
             logits = self.network(new_1T, cache=_Reading(self.both, request), last_only=True).logits
         assert logits is not None
         check_scores(logits[:, -1])
@@ -383,7 +384,8 @@ class Engine:
     def _decode(self, requests: list[_Request]) -> Tensor:
         """Scores (R, V) after the newest token of each request."""
         if self._step is None and CPUStep.supports(self.network, self.max_tokens):
-            self._step = CPUStep(self.network, self.max_tokens)
+            with self.network.lm_head.keep(self._head):
+                self._step = CPUStep(self.network, self.max_tokens)
         token_R = torch.tensor([request.tokens[-1] for request in requests], device=self.both.device)
         if self._step is not None:
             position_R = torch.tensor([request.stored for request in requests])
@@ -393,7 +395,7 @@ class Engine:
                 request.stored += 1
             return logits_RV
         gathered = _Gathered(self.both, requests)
-        with evaluation_mode(self.network):
+        with evaluation_mode(self.network), self.network.lm_head.keep(self._head):
             logits = self.network(token_R[:, None], gathered.mask_RS, cache=gathered, last_only=True).logits
         assert logits is not None
         return logits[:, -1]

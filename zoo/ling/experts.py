@@ -215,7 +215,7 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, x_MD, weights_Nk, order_M, inverse_M, token_M, offset_E, h_MJ, gate_up, down = ctx.saved_tensors
         gate_MI, up_MI = h_MJ.chunk(2, dim=-1)
-        weight_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M).to(x_ND.dtype)
+        weight_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M)
         dy_MD = grads[0].to(x_ND.dtype).index_select(0, token_M)  # contiguous, as grouped products need
         grad_weights = grad_gate_up = grad_down = grad_x = None
         dinner_MI = _product(dy_MD, down, offset_E)
@@ -275,7 +275,7 @@ class _Blocked(torch.autograd.Function):
         k, width = weights_Nk.shape[1], down.shape[2]
         for_x, for_weights, *_, for_gate_up, for_down = ctx.needs_input_grad
         dout_ND = grads[0].to(x_ND.dtype).contiguous()
-        weight_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M).to(x_ND.dtype)
+        weight_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M)
         dots_M = weights_Nk.new_empty(len(order_M))
         dx_MD = x_ND.new_empty(len(order_M), x_ND.shape[1]) if for_x else None
         grad_gate_up = torch.empty_like(gate_up) if for_gate_up else None
@@ -382,9 +382,18 @@ def _gradient_of_swiglu(dinner_MI: Tensor, silu_MI: Tensor, h_MJ: Tensor) -> Ten
 
 def _sum_of_slots(y_MD: Tensor, inverse_M: Tensor, k: int, weights_Nk: Tensor | None = None) -> Tensor:
     """Back in the order of the tokens, the k rows of each weighted and summed: (N, D)."""
-    if not torch.compiler.is_compiling():  # gathers and sums in one pass
-        weights = None if weights_Nk is None else weights_Nk.detach().to(y_MD.dtype)  # with a gradient, it would prepare for one
-        return F.embedding_bag(inverse_M.view(-1, k), y_MD, mode="sum", per_sample_weights=weights)
+    if not torch.compiler.is_compiling():  # gathers and sums in one pass, in float32
+        row_Nk = inverse_M.view(-1, k)
+        if weights_Nk is None:
+            return F.embedding_bag(row_Nk, y_MD, mode="sum")
+        exact_Nk = weights_Nk.detach()  # with a gradient, it would prepare for one
+        weights = exact_Nk.to(y_MD.dtype)
+        if (
+            y_MD.dtype.itemsize < 4
+        ):  # weights must have the type of the rows: in half precision each comes as two that add up to it
+            weights = torch.stack([weights, (exact_Nk - weights).to(y_MD.dtype)], dim=-1).flatten(1)
+            row_Nk = row_Nk.repeat_interleave(2, dim=1)
+        return F.embedding_bag(row_Nk, y_MD, mode="sum", per_sample_weights=weights)
     y_NkD = y_MD[inverse_M].view(-1, k, y_MD.shape[-1]).to(torch.promote_types(y_MD.dtype, torch.float32))
     if weights_Nk is not None:
         y_NkD = y_NkD * weights_Nk[..., None]

@@ -276,14 +276,16 @@ def _begin(
         cache = static.cache
     elif cache is None:
         cache = KVCache(network.config, B, length, dtype, network.lm_head.weight.device)
-    logits = network(input_ids, attention_mask, cache=cache, last_only=True).logits
-    assert logits is not None
-    if static is not None:
-        static.begin(network, padding_B)
-        return logits[:, -1], static
-    if CPUStep.supports(network, length):
-        return logits[:, -1], _cpu_step(network, cache, length, padding_B)
-    return logits[:, -1], _module_step(network, cache, attention_mask)
+    head: list[Tensor] = []
+    with network.lm_head.keep(head):
+        logits = network(input_ids, attention_mask, cache=cache, last_only=True).logits
+        assert logits is not None
+        if static is not None:
+            static.begin(network, padding_B)
+            return logits[:, -1], static
+        if CPUStep.supports(network, length):
+            return logits[:, -1], _cpu_step(network, cache, length, padding_B)
+    return logits[:, -1], _module_step(network, cache, attention_mask, head)
 
 
 def _cpu_step(network: "LingForCausalLM", cache: KVCache, length: int, padding_B: Tensor | None) -> Step:
@@ -302,7 +304,7 @@ def _cpu_step(network: "LingForCausalLM", cache: KVCache, length: int, padding_B
     return run
 
 
-def _module_step(network: "LingForCausalLM", cache: KVCache, attention_mask: Tensor | None) -> Step:
+def _module_step(network: "LingForCausalLM", cache: KVCache, attention_mask: Tensor | None, head: list[Tensor]) -> Step:
     mask_BS = None
     if attention_mask is not None:
         mask_BS = attention_mask.new_ones(len(attention_mask), cache.max_length)
@@ -310,7 +312,8 @@ def _module_step(network: "LingForCausalLM", cache: KVCache, attention_mask: Ten
 
     def run(token_B: Tensor) -> Tensor:
         mask = None if mask_BS is None else mask_BS[:, : cache.length + 1]
-        logits = network(token_B[:, None], mask, cache=cache, last_only=True).logits
+        with network.lm_head.keep(head):
+            logits = network(token_B[:, None], mask, cache=cache, last_only=True).logits
         assert logits is not None
         return logits[:, -1]
 

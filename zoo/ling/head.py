@@ -4,6 +4,8 @@ Shape suffixes: N tokens, D width, V vocabulary, C tokens of a chunk.
 Source: arXiv 2503.05139, equation 4, and the code released with the weights.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def normalized_weight(weight_VD: Tensor) -> Tensor:
 class Head(nn.Module):
     """Logits over the vocabulary, with the weight normalised over it (NormHead) or as it is.
 
-    The weight itself is never overwritten. For evaluation the normalised one is kept until the weight changes.
+    The weight itself is never overwritten. The normalised one is computed anew in each forward pass, because nothing tells of
+    every change of a weight; it is kept only inside a generation, see `keep`.
 
     Args:
         vocab_size: V.
@@ -42,32 +45,35 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.normalize = normalize
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: list[Tensor] | None = None
 
     def effective_weight(self) -> Tensor:
         """What the logits are products with, (V, D)."""
         if not self.normalize:
             return self.weight
-        if torch.compiler.is_compiling():
+        if self._kept is None:
             return normalized_weight(self.weight)
-        if self.weight.is_inference():  # it has no version that would tell of a change
-            return normalized_weight(self.weight)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._kept = None  # some optimizers change `weight.data` without a new version, but never without a forward before
-            return normalized_weight(self.weight)
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
-        if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, normalized_weight(self.weight))
-        return self._kept[1]
+        if not self._kept:
+            self._kept.append(normalized_weight(self.weight))
+        return self._kept[0]
+
+    @contextmanager
+    def keep(self, kept: list[Tensor]) -> Iterator[None]:
+        """Take the normalised weight from a list inside, which holds it from the first time on: for the steps of one generation.
+
+        Args:
+            kept: empty at the first step; it belongs to the generation, so that other forward passes see nothing of it.
+        """
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., V), float32 (or float64)."""
         logits = F.linear(x, self.effective_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
 
 
 def cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,7 +103,11 @@ def cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk: int =
 
 
 class _Chunked(torch.autograd.Function):
-    """Loss and gradients chunk by chunk, so that no more than (C, V) logits exist; each chunk is computed once."""
+    """Loss and gradients chunk by chunk, so that no more than (C, V) logits exist; each chunk is computed once.
+
+    Gradients are those of the sum until they leave: divided by the number of labels, most probabilities would be too small for
+    float16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, count: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -111,23 +121,23 @@ class _Chunked(torch.autograd.Function):
             x_CD, label_C = x_ND[part], label_N[part]
             logits_CV = F.linear(x_CD, weight_VD).to(accurate)
             valid_C = label_C != IGNORED
-            target_C1 = label_C.clamp(min=0)[:, None]
+            target_C1 = label_C.where(valid_C, 0)[:, None]
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
             each_N[part] = torch.where(valid_C, (lse_C1 - logits_CV.gather(1, target_C1)).squeeze(1), 0.0)
             if not (needs_x or needs_weight):
                 continue
             grad_CV = logits_CV.sub_(lse_C1).exp_()
             grad_CV.scatter_add_(1, target_C1, torch.full_like(lse_C1, -1.0))
-            scale_C1 = (valid_C.to(accurate) / count)[:, None]
-            grad_CV = torch.mul(grad_CV, scale_C1, out=grad_CV if accurate == x_ND.dtype else x_ND.new_empty(grad_CV.shape))
+            out = grad_CV if accurate == x_ND.dtype else x_ND.new_empty(grad_CV.shape)
+            grad_CV = torch.mul(grad_CV, valid_C[:, None], out=out)
             if grad_x is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_x[part])
             if grad_weight is not None:
-                if accurate == x_ND.dtype:
-                    grad_weight.addmm_(grad_CV.t(), x_CD)
-                else:
+                if x_ND.dtype == torch.bfloat16:
                     grad_weight += grad_CV.t() @ x_CD
-        ctx.save_for_backward(grad_x, grad_weight)
+                else:  # the sum of a chunk may be too large for float16
+                    grad_weight.addmm_(grad_CV.t().to(accurate), x_CD.to(accurate))
+        ctx.save_for_backward(grad_x, grad_weight, count)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(each_N)
         return each_N.sum() / count, each_N
@@ -135,9 +145,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale_1 = (grads[0] / count).view(1)  # of one dimension, for a product in its own type
         if grad_x is not None:
-            grad_x = grad_x * grads[0].to(grad_x.dtype)
+            grad_x = (grad_x * scale_1).to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0].to(grad_weight.dtype)).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * scale_1).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None

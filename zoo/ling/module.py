@@ -8,11 +8,14 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from zoo.hyperparameters import build
@@ -52,7 +55,8 @@ class Ling(ZooModule):
     """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
 
     Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
-    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139.
+    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139. The mean is over the labels of a micro-batch of one process,
+    and micro-batches and processes count alike, whatever their numbers of labels (nearly equal in packed batches).
 
     Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
     where nothing is learned (absent: ``input_ids`` but for padding and each document's first token); ``attention_mask`` (B, T),
@@ -60,10 +64,14 @@ class Ling(ZooModule):
     ``position_ids`` (B, T) that start at 0 with each document, which then do not see one another (absent: one document);
     ``num_bytes`` (B,), the bytes of text that the labels stand for (absent: no bits per byte).
 
+    Weights of half precision stay so in evaluation and in true half precision; other training keeps them in float32. Rebuilt
+    from a checkpoint or a folder, the module has them in the type that was stored.
+
     Args:
         config: the architecture, or the name of a preset.
-        checkpoint: folder of released weights (Hugging Face layout) to start from; its ``config.json`` decides the
-            architecture. A run that is continued does not need it any more.
+        checkpoint: folder of released weights (Hugging Face layout) to start from, or the name of a repository of the Hugging
+            Face hub with safetensors; its ``config.json`` decides the architecture. A run that is continued does not need it any
+            more.
         config_changes: entries of ``config`` or of the checkpoint's architecture that are other ones from here on, such as
             ``rope_theta`` and ``max_position_embeddings`` where training on long texts begins.
         experts: how routed experts are computed: one ``grouped`` product, a ``loop`` over experts, ``batched`` products of
@@ -88,6 +96,7 @@ class Ling(ZooModule):
         ValueError: arguments that do not fit one another, or a pattern of ``freeze`` that no parameter has.
     """
 
+    keeps_stored_types: ClassVar[bool] = True
     #: What the last training step saw, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), ``aux``, ``z``.
     last_losses: dict[str, Tensor]
     #: What the routers did in it.
@@ -190,6 +199,23 @@ class Ling(ZooModule):
             {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
             {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
         ]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Settle the type of the weights that are trained, before callbacks and strategies copy or divide them (Lightning hook).
+
+        An optimizer that adds small updates needs float32: without true half precision, parameters of half precision become it.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            precision = str(self.trainer.precision)
+            small = [p for p in self.network.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+            if small and (precision == "32-true" or precision.endswith("-mixed")):
+                rank_zero_info(
+                    f"Ling: {len(small)} parameters of half precision are trained in float32, as precision={precision} says;"
+                    " bf16-true trains them as they are."
+                )
+                for parameter in small:
+                    parameter.data = parameter.data.float()
+        return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
         """Compare the vocabularies of model and data before anything runs (Lightning hook).
@@ -438,6 +464,32 @@ class Ling(ZooModule):
 
     # Released weights
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the released folder said beside the architecture (Lightning hook)."""
+        super().on_save_checkpoint(checkpoint)
+        folder = self.network.hf_folder
+        checkpoint["ling_released"] = {"config": self.network.hf_config, "folder": None if folder is None else str(folder)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back (Lightning hook)."""
+        super().on_load_checkpoint(checkpoint)
+        if (released := checkpoint.get("ling_released")) is not None:
+            self.network.hf_config = released["config"]
+            self.network.hf_folder = None if released["folder"] is None else Path(released["folder"])
+
+    def shared_entries(self) -> dict[str, Any]:
+        """What the released ``config.json`` said beside the architecture."""
+        return {**super().shared_entries(), **({"_released": self.network.hf_config} if self.network.hf_config else {})}
+
+    def take_shared_entries(self, config: Mapping[str, Any]) -> None:
+        """Take it back.
+
+        Args:
+            config: all entries of ``config.json``.
+        """
+        super().take_shared_entries(config)
+        self.network.hf_config = config.get("_released", {})
+
     def load_official(self, path: str | Path) -> None:
         """Fill the network from a released folder (Hugging Face layout, whole or in shards) or one file of weights.
 
@@ -476,7 +528,7 @@ class Ling(ZooModule):
         """The module of a released folder, see `load_hf`.
 
         Args:
-            path: the folder.
+            path: the folder, or a repository of the hub.
             arguments: of the constructor.
         """
         return cls(checkpoint=str(path), **arguments)

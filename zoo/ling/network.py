@@ -10,6 +10,7 @@ Source: "Every FLOP Counts", arXiv 2503.05139, and the modelling file released w
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -141,7 +142,8 @@ class Attention(nn.Module):
             cache: where earlier keys and values are.
         """
         B, T, _ = x_BTD.shape
-        x_BHTW = self.query_key_value(x_BTD).view(B, T, -1, self.width).transpose(1, 2)
+        num_heads = self.num_heads + 2 * self.num_kv_heads
+        x_BHTW = self.query_key_value(x_BTD).view(B, T, num_heads, self.width).transpose(1, 2)
         q_BHTW, k_BKTW, v_BKTW = x_BHTW.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q_BHTW = rotate(q_BHTW, cos_BTW.to(q_BHTW.dtype), sin_BTW.to(q_BHTW.dtype))
         k_BKTW = rotate(k_BKTW, cos_BTW.to(k_BKTW.dtype), sin_BTW.to(k_BKTW.dtype))
@@ -156,7 +158,7 @@ class Attention(nn.Module):
             is_causal=mask is None and T > 1,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.dense(y_BHTW.transpose(1, 2).reshape(B, T, -1))
+        return self.dense(y_BHTW.transpose(1, 2).reshape(B, T, self.num_heads * self.width))
 
 
 class Block(nn.Module):
@@ -272,16 +274,19 @@ def positions_and_mask(
         given: (B, T, ...) ids or embeddings.
         past: cached tokens.
         attention_mask: (B, past + T), 1 for tokens and 0 for padding.
-        position_ids: (B, T), as they shall be; None: counted from the first token that is no padding.
-        document_ids: (B, T), tokens of different documents do not see one another.
+        position_ids: (B or 1, T), as they shall be; None: counted from the first token that is no padding.
+        document_ids: (B or 1, T), tokens of different documents do not see one another.
 
     Returns:
         Positions (B or 1, T), and the mask (B or 1, 1, T, past + T); None: causal.
 
     Raises:
-        ValueError: the mask has another shape, or documents are given with cached tokens.
+        ValueError: something has another shape, or documents are given with cached tokens.
     """
     B, T = given.shape[:2]
+    for name, numbers in (("position_ids", position_ids), ("document_ids", document_ids)):
+        if numbers is not None and numbers.shape not in ((B, T), (1, T)):
+            raise ValueError(f"{name} of shape {tuple(numbers.shape)} does not fit {B} sequences of {T} new tokens.")
     if attention_mask is not None and attention_mask.shape not in ((B, past + T), (1, past + T)):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {B} sequences of {past} cached and {T} new"
@@ -316,6 +321,8 @@ class LingForCausalLM(nn.Module):
         self.config = config
         #: All entries of the ``config.json`` that the weights were released with, to be written again.
         self.hf_config: dict[str, Any] = {}
+        #: The folder that they were read from, whose tokenizer is written with them.
+        self.hf_folder: Path | None = None
         self.model = Model(config, experts, accurate_router)
         self.lm_head = Head(config.vocab_size, config.hidden_size, config.norm_head)
         if config.tie_word_embeddings:
@@ -376,12 +383,12 @@ class LingForCausalLM(nn.Module):
         """Logits of the next token, or the loss of the labels.
 
         Args:
-            input_ids: (B, T) int64.
+            input_ids: (B, T), integers.
             attention_mask: (B, S), 1 for tokens and 0 for padding, with those cached; None: no padding. Padding on the right
                 needs none, because attention is causal.
             position_ids: (B, T); None: 0, 1, ... after what is cached, counted from the first token that is no padding.
             cache: earlier keys and values, which this call extends.
-            labels: (B, T) int64, shifted here: the label at t is what token t - 1 predicts; -100 does not count.
+            labels: (B, T) integers, shifted here: the label at t is what token t - 1 predicts; -100 does not count.
             document_ids: (B, T), tokens of different documents do not see one another; without cache only.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
             noise: standard normal numbers of the router's warm-up.
@@ -391,8 +398,8 @@ class LingForCausalLM(nn.Module):
             last_only: logits of the last token only, (B, 1, V).
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, a mask or labels of another shape, documents with
-                a cache, or a sequence that is longer than the cache.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, a mask, positions or labels of another shape,
+                documents with a cache, or a sequence that is longer than the cache.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -407,14 +414,15 @@ class LingForCausalLM(nn.Module):
         output = LingOutput(routings=routings)
         if labels is not None:
             # Shifted to the left, with nothing to predict at the end: the inputs of the head stay whole and contiguous.
-            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            shifted = labels.long().roll(-1, dims=1)
+            shifted[:, -1:] = IGNORED
             output.loss, each = cross_entropy(
                 hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
                 self.lm_head.effective_weight(),
                 shifted.reshape(-1),
                 loss_chunk,
             )
-            output.loss_BT = F.pad(each.view(labels.shape)[:, :-1], (1, 0))
+            output.loss_BT = each.view(labels.shape).roll(1, dims=1)  # that of the last place is 0
         if with_logits or (with_logits is None and labels is None):
             output.logits = self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         return output

@@ -15,6 +15,8 @@ from zoo.ling.config import LingConfig, RopeScaling
 __all__ = ["ARCHITECTURE", "MODEL_TYPE", "check_released", "from_hf_config", "read_hf_config", "to_hf_config"]
 
 ARCHITECTURE = "BailingMoeForCausalLM"
+#: Other heads on the same network, and none.
+_OTHER_HEADS = ("BailingMoeForSequenceClassification", "BailingMoeModel")
 MODEL_TYPE = "bailing_moe"
 CONFIG_FILE = "config.json"
 
@@ -82,6 +84,7 @@ def check_released(entries: Mapping[str, Any], source: str) -> None:
     Raises:
         ValueError: it is of another architecture, or an entry that the network depends on is missing or has the wrong type.
     """
+    entries = _released_rope(entries, source)
     model_type = entries.get("model_type")
     architectures = [str(name) for name in entries.get("architectures") or []]
     later = _LATER.get(str(model_type)) or next((_LATER["bailing_moe_v2"] for n in architectures if "BailingMoeV" in n), None)
@@ -89,7 +92,7 @@ def check_released(entries: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source} is of {later}, another architecture: only {ARCHITECTURE} (Ling-Lite, Ling-Plus) is known.")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{source} has model_type={model_type!r} instead of {MODEL_TYPE!r}: these are no weights of Ling.")
-    if architectures and ARCHITECTURE not in architectures:
+    if architectures and not {ARCHITECTURE, *_OTHER_HEADS} & set(architectures):
         raise ValueError(f"{source} is of {', '.join(architectures)}: only {ARCHITECTURE} is known.")
     missing = [name for name in _REQUIRED if _value(entries, name, source) is None and name not in _NULLABLE]
     missing += [name for name in _NULLABLE if not any(key in entries for key in _keys(name))]
@@ -113,7 +116,8 @@ def from_hf_config(entries: Mapping[str, Any], source: str = "config.json") -> L
     """The architecture that a released configuration describes; entries that say nothing about it are left alone.
 
     ``head_dim`` may be missing, null or 0 (hidden size / heads), shared experts null or 0 (none), ``n_routed_experts`` and
-    ``n_shared_experts`` stand for ``num_experts`` and ``num_shared_experts``.
+    ``n_shared_experts`` stand for ``num_experts`` and ``num_shared_experts``, ``rope_parameters`` for ``rope_theta`` and
+    ``rope_scaling``.
 
     Args:
         entries: ``config.json``, parsed.
@@ -123,15 +127,15 @@ def from_hf_config(entries: Mapping[str, Any], source: str = "config.json") -> L
         ValueError: see `check_released`; or numbers that do not fit one another.
     """
     check_released(entries, source)
+    entries = _released_rope(entries, source)
     found: dict[str, Any] = {name: _value(entries, name, source) for name in _REQUIRED}
     found |= {name: float(found[name]) for name, kind in _REQUIRED.items() if kind is float}
     found |= {name: entries.get(name, default) for name, default in _OPTIONAL.items()}
+    found["rope_scaling"] = _scaling(found["rope_scaling"], source)
     found["num_shared_experts"] = found["num_shared_experts"] or 0
     found["head_dim"] = found["head_dim"] or None
-    found["tie_word_embeddings"] = bool(found["tie_word_embeddings"])
-    found["rope_scaling"] = _scaling(found["rope_scaling"], source)
-    if isinstance(found["eos_token_id"], list | tuple):
-        found["eos_token_id"] = next(iter(found["eos_token_id"]), None)
+    found["tie_word_embeddings"] = found["tie_word_embeddings"] or False
+    found["eos_token_id"] = None if found["eos_token_id"] == [] else found["eos_token_id"]
     try:
         return LingConfig(**found)
     except ValueError as error:
@@ -155,9 +159,7 @@ def to_hf_config(config: LingConfig, kept: Mapping[str, Any] | None = None) -> d
     entries["head_dim"] = config.head_width
     entries["rope_scaling"] = scaling
     entries.setdefault("hidden_act", "silu")
-    eos = kept.get("eos_token_id")
-    if isinstance(eos, list) and eos and eos[0] == config.eos_token_id:
-        entries["eos_token_id"] = eos
+    entries.pop("rope_parameters", None)  # said in the released way
     for alias, name in _ALIASES.items():
         if alias in entries:
             entries[alias] = entries[name]
@@ -206,19 +208,38 @@ def _value(entries: Mapping[str, Any], name: str, source: str) -> Any:
     return next(iter(given.values()), None)
 
 
+def _released_rope(entries: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Entries whose ``rope_theta`` and ``rope_scaling`` say what ``rope_parameters``, as transformers 5 writes it, does."""
+    given = entries.get("rope_parameters")
+    if not given:
+        return entries
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{source}: rope_parameters={given!r} must be entries such as rope_type and rope_theta.")
+    theta, before = given.get("rope_theta", entries.get("rope_theta")), entries.get("rope_scaling")
+    scaling = {name: value for name, value in given.items() if name != "rope_theta"}
+    if entries.get("rope_theta") not in (None, theta) or (before and _scaling(before, source) != _scaling(scaling, source)):
+        raise ValueError(
+            f"{source}: rope_parameters={given!r} and rope_theta={entries.get('rope_theta')!r}, rope_scaling={before!r}"
+            " contradict each other: leave one out."
+        )
+    return {**entries, "rope_parameters": None, "rope_theta": theta, "rope_scaling": scaling}
+
+
 def _scaling(value: Any, source: str) -> RopeScaling | None:
     if not value:
         return None
     given = dict(value) if isinstance(value, Mapping) else {}
-    kind = given.pop("type", None)
-    kind = given.pop("rope_type", kind)
+    kinds = {given.pop(name) for name in ("type", "rope_type") if name in given}
+    if len(kinds) > 1:
+        raise ValueError(f"{source}: type and rope_type of rope_scaling={value!r} contradict each other: leave one out.")
+    kind = next(iter(kinds), None)
     if kind == "default" and set(given) <= {"rope_theta"}:
         return None
-    known = {field.name: field for field in fields(RopeScaling)}
+    known = [field.name for field in fields(RopeScaling)]
     unknown = [name for name in given if name not in known]
     if kind is None or "factor" not in given or unknown:
         raise ValueError(
-            f"{source}: rope_scaling={value!r} needs type and factor, and may have {', '.join(list(known)[2:])}"
+            f"{source}: rope_scaling={value!r} needs type and factor, and may have {', '.join(known[2:])}"
             + (f", but not {', '.join(unknown)}." if unknown else ".")
         )
     if kind == "yarn" and given.get("original_max_position_embeddings") is None:
@@ -226,9 +247,7 @@ def _scaling(value: Any, source: str) -> RopeScaling | None:
             f"{source}: rope_scaling of type yarn needs original_max_position_embeddings, the length that was trained (the"
             " released code assumes 4096)."
         )
-    numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
-        floats = {name: float(value) for name, value in numbers.items() if isinstance(known[name].default, float)}
-        return RopeScaling(type=kind, **{**numbers, **floats})
+        return RopeScaling(type=kind, **{name: number for name, number in given.items() if number is not None})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None

@@ -8,6 +8,8 @@ import contextlib
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.checkpoint import read_plain, refuse_text
+from zoo.checkpoint import fetch_repository, read_plain, refuse_text
 from zoo.hyperparameters import class_path
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
@@ -45,6 +47,13 @@ __all__ = [
 
 #: Where weights may lie in a folder, best first; an index names the files.
 _NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+#: Files of weights that `save_hf` replaces.
+_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?")
+#: What belongs to the weights of a folder and is none of them.
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.word_embeddings.weight"
 _LISTED = 20
@@ -221,6 +230,20 @@ def _allocate(network: LingForCausalLM, stored: Mapping[str, _Stored], dtype: to
             moe.gate.running_std = torch.ones((), device=device)
 
 
+def local_folder(path: str | Path) -> Path:
+    """A folder as it is; the name of a repository of the Hugging Face hub is fetched first, once: settings and safetensors.
+
+    A path that begins with ``./`` or ``/``, or with a folder that there is, never means a repository.
+
+    Raises:
+        FileNotFoundError: it is no folder, and could not be fetched.
+    """
+    repository = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", str(path))
+    if repository is None or Path(repository[1]).exists():
+        return Path(path)
+    return fetch_repository(str(path), ["*.json", "*.safetensors", "*.jinja", "*.txt"])
+
+
 def load_hf(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -232,7 +255,8 @@ def load_hf(
     """Build the network that a released folder describes, with its weights; memory holds them once.
 
     Args:
-        path: the folder: ``config.json`` and safetensors or ``pytorch_model.bin``, whole or in shards.
+        path: the folder: ``config.json`` and safetensors or ``pytorch_model.bin``, whole or in shards; or the name of a
+            repository of the Hugging Face hub (``"inclusionAI/Ling-lite"``) that has safetensors.
         dtype: of the weights; None: as stored.
         device: where they go.
         experts: how routed experts are computed, see `Experts`.
@@ -243,13 +267,14 @@ def load_hf(
         The network in evaluation mode; `save_hf` writes the same files again.
 
     Raises:
-        FileNotFoundError: ``config.json`` or weights are missing; missing shards are named.
+        FileNotFoundError: ``config.json`` or weights are missing; missing shards are named. Or the hub cannot be reached.
         ValueError: the folder is of another architecture, or its files are unsafe, damaged or do not fit one another.
     """
+    path = local_folder(path)
     config, entries = read_hf_config(path)
     with torch.device("meta"):
         network = LingForCausalLM(config.replace(**(config_changes or {})), experts, accurate_router)
-    network.hf_config = entries
+    network.hf_config, network.hf_folder = entries, _folder_of(path)
     load_weights(network, path, dtype, device)
     return network.eval()
 
@@ -279,12 +304,14 @@ def save_hf(
 ) -> Path:
     """Write a folder of the released layout: ``config.json`` and safetensors, in shards where one is not enough.
 
-    Entries of an earlier ``config.json`` that say nothing about the architecture are kept. Statistics of the router's warm-up
-    are none of the released tensors. Memory holds one shard beside the network.
+    Entries of an earlier ``config.json`` that say nothing about the architecture are kept. Tokenizer and settings of generation
+    come from the folder that the network was read from, if it is still there. Statistics of the router's warm-up are none of
+    the released tensors. Memory holds one shard beside the network.
 
     Args:
         network: whose weights.
-        folder: where; made if missing. Weights that lie there already are replaced.
+        folder: where; made if missing. Weights that lie there already are replaced, once the new ones are written; a tokenizer
+            that lies there stays.
         max_shard_size: bytes of a file, as a number or like "5GB" or "500MiB"; a tensor is never split.
         normalized_head: for engines that know no NormHead: write the head normalised, and ``norm_head: false``.
         dtype: type to write; None: as it is.
@@ -310,21 +337,29 @@ def save_hf(
         size, total = size + num_bytes, total + num_bytes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("model*.safetensors"), *(folder / name for name in _NAMES if (folder / name).suffix == ".json")]:
-        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors|.*\.index\.json", stale.name):
-            stale.unlink(missing_ok=True)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        copies = {n: weights[n].to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
-        save_file(copies, folder / file, metadata={"format": "pt"})
-        del copies  # before those of the next file are made
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / f"{_NAMES[0]}").write_text(json.dumps(index, indent=2) + "\n")
-    entries = _entries(network, normalized_head, dtype)
-    (folder / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as beside:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            copies = {n: weights[n].to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
+            save_file(copies, Path(beside) / file, metadata={"format": "pt"})
+            del copies  # before those of the next file are made
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (Path(beside) / _NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+        entries = _entries(network, normalized_head, dtype)
+        (Path(beside) / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
+        written = sorted(path.name for path in Path(beside).iterdir())
+        for name in written:
+            (Path(beside) / name).replace(folder / name)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+    sources = [] if network.hf_folder is None else [network.hf_folder / name for name in _COMPANIONS]
+    for source in sources:
+        if source.is_file() and not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
     return folder
 
 
@@ -358,7 +393,12 @@ def load_official(network: LingForCausalLM, path: str | Path) -> None:
     """
     load_weights(network, path)
     with contextlib.suppress(FileNotFoundError):
-        network.hf_config = read_hf_config(path)[1]
+        network.hf_config, network.hf_folder = read_hf_config(path)[1], _folder_of(path)
+
+
+def _folder_of(path: str | Path) -> Path:
+    path = Path(path).resolve()
+    return path if path.is_dir() else path.parent
 
 
 def infer_hf(cls: type, source: str | Path | Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""Ling as a model of the transformers library: ``AutoModelForCausalLM``, ``generate``, ``Trainer``, and what builds on them.
+"""Ling as a model of the transformers library: ``AutoModelForCausalLM`` and its kin, ``generate``, ``Trainer``, and what builds
+on them.
 
 Importing this file, or ``zoo.ling.register()``, makes released folders loadable without remote code::
 
@@ -11,6 +12,7 @@ Files are read and written in the released format, the network in between is our
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, get_args
 
 import torch
@@ -19,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Cache,
     DynamicCache,
@@ -30,7 +33,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import logging
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
@@ -39,7 +44,16 @@ from zoo.ling.network import Model, positions_and_mask
 from zoo.ling.official_config import ARCHITECTURE, MODEL_TYPE, check_released, from_hf_config, to_hf_config
 from zoo.ling.router import Router, balance_loss
 
-__all__ = ["BailingMoeConfig", "BailingMoeForCausalLM", "BailingMoeModel", "register", "slice_logits"]
+__all__ = [
+    "BailingMoeConfig",
+    "BailingMoeForCausalLM",
+    "BailingMoeForSequenceClassification",
+    "BailingMoeModel",
+    "register",
+    "slice_logits",
+]
+
+logger = logging.get_logger(__name__)
 
 #: The library renamed its argument for keys and values; outputs say which name this version has.
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -64,6 +78,7 @@ class BailingMoeConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("cache", "past_key_values")
+    rope_theta: float
     rope_scaling: dict[str, Any] | None = None  # a plain entry here, where newer versions of the library have a property
     has_no_defaults_at_init = False
 
@@ -79,6 +94,8 @@ class BailingMoeConfig(PreTrainedConfig):
         for alias, name in zip(aliases, ("num_experts", "num_shared_experts"), strict=True):
             if kwargs.get(alias) is not None:
                 defaults.pop(name)
+        if kwargs.get("rope_parameters"):  # decides alone, unless the released entries are given too
+            defaults |= {"rope_theta": None}
         config = from_hf_config({**defaults, **kwargs}, "BailingMoeConfig")
         entries = to_hf_config(config, kwargs)
         for name in ("architectures", "model_type", *aliases):
@@ -86,12 +103,15 @@ class BailingMoeConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
-        own = set(to_hf_config(config)) - {"architectures", "model_type", "tie_word_embeddings", *_TOKENS}
+        rope = {name: entries.pop(name) for name in ("rope_theta", "rope_scaling")}  # kept from what the library makes of them
+        own = set(to_hf_config(config)) - {"architectures", "model_type", "tie_word_embeddings", *rope, *_TOKENS}
         for name in own:
             setattr(self, name, entries.pop(name))
         super().__init__(**{"architectures": kwargs.get("architectures"), **entries})
         for name in ("tie_word_embeddings", *_TOKENS):
             setattr(self, name, entries[name])
+        for name, value in rope.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -102,6 +122,19 @@ class BailingMoeConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All entries that shape the network, and what else differs from the library's defaults (hook of the library)."""
         return {**super().to_diff_dict(), **to_hf_config(self.ling), "architectures": self.architectures or [ARCHITECTURE]}
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """``rope_theta`` and ``rope_scaling`` in one, as newer versions of the library name them; may be set."""
+        scaling = dict(self.rope_scaling or {"type": "default"})
+        kind = scaling.pop("type", None)
+        return {"rope_theta": self.rope_theta, "rope_type": kind, **scaling}
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: dict[str, Any] | None) -> None:
+        entries = dict(value or {})
+        self.rope_theta = entries.pop("rope_theta", self.rope_theta)
+        self.rope_scaling = None if all(entry == "default" for entry in entries.values()) else entries
 
     @property
     def ling(self) -> LingConfig:
@@ -200,9 +233,9 @@ class BailingMoeModel(BailingMoePreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding, with those cached; or one as the library makes for caches of
                 a fixed size, (B or 1, 1, T, S).
             position_ids: (B, T); None: counted from the first token that is no padding.
-            cache: earlier keys and values, which this call extends; None with ``use_cache``: a new one.
+            cache: earlier keys and values, which this call reads and extends; None with ``use_cache``: a new one.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
-            use_cache: whether keys and values are returned; None: as configured, but not in training.
+            use_cache: whether a cache is made where none is given; None: as configured, but not in training.
             output_router_logits: whether the routers' logits are returned.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
             past_key_values: the same as ``cache`` under its older name.
@@ -210,7 +243,8 @@ class BailingMoeModel(BailingMoePreTrainedModel):
             kwargs: of other models; ``output_attentions`` is refused.
 
         Raises:
-            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or attention weights are asked for.
+            ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, attention weights are asked for, or a cache is
+                given while activations are computed again.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -218,16 +252,21 @@ class BailingMoeModel(BailingMoePreTrainedModel):
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("BailingMoeModel computes no attention weights: leave out output_attentions.")
         cache = cache if cache is not None else past_key_values
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputed and cache is not None:
+            raise ValueError("Activations that are computed again would be cached twice: leave out the cache, or checkpointing.")
+        if recomputed and use_cache:
+            logger.warning_once("use_cache=True has no effect while activations are computed again in the backward pass.")
         if use_cache is None:
-            use_cache = (self.config.use_cache or cache is not None) and not self.training
-        if not use_cache or (self.gradient_checkpointing and self.training):
-            cache = None
-        elif cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache and not recomputed:
             cache = DynamicCache()
         past = 0 if cache is None else int(cache.get_seq_length())
         made = attention_mask is not None and attention_mask.dim() == 4
+        if made and attention_mask is not None and not attention_mask.is_floating_point():
+            attention_mask = attention_mask.bool()
         document_ids = None
-        if attention_mask is None and position_ids is not None and not past and bool((position_ids.diff(dim=1) != 1).any()):
+        if attention_mask is None and position_ids is not None and not past and _begin_anew(position_ids):
             document_ids = (position_ids == 0).cumsum(1)
         position_ids, mask = positions_and_mask(given, past, None if made else attention_mask, position_ids, document_ids)
         view = None if cache is None else _CacheView(cache, past, whole=made)
@@ -276,7 +315,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         self.model = BailingMoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.model._norm_of_head = self._norm_of_head  # a bound method: a copy of this model gets its own
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: list[Tensor] | None = None  # norms of the head, while `generate` runs
         self.post_init()
 
     def _norm_of_head(self) -> Tensor | None:
@@ -289,18 +328,23 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
                 "An adapter on lm_head would change what NormHead divides by: leave lm_head out of target_modules; to train it"
                 " whole, name it in modules_to_save."
             )
-        weight = cast(Tensor, head.weight)
-        changing = torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad)
-        key = None if changing else (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if key is None or self._kept is None or self._kept[0] != key:
-            accurate = torch.promote_types(weight.dtype, torch.float32)
-            with torch.inference_mode(False), torch.no_grad():
-                norm_D = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=accurate) + EPS
-                norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
-            if torch.compiler.is_compiling():
-                return norm_D
-            self._kept = (key, norm_D)
-        return self._kept[1]
+        if self._kept:
+            return self._kept[0]
+        with _present(head):
+            weight = cast(Tensor, head.weight).detach()
+            norm_D = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)) + EPS
+        norm_D = norm_D.full_tensor() if hasattr(norm_D, "full_tensor") else norm_D
+        if self._kept is not None:
+            self._kept.append(norm_D)
+        return norm_D
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts, as the library does; weights do not change meanwhile, so that the head's norms are computed once."""
+        self._kept = []
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._kept = None
 
     def forward(
         self,
@@ -327,7 +371,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
             cache: earlier keys and values.
             inputs_embeds: (B, T, D) instead of ``input_ids``.
             labels: (B, T) int64, shifted here; -100 does not count.
-            use_cache: whether keys and values are returned.
+            use_cache: whether a cache is made where none is given.
             output_router_logits: whether the routers' logits are returned, with the balance loss summed over the layers.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
             logits_to_keep: how many of the last positions get logits, 0: all; or positions, see `slice_logits`.
@@ -355,7 +399,8 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if want_router and inner.router_logits:
-            aux_loss = self._balance_loss(inner.router_logits, attention_mask)
+            shape = cast(Tensor, inner.last_hidden_state).shape[:2]
+            aux_loss = self._balance_loss(inner.router_logits, attention_mask, shape)
             if loss is not None and self.config.router_aux_loss_coef:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = MoeCausalLMOutputWithPast(
@@ -369,14 +414,35 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict is not False else output.to_tuple()
 
-    def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None) -> Tensor:
+    def _balance_loss(self, logits: Sequence[Tensor], attention_mask: Tensor | None, shape_BT: torch.Size) -> Tensor:
         valid_N = None
         if attention_mask is not None and attention_mask.dim() == 2:
-            tokens = logits[0].shape[0] // attention_mask.shape[0]
-            valid_N = attention_mask[:, -tokens:].reshape(-1).bool()
+            valid_N = attention_mask[:, attention_mask.shape[1] - shape_BT[1] :].expand(shape_BT).reshape(-1).bool()
         probs = [layer_NE.softmax(-1) for layer_NE in logits]
         k = self.config.num_experts_per_tok
         return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
+
+
+def _begin_anew(position_ids: Tensor) -> bool:
+    """Whether there may be several documents, for which attention needs a mask; in a compiled graph that cannot be asked."""
+    return torch.compiler.is_compiling() or bool((position_ids.diff(dim=1) != 1).any())
+
+
+def _present(module: nn.Module) -> AbstractContextManager[None]:
+    """Where weights are kept elsewhere between forward passes (the library's ``device_map``): bring a module's for a while."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device  # whose hook it is
+
+    return align_module_device(module)
+
+
+class BailingMoeForSequenceClassification(GenericForSequenceClassification, BailingMoePreTrainedModel):
+    """A linear layer on the last token's output of `BailingMoeModel`, as reward models have it: the library's own.
+
+    Args:
+        config: its configuration; ``num_labels`` is the width of the layer, whose weights are new where a folder has none.
+    """
 
 
 class _CacheView:
@@ -424,6 +490,7 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, BailingMoeConfig, exist_ok=True)
     AutoModel.register(BailingMoeConfig, BailingMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(BailingMoeConfig, BailingMoeForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(BailingMoeConfig, BailingMoeForSequenceClassification, exist_ok=True)
     AutoTokenizer.register(BailingMoeConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
     converters: list[Any] = [
         WeightConverter(
