@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
@@ -255,3 +256,14 @@ def job(
     except (SystemExit, ZeroDivisionError) as ended:
         extra = {"ended": type(ended).__name__, "code": getattr(ended, "code", None)}
     return Run(module.seen, weights_of(module), {}, {**extra, "step": trainer.global_step})
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process, of whomever, is gone."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([handle], [], [], 20)
+    os.close(handle)
+    assert ended, f"process {pid} goes on"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from antdt_job import wait_for_end
 
 from strategies.antdt.address import Address
 from strategies.antdt.client import Client, ServerUnreachable
@@ -29,13 +29,6 @@ def kill(address: Address) -> None:
     """SIGKILL, and wait until the process is gone."""
     os.kill(address.pid, signal.SIGKILL)
     wait_for_end(address.pid)
-
-
-def wait_for_end(pid: int) -> None:
-    handle = os.pidfd_open(pid)
-    ended, _, _ = select.select([handle], [], [], 20)
-    os.close(handle)
-    assert ended, f"process {pid} goes on"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from antdt_job import Plans, Restart, Run, diary, job
+from antdt_job import Plans, Restart, Run, diary, job, wait_for_end
 from distributed import RankError, RankPool
 
 from zoo.checkpoint import read_checkpoint
@@ -95,7 +95,8 @@ def test_killed_ranks_cost_nothing_but_time(pool: RankPool, tmp_path: Path, undi
     once(tmp_path)
     events = [json.loads(line) for line in (tmp_path / "antdt" / "events.jsonl").read_text().splitlines()]
     assert [event["gen"] for event in events if event["kind"] == "generation"] == [1, 2]
-    assert not (tmp_path / "antdt" / "server.json").exists(), f"process {server} should have ended with the job"
+    wait_for_end(server)  # with the job
+    assert not (tmp_path / "antdt" / "server.json").exists()
 
 
 def test_a_planned_restart_saves_and_asks_to_be_started_again(pool: RankPool, tmp_path: Path, undisturbed: list[Run]) -> None:
