@@ -22,11 +22,14 @@ import lightning
 
 
 class Terminate(lightning.Callback):
-    # A batch system that stops the job: torchrun itself is told to end.
+    # A batch system, or somebody at a terminal, that stops the job: torchrun itself is told to end.
+
+    def __init__(self, name: str) -> None:
+        self.number = signal.Signals[name]
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 4 and trainer.is_global_zero:
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getppid(), self.number)
 """
 
 
@@ -42,17 +45,29 @@ def losses(folder: Path) -> list[float]:
         return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
 
 
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
+SHARED = ["-c", "strategies/ddp", "--data.batch_size", "128", "--ckpt_path", "last"]
+
+
+def stopped_by(folder: Path, signal: str) -> int:
+    """The step at which a run was saved that the signal has stopped."""
+    (folder / "terminate.py").write_text(TERMINATE)
+    stop = ["--trainer.callbacks+", "terminate.Terminate", "--trainer.callbacks.name", signal]
+    never = ["--checkpoint.every_n_steps", "1000", "--checkpoint.minutes", "null"]  # only the signal saves
+    fit(folder, TORCHRUN, *SHARED, *stop, *never, "--trainer.max_steps", "1000", ends_well=False)
+    return read_checkpoint(folder / "runs/bfn/digits/checkpoints/last.ckpt")["global_step"]
+
+
+def test_interrupt_at_the_terminal_saves(tmp_path):
+    assert 4 <= stopped_by(tmp_path, "SIGINT") < 8
+
+
 def test_two_processes_train_as_one_and_resume_after_sigterm(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
-    shared = ["-c", "strategies/ddp", "--data.batch_size", "128", "--ckpt_path", "last"]
     fit(one, ["zoo"], "--trainer.max_steps", "8")
-    (two / "terminate.py").write_text(TERMINATE)
-    stop = ["--trainer.callbacks+", "terminate.Terminate", "--checkpoint.every_n_steps", "1000"]  # only SIGTERM saves
-    fit(two, torchrun, *shared, *stop, "--trainer.max_steps", "1000", ends_well=False)
-    assert 4 <= read_checkpoint(two / "runs/bfn/digits/checkpoints/last.ckpt")["global_step"] < 8
-    fit(two, torchrun, *shared, "--trainer.max_steps", "8")
+    assert 4 <= stopped_by(two, "SIGTERM") < 8
+    fit(two, TORCHRUN, *SHARED, "--trainer.max_steps", "8")
     # Lightning logs the loss of rank 0; the sum of steps is compared through the weights.
     assert len(losses(two)) == len(losses(one)) == 8
     a, b = (read_checkpoint(f / "runs/bfn/digits/checkpoints/last.ckpt")["current_model_state"] for f in (one, two))

@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -133,16 +135,21 @@ class ZooModule(Configurable, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compile the networks once, in place, so that the names of the weights stay (Lightning hook)."""
+        plugin = self.trainer.precision_plugin
         if self.exact_batches:
-            self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+            plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            # Lightning refuses to clip what fused optimizers step by, for the sake of scaled losses; these are not scaled.
+            plugin.clip_gradients = partial(Precision.clip_gradients, plugin)  # type: ignore[method-assign]
         if self.compile_networks:
             for network in self.networks():
                 if network._compiled_call_impl is None:
                     network.compile()
 
     def teardown(self, stage: str) -> None:
-        """Give the precision plugin its conversion of batches back (Lightning hook)."""
-        vars(self.trainer.precision_plugin).pop("convert_input", None)
+        """Give the precision plugin its own ways back (Lightning hook)."""
+        for name in ("convert_input", "clip_gradients"):
+            vars(self.trainer.precision_plugin).pop(name, None)
 
     # Random draws
 

@@ -16,7 +16,7 @@ class SupportsSyncBlocks(Protocol):
     """A module that says itself which of its parts are synchronised one after the other."""
 
     def sync_blocks(self) -> list[nn.Module]:
-        """Parts that are called (not only read), in the order of the forward pass; none of them inside another."""
+        """Parts in the order of the forward pass, none of them inside another; what is not called gets its weights before it."""
         ...
 
 

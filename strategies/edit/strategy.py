@@ -1,5 +1,6 @@
 """EDiT as Lightning strategies: replicas that train on their own and meet now and then."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.edit.blocks import split_blocks
+from strategies.edit.blocks import Block, split_blocks
 from strategies.edit.consensus import Consensus
 from strategies.edit.penalty import ClipScope, DetectorUpdate, Granularity, Outer, Penalty
 from strategies.edit.round_clock import RoundClock
@@ -371,7 +372,7 @@ class EDiTStrategy(DDPStrategy):
         step = self._fit.global_step
         persistent = set(nn.Module.state_dict(self.lightning_module, keep_vars=True))
         self.synchronizer = Synchronizer(
-            split_blocks(self.lightning_module),
+            self._blocks(self.lightning_module),
             [buffer for name, buffer in self.lightning_module.named_buffers() if name in persistent and buffer.numel()],
             self.penalty,
             self.outer,
@@ -394,6 +395,10 @@ class EDiTStrategy(DDPStrategy):
                 store, self.sync_seconds or 0.0, self.min_total_steps, budget, self.synchronizer.num_replicas, decides, self.clock
             )
             self._rounds.start_round(self._total_steps())
+
+    def _blocks(self, module: LightningModule) -> list[Block]:
+        """What is synchronised one by one."""
+        return split_blocks(module)
 
     def _total_steps(self) -> int:
         """Optimizer steps of all replicas so far."""
@@ -664,10 +669,17 @@ class EDiTShardedStrategy(EDiTStrategy):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
 
+    def _blocks(self, module: LightningModule) -> list[Block]:
+        """Entries of module lists are called, and so gathered, one by one; other blocks may be read only: the root has them."""
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+        entries = {entry for part in lists for entry in part}
+        blocks = super()._blocks(module)
+        return [block if block.module in entries else dataclasses.replace(block, module=None) for block in blocks]
+
     def _shard(self) -> nn.Module:
         assert self.mesh is not None and self.lightning_module is not None
         self._root = _ShardRoot(self.lightning_module)
-        for block in split_blocks(self.lightning_module):
+        for block in self._blocks(self.lightning_module):
             if block.module is not None:
                 shared = len({id(p) for p in block.module.parameters() if p.requires_grad}) - len(block.parameters)
                 if shared:

@@ -151,6 +151,11 @@ class PaROStrategy(DDPStrategy):
         self._averages: list[ShardAverage] = []
 
     @property
+    def keeps_float32_weights(self) -> bool:
+        """Whether updates are added to float32 weights, whatever the precision that is computed in."""
+        return True
+
+    @property
     def shards_parameters(self) -> bool:
         """Whether a rank holds a part of the parameters only; callbacks that keep weights ask."""
         return self.partition is None or self.partition.parameters != "N"

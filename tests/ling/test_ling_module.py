@@ -580,3 +580,45 @@ def test_means_of_an_evaluation_are_exact_in_half_precision() -> None:
         metrics.loss.update(torch.tensor(2.35 + number % 2), torch.tensor(1 + number % 3))
     metrics.loss.update(torch.tensor(math.nan), torch.tensor(0))  # of a batch in which nothing counts
     assert metrics.compute()["loss"].item() == pytest.approx(2.85, rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_in_mixed_bfloat16_whatever_the_optimizer(tmp_path: Path, fused: bool) -> None:
+    model = Ling(SMALL, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=fused))
+    norms: list[float] = []
+
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norms.extend([torch.nn.utils.get_total_norm(grads).item()] if grads else [])
+
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-mixed", gradient_clip_val=0.01, max_steps=2, callbacks=[Watch()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, Periods())
+    assert norms and max(norms) == pytest.approx(0.01, rel=1e-3)
+    assert "clip_gradients" not in vars(trainer.precision_plugin)
+
+
+@pytest.mark.parametrize(
+    ("eos", "pad", "fits"), [(22, 23, True), (22, 22, False), (0, 23, False), (22, 1, False), (23, 23, False)]
+)
+def test_marks_of_another_tokenizer_are_refused_before_training(eos: int, pad: int, fits: bool) -> None:
+    model = Ling(SMALL)
+    if fits:
+        model._compare_marks(eos, pad)
+    else:
+        with pytest.raises(ValueError, match=f"--model.config.eos_token_id {eos} --model.config.pad_token_id {pad}"):
+            model._compare_marks(eos, pad)
+    Ling(SMALL.replace(pad_token_id=eos, eos_token_id=[3, eos]))._compare_marks(eos, pad)
+    Ling(SMALL.replace(pad_token_id=None, eos_token_id=None))._compare_marks(eos, pad)
+
+
+def test_small_updates_of_true_half_precision_are_warned_of(tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False,
+        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="adds its updates to bfloat16 weights"):
+        trainer.fit(Ling(SMALL), Periods())

@@ -31,6 +31,7 @@ from torchmetrics import MeanMetric
 from strategies import EDiTShardedStrategy, EDiTStrategy
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import read_checkpoint
+from zoo.ling import Ling, LingConfig
 
 WHOLE = partial(EDiTStrategy, 4, warmup_steps=1, **FULL)
 SHARDED = partial(EDiTShardedStrategy, shard_size=2, sync_interval=4, warmup_steps=1, **FULL)
@@ -348,3 +349,38 @@ def test_blocks_with_parts_in_common_are_whole_or_refused(pool: RankPool) -> Non
     assert all(torch.equal(value, second[1][name]) for name, value in first[1].items())
     assert all("block layers.1 has 2 parameters that are other blocks' too" in said for said in pool.run(refused, Shared))
     assert all("manual optimization does not keep to" in said for said in pool.run(refused, ByHand))
+
+
+LANGUAGE = LingConfig(
+    vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+    num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=8, initializer_range=0.3, max_position_embeddings=32,
+    pad_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def language(kind: Callable[..., Any], chunk: int) -> tuple[list[float], dict[str, Tensor]]:
+    """A language model whose head is read and not called; the ranks of a replica see the same texts."""
+    torch.set_default_dtype(torch.float64)
+    seed_everything(5, verbose=False)
+    model = Ling(LANGUAGE, loss_chunk=chunk, router_warmup_steps=0, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    replica = 2 * dist.get_rank() // dist.get_world_size()
+    ids = torch.randint(24, (24, 9), generator=torch.Generator().manual_seed(replica))
+    data = DataLoader([{"input_ids": row} for row in ids], batch_size=2)
+    trainer = trainer_of(kind(), 11, callbacks=[Watch()], use_distributed_sampler=False, limit_val_batches=2)
+    trainer.fit(model, data, data)
+    return losses, weights_of(model)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_language_model_in_shards_is_the_whole_one(pool: RankPool, chunk: int) -> None:
+    whole = pool.run(language, WHOLE, chunk, world_size=2)
+    for rank, (losses, weights) in enumerate(pool.run(language, SHARDED, chunk, world_size=4)):
+        assert losses == pytest.approx(whole[rank // 2][0], rel=1e-9)
+        for name, value in whole[0][1].items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-8, atol=1e-10, msg=name)

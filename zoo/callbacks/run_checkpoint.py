@@ -16,6 +16,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 __all__ = ["RunCheckpoint"]
 
 
+_SAME_INTERRUPT = 3.0
+"""Seconds in which a terminal and a launcher that passes its Ctrl-C on have both told."""
+
+
 @runtime_checkable
 class SupportsAgreement(Protocol):
     """A strategy whose ranks train on their own, and agree on what all must do together when they meet next."""
@@ -59,6 +63,8 @@ class RunCheckpoint(Checkpoint):
         self._boundary: dict[str, Any] | None = None
         self._boundary_step = -1
         self._told_to_stop = False
+        self._told_at = 0.0
+        self._interrupt: Any = None  # the handler of Ctrl-C while this one is in its place
 
     def path(self, trainer: Trainer) -> Path:
         """The checkpoint file."""
@@ -74,9 +80,22 @@ class RunCheckpoint(Checkpoint):
             # Lightning's handler speaks to the other processes wherever it interrupts this one, in the middle of a gradient's
             # reduction too, and each process stops by itself. Here the signal is noted, and all stop after the same step.
             signal.signal(signal.SIGTERM, self._note_signal)
+            self._interrupt = signal.signal(signal.SIGINT, self._note_signal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._told_to_stop = True
+        if number == signal.SIGINT and self._told_to_stop and time.monotonic() - self._told_at > _SAME_INTERRUPT:
+            raise KeyboardInterrupt  # who presses Ctrl-C again does not want to wait
+        if not self._told_to_stop:
+            self._told_to_stop, self._told_at = True, time.monotonic()
+
+    def _free_interrupt(self) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._interrupt = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C its own way back (Lightning hook)."""
+        self._free_interrupt()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -116,6 +135,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what is done before an exception, Ctrl-C or SIGTERM ends the run (Lightning hook)."""
+        self._free_interrupt()
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and self._seen_step > self._saved_step
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
             return

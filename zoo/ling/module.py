@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.hyperparameters import build
@@ -215,13 +216,22 @@ class Ling(ZooModule):
                 )
                 for parameter in small:
                     parameter.data = parameter.data.float()
+            strategy = self.trainer.strategy
+            if precision == "bf16-true" and not (
+                isinstance(strategy, DeepSpeedStrategy) or getattr(strategy, "keeps_float32_weights", False)
+            ):
+                rank_zero_warn(
+                    "Ling: with precision=bf16-true the optimizer adds its updates to bfloat16 weights, which do not notice small"
+                    " ones (at a learning rate of 1e-5, nearly all): use bf16-mixed, or a strategy that keeps float32 weights"
+                    " beside them, such as DeepSpeed and PaRO."
+                )
         return super().configure_callbacks()
 
     def setup(self, stage: str) -> None:
         """Compare the vocabularies of model and data before anything runs (Lightning hook).
 
         Raises:
-            ValueError: the tokenizer has ids that the model has not.
+            ValueError: the tokenizer has ids that the model has not, or marks that the model takes for others in training.
         """
         super().setup(stage)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
@@ -230,6 +240,19 @@ class Ling(ZooModule):
                 f"The tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {self.config.vocab_size}: take the"
                 f" model's own tokenizer (data.tokenizer), or vocab_size: {tokenizer.vocab_size} or more."
             )
+        if stage == "fit" and tokenizer is not None:
+            self._compare_marks(tokenizer.eos_id, tokenizer.pad_id)
+
+    def _compare_marks(self, eos: int, pad: int) -> None:
+        given, ends = self.config.pad_token_id, self.config.eos_token_id
+        pad_fits = given is None or given in (pad, eos)  # its embedding is not trained
+        if pad_fits and (ends is None or eos in (ends if isinstance(ends, list) else [ends])):
+            return
+        raise ValueError(
+            f"The tokenizer ends texts with the id {eos} and fills up with {pad}, but the model has eos_token_id={ends} and"
+            f" pad_token_id={given}: take the model's own tokenizer (data.tokenizer), or a model with --model.config.eos_token_id"
+            f" {eos} --model.config.pad_token_id {pad}."
+        )
 
     # Batches
 
