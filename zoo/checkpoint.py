@@ -1,6 +1,7 @@
 """Read checkpoints safely, and say in one sentence what is wrong with one that does not fit."""
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 __all__ = [
+    "as_new_files_are",
     "check_weights",
     "fetch_repository",
     "is_pretrained_folder",
@@ -24,6 +26,13 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+
+def as_new_files_are(path: Path) -> None:
+    """Give a file the permissions that the user's new files have; safetensors makes files that nobody else can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

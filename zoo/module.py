@@ -19,6 +19,7 @@ import zoo
 from zoo.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    as_new_files_are,
     check_weights,
     is_pretrained_folder,
     read_checkpoint,
@@ -298,6 +299,7 @@ class ZooModule(Configurable, LightningModule):
             weights = load_file(path)
             halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
             save_file(halved, path)
+        as_new_files_are(path)
         return folder
 
     @classmethod
@@ -377,6 +379,7 @@ class ZooModule(Configurable, LightningModule):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             save_file(weights, path)
+            as_new_files_are(path)
         else:
             entries = self.official_entries
             torch.save(dict.fromkeys(entries, weights) if entries else weights, path)

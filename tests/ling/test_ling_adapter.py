@@ -1,6 +1,7 @@
 """Released folders: what is read, what is written, and what is said when they do not fit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -495,3 +496,13 @@ def test_another_architecture_on_purpose_takes_the_weights_as_well(tmp_path):
         Ling.from_official(tmp_path / "lone.safetensors")
     with pytest.raises(ValueError, match=r"\d+ missing: model\.word_embeddings"):
         Ling.from_official(tmp_path / "lone.safetensors", longer)
+
+
+def test_written_weights_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    model = Ling(checkpoint=str(write_released(tmp_path / "a", LITE, random_weights(LITE))))
+    before = os.umask(0o027)
+    try:
+        folders = [save_hf(model.network, tmp_path / "hf"), model.save_pretrained(tmp_path / "own")]
+    finally:
+        os.umask(before)
+    assert [(folder / "model.safetensors").stat().st_mode & 0o777 for folder in folders] == [0o640] * 2

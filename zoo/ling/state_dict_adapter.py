@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.checkpoint import fetch_repository, read_plain, refuse_text
+from zoo.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
 from zoo.hyperparameters import class_path
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
@@ -343,6 +343,7 @@ def save_hf(
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             copies = {n: weights[n].to("cpu", dtype, copy=True, memory_format=torch.contiguous_format) for n in names}
             save_file(copies, Path(beside) / file, metadata={"format": "pt"})
+            as_new_files_are(Path(beside) / file)
             del copies  # before those of the next file are made
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
