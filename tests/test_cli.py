@@ -1,5 +1,6 @@
 """The command line as its users know it: precedence, run folders, discovery, composition, and errors in one sentence."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -240,6 +241,21 @@ def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
     assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "shared"]) == 0
     assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.max_steps", "1"]) == 0
     assert stored()["noise"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--model", "Ling", "--data", "Text"], "ling_tiny"),
+        (["-c", "ling/tiny", "--ckpt_path", "ling-tiny"], "ling_tiny"),
+        (["-c", "ling/tiny", "--model.config", "ling_lite"], "ling_lite"),
+    ],
+)
+def test_one_entry_of_a_named_architecture_changes_no_other(folder, capsys, argv, name):
+    changes = {"max_position_embeddings": 1024, "num_hidden_layers": 2}
+    typed = [f"--model.config.{entry}={value}" for entry, value in changes.items()]
+    config = effective(capsys, "fit", *argv, *typed)["model"]["init_args"]["config"]
+    assert config == {**dataclasses.asdict(zoo.ling.preset(name)), **changes}
 
 
 def test_tied_weights_are_loaded_from_a_pretrained_folder(folder):

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import reduce
 from importlib.resources import files
 from operator import or_
@@ -32,7 +33,7 @@ from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
-from zoo.hyperparameters import check_config, find_class, read_config
+from zoo.hyperparameters import check_config, class_path, find_class, read_config
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
@@ -81,6 +82,20 @@ class ZooArgumentParser(LightningArgumentParser):
             if (typehint := getattr(action, "_typehint", None)) is not None:
                 action._typehint = _integers_first(typehint)  # type: ignore[attr-defined]
         return added
+
+    def parse_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None, *rest: Any, **kwargs: Any
+    ) -> Namespace:
+        """Parse, where one entry of an architecture that is given by its name changes this entry, and no other."""
+        for action in self._actions if args is not None else []:
+            if zoo.ling.LingConfig not in get_args(getattr(action, "_typehint", None)):
+                continue
+            before = (namespace or {}).get(action.dest, action.default)
+            if isinstance(before, str) and any(word.startswith(f"--{action.dest}.") for word in args):
+                namespace = namespace or Namespace()
+                config = zoo.ling.preset(before)
+                namespace[action.dest] = Namespace(class_path=class_path(type(config)), init_args=Namespace(asdict(config)))
+        return super().parse_args(args, namespace, *rest, **kwargs)
 
     def _all_options(self) -> list[str]:
         names = []
