@@ -20,6 +20,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_model
+from torch.distributed import TCPStore
+from torch.distributed.constants import default_pg_timeout
 
 import datamodules
 import strategies
@@ -37,7 +39,7 @@ from zoo.hyperparameters import check_config, class_path, find_class, read_confi
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
-from zoo.runs import archive_run, find_checkpoint, run_folder
+from zoo.runs import archive_run, find_checkpoint, last_checkpoint, run_folder
 from zoo.sampling import SupportsSampling
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
@@ -200,8 +202,8 @@ class ZooCLI(LightningCLI):
         ckpt, typed = _take_ckpt_path(typed)
         if ckpt is None:
             ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
-        if ckpt is None and stage == "fit" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            ckpt = "last"  # torchrun has started the processes again: what they had done goes on
+        if ckpt is None and stage == "fit" and _is_restarted():
+            ckpt = "last"  # what the processes had done goes on
         self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
         root = _typed_value(typed, "--trainer.default_root_dir")
         root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)
@@ -226,8 +228,10 @@ class ZooCLI(LightningCLI):
     def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
         if ckpt != "last" and (is_pretrained_folder(ckpt) or not (Path(ckpt).exists() or ckpt.endswith(".ckpt"))):
-            self._pretrained = resolve(ckpt)
-            return {"model": _as_config(read_pretrained(self._pretrained)[0])}
+            if not (stage == "fit" and _is_restarted() and last_checkpoint(self._run_folder)):
+                self._pretrained = resolve(ckpt)
+                return {"model": _as_config(read_pretrained(self._pretrained)[0])}
+            ckpt = "last"
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
             _say(f"{self._run_folder} holds no checkpoint yet: starting anew.")
@@ -273,10 +277,15 @@ class ZooCLI(LightningCLI):
             check_weights(self.model, weights, str(self._pretrained))
             load_model(self.model, self._pretrained / WEIGHTS_FILE)  # knows tied weights, which are stored once
 
-    @rank_zero_only
     def before_fit(self) -> None:
-        """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
-        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
+        """Move an earlier run in the same folder out of the way of a new one, before any process uses it (LightningCLI hook)."""
+        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and not _is_restarted():
+            self._archive()
+            _wait_for_rank_zero()
+
+    @rank_zero_only
+    def _archive(self) -> None:
+        if moved := archive_run(self._run_folder):
             _say(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
 
     def before_predict(self) -> None:
@@ -304,11 +313,29 @@ class ZooCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _loggers(self) -> list[Logger]:
-        step = self._checkpoint.get("global_step") if self.subcommand == "fit" else None
+        step = None
+        if self.subcommand == "fit":  # started again before its first checkpoint, it repeats all steps
+            step = self._checkpoint.get("global_step", 0 if _is_restarted() and self._ckpt_path is None else None)
         return [
             TensorBoardLogger(self._run_folder, name="", version="", purge_step=step),
             ResumableCSVLogger(self._run_folder, resume_step=step),
         ]
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _wait_for_rank_zero() -> None:
+    """Let the other processes of torchrun wait until rank 0 has come here; a process group does not exist yet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+    if os.environ["RANK"] == "0":
+        store.set("zoo/folder_is_ready", "")
+    store.wait(["zoo/folder_is_ready"])
 
 
 def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
