@@ -186,6 +186,29 @@ def test_wrong_input_leaves_an_earlier_run_in_its_place(folder):
     assert not Path("runs/tiny/earlier").exists()
 
 
+def test_an_earlier_run_is_put_back_if_the_next_one_trains_nothing(folder, capsys):
+    def entries():
+        return {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+    main(["fit", "-c", "tiny.yaml"])
+    before = entries()
+    words = ["fit", "-c", "tiny.yaml", "--model", "late.Late", "--model.fails_at"]
+    Path("late.py").write_text(
+        "import tiny\n\n\nclass Late(tiny.Tiny):\n    def __init__(self, fails_at: int, **kwargs):\n"
+        "        super().__init__(**kwargs)\n        self.fails_at = fails_at\n\n"
+        "    def training_step(self, batch, batch_idx):\n        if batch_idx == self.fails_at:\n"
+        "            raise ValueError('wrong data')\n        return super().training_step(batch, batch_idx)\n"
+    )
+    with pytest.raises(ValueError, match="wrong data"):
+        main([*words, "0"])
+    assert "Nothing was trained: the earlier run is back in runs/tiny." in capsys.readouterr().err
+    assert entries() == before
+    with pytest.raises(ValueError, match="wrong data"):
+        main([*words, "1"])
+    assert Path("runs/tiny/earlier/0/checkpoints/last.ckpt").exists()
+    assert read_checkpoint("runs/tiny/checkpoints/last.ckpt")["global_step"] == 1
+
+
 def test_a_log_alone_is_a_run_to_move_out_of_the_way(tmp_path):
     for run in ("a", "a/b"):
         (tmp_path / run).mkdir()

@@ -39,7 +39,7 @@ from zoo.hyperparameters import check_config, class_path, find_class, read_confi
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
-from zoo.runs import archive_run, find_checkpoint, last_checkpoint, run_folder
+from zoo.runs import archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
 from zoo.sampling import SupportsSampling
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
@@ -156,6 +156,7 @@ class ZooCLI(LightningCLI):
         self._run_folder = run_folder("run")
         self._ckpt_path: Path | None = None
         self._pretrained: Path | None = None
+        self._archived: Path | None = None
         self._checkpoint: dict[str, Any] = {}
         super().__init__(
             ZooModule,
@@ -285,8 +286,25 @@ class ZooCLI(LightningCLI):
 
     @rank_zero_only
     def _archive(self) -> None:
-        if moved := archive_run(self._run_folder):
-            _say(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
+        self._archived = archive_run(self._run_folder)
+        if self._archived is not None:
+            _say(
+                f"A new run starts in {self._run_folder}; the earlier one moved to {self._archived} (--ckpt_path last continues)."
+            )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self._archived is not None and self._has_trained_nothing():
+                put_back(self._archived)
+                _say(f"Nothing was trained: the earlier run is back in {self._run_folder}.")
+            raise
+
+    def _has_trained_nothing(self) -> bool:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # the next start would continue what is put back
+            return False
+        return self.trainer.global_step == 0 and last_checkpoint(self._run_folder) is None
 
     def before_predict(self) -> None:
         """See that there is something to predict, and someone to write it (LightningCLI hook).
