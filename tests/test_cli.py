@@ -281,6 +281,50 @@ def test_one_entry_of_a_named_architecture_changes_no_other(folder, capsys, argv
     assert config == {**dataclasses.asdict(zoo.ling.preset(name)), **changes}
 
 
+def test_values_that_a_checkpoint_replaces_are_named(folder, capsys):
+    Tiny(MLP(3), noise=0.6).save_pretrained("shared")
+    Path("noise.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"noise": "2e-1", "compile": False}}}))
+    command = ["test", "-c", "tiny.yaml", "-c", "noise.yaml", "--ckpt_path", "shared"]
+    assert main(command) == 0
+    said = "shared wins over the configuration: model.net.width is 3 instead of 6, model.noise is 0.6 instead of 2e-1"
+    assert f"{said} (type --model.net.width 6 and so on to keep yours)." in capsys.readouterr().err
+    assert main([*command, "--model.net.width=3", "--model.noise", "0.2"]) == 0
+    assert "wins over" not in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_model_than_the_checkpoint_is_refused(folder, capsys):
+    Path("kinds.py").write_text(
+        "from tiny import Tiny\n\n\nclass Special(Tiny):\n    pass\n\n\nclass More(Tiny):\n"
+        "    def __init__(self, more: int = 1, **kwargs):\n        super().__init__(**kwargs)\n"
+    )
+    for name in ("Special", "More"):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({"model": {"class_path": f"kinds.{name}"}}))
+    special, more = ["-c", "tiny.yaml", "-c", "Special.yaml"], ["-c", "tiny.yaml", "-c", "More.yaml"]
+    Tiny(MLP(6)).save_pretrained("shared")
+
+    def model(*argv):
+        return effective(capsys, *argv)["model"]["class_path"]
+
+    assert model("fit", *special, "--ckpt_path", "shared") == "kinds.Special"  # a kind of what the checkpoint holds
+    assert model("fit", *special, "--ckpt_path", "shared", "--model", "tiny.Tiny") == "tiny.Tiny"
+    assert main(["fit", *more]) == 0
+    last = "runs/tiny/checkpoints/last.ckpt"
+    assert model("test", "-c", "tiny.yaml", "--ckpt_path", last) == "kinds.More"
+    assert main(["convert", last, "more"]) == 0
+    assert model("test", "-c", "tiny.yaml", "--ckpt_path", "more") == "kinds.More"
+    for words, sentence in {
+        (
+            *special,
+            "--ckpt_path",
+            last,
+        ): f"is of kinds.Special, --ckpt_path {last} of More: give a configuration and a checkpoint",
+        ("-c", "tiny.yaml", "--ckpt_path", "more"): "is of tiny.Tiny, --ckpt_path more of More, whose hyperparameters do not fit",
+        ("-c", "tiny.yaml", "--ckpt_path", "bfn-mnist"): "is of tiny.Tiny, --ckpt_path bfn-mnist of BFN: give a",
+    }.items():
+        assert main(["fit", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_tied_weights_are_loaded_from_a_pretrained_folder(folder):
     Path("tied.py").write_text(
         "from tiny import Tiny\n\n\nclass Tied(Tiny):\n    def __init__(self, **kwargs):\n"

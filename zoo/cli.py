@@ -36,9 +36,11 @@ from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, re
 from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
 from zoo.hyperparameters import check_config, class_path, find_class, read_config
+from zoo.ling.config import Preset
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
+from zoo.precedence import find_named, is_same_class, merged, replaced
 from zoo.runs import archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
 from zoo.sampling import SupportsSampling
 
@@ -215,6 +217,9 @@ class ZooCLI(LightningCLI):
         for section, base in (("model", LightningModule), ("data", LightningDataModule)):
             if section in stored:
                 check_config(base, stored[section], chosen)
+        if "model" in stored:
+            assert ckpt is not None
+            stored["model"] = self._below_typed(stage, ckpt, stored["model"], parsed, typed, chosen)
         data = stored.pop("data", None)
         if data and not _typed_value(typed, "--data") and (above := _above_configs(data, parsed)):
             stored["data"] = above
@@ -225,6 +230,48 @@ class ZooCLI(LightningCLI):
             ordered += ["--config", json.dumps(stored)]
         ordered += ["--ckpt_path", "null" if self._ckpt_path is None else str(self._ckpt_path)]
         return ordered + typed
+
+    def _below_typed(
+        self, stage: str, ckpt: str, model: dict[str, Any], parsed: list[dict[str, Any]], typed: list[str], chosen: set[str]
+    ) -> dict[str, Any]:
+        """The model that a checkpoint stores, of a class that fits the configurations; says which of their values it replaces.
+
+        Raises:
+            ValueError: the configurations name a class that cannot be what the checkpoint holds.
+        """
+        sections: Iterator[Mapping[str, Any]] = (
+            section if isinstance(section, dict) else {"class_path": section} for c in parsed if (section := c.get("model"))
+        )
+        configured: Mapping[str, Any] = reduce(merged, sections, {})
+        name = configured.get("class_path")
+        if name and not _typed_value(typed, "--model") and not is_same_class(name, model["class_path"]):
+            model = {**model, "class_path": self._common_class(stage, ckpt, model, name, chosen)}
+        options = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--model.")]
+        values = [
+            (option, old, new)
+            for option, old, new in replaced(
+                _architecture(configured.get("init_args")), _architecture(model["init_args"]), "model"
+            )
+            if not any(f"{option}.".startswith(f"{other}.") for other in options)
+        ]
+        if values:
+            told = ", ".join(f"{option} is {new} instead of {old}" for option, old, new in values)
+            _say(f"{ckpt} wins over the configuration: {told} (type --{values[0][0]} {values[0][1]} and so on to keep yours).")
+        return model
+
+    def _common_class(self, stage: str, ckpt: str, model: dict[str, Any], name: str, chosen: set[str]) -> str:
+        """Import path of the class to build, where configurations name another one than the checkpoint."""
+        named, kept = find_named(name, LightningModule), find_class(model["class_path"], LightningModule)
+        refusal = f"The configuration is of {name}, --ckpt_path {ckpt} of {kept.__name__}"
+        if named is None or not (issubclass(named, kept) or issubclass(kept, named)):
+            raise ValueError(f"{refusal}: give a configuration and a checkpoint of the same model.")
+        if issubclass(kept, named) and not (stage == "fit" and self._pretrained):  # the run itself goes on, or is looked at
+            return class_path(kept)
+        try:
+            check_config(LightningModule, {**model, "class_path": class_path(named)}, chosen)
+        except ValueError as error:
+            raise ValueError(f"{refusal}, whose hyperparameters do not fit: {error}") from error
+        return class_path(named)
 
     def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
@@ -371,6 +418,14 @@ def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": path, "init_args": arguments}
 
 
+def _architecture(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a model, an architecture written out that is given by its name."""
+    arguments = dict(arguments or {})
+    if arguments.get("config") in get_args(Preset):
+        arguments["config"] = asdict(zoo.ling.preset(arguments["config"]))
+    return arguments
+
+
 def _stage_first(argv: list[str]) -> list[str]:
     """The stage before its options, wherever it is typed; help on a component, which is the same for all, is that of fit."""
     for at, word in enumerate(argv):
@@ -454,20 +509,10 @@ def _above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict
     """
     sections = [data if isinstance(data, dict) else {"class_path": data} for config in parsed if (data := config.get("data"))]
     named = next((data["class_path"] for data in reversed(sections) if "class_path" in data), stored["class_path"])
-    if not _is_same_class(named, stored["class_path"]):
+    if not is_same_class(named, stored["class_path"]):
         return None
     theirs = {name for data in sections for name in data.get("init_args") or {} if name.startswith("predict_")}
     return {**stored, "init_args": {name: value for name, value in stored["init_args"].items() if name not in theirs}}
-
-
-def _is_same_class(name: str, path: str) -> bool:
-    """Whether a name from a configuration, with or without its module, means the class of an import path."""
-    if "." not in name:
-        return name == path.rpartition(".")[2]
-    try:
-        return find_class(name, object) is find_class(path, object)
-    except ValueError:
-        return name == path
 
 
 def _run_name(configs: list[str], typed: list[str], parsed: list[dict[str, Any]], ckpt: str | None) -> str:
