@@ -158,6 +158,15 @@ def test_random_weights_and_lost_predictions_are_announced(folder, capsys):
     assert main(["predict", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.callbacks+", "writer.Writer"]) == 0
     err = capsys.readouterr().err
     assert "No --ckpt_path" not in err and "Nothing will be written" not in err
+    Path("released.py").write_text(
+        "from tiny import Tiny\n\n\nclass Released(Tiny):\n    def __init__(self, checkpoint: str | None = None, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+    )
+    released = ["predict", "-c", "tiny.yaml", "--model", "released.Released"]
+    assert main([*released, "--model.checkpoint", "folder"]) == 0
+    assert "No --ckpt_path" not in capsys.readouterr().err
+    assert main(released) == 0
+    assert "No --ckpt_path" in capsys.readouterr().err
 
 
 def test_last_starts_anew_only_for_fit(folder, capsys):

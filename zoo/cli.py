@@ -308,7 +308,8 @@ class ZooCLI(LightningCLI):
             config.trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // local
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._run_folder / "checkpoints")
-        if self.subcommand != "fit" and self._ckpt_path is None and self._pretrained is None:
+        given = self._ckpt_path or self._pretrained or (config.model.get("init_args") or {}).get("checkpoint")
+        if self.subcommand != "fit" and not given:
             _say(
                 f"No --ckpt_path: {self.subcommand} uses untrained, random weights"
                 " (--ckpt_path last takes the newest of this run)."
