@@ -430,6 +430,18 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
     assert not Path("runs").exists()
 
 
+def test_a_class_that_its_module_does_not_have_is_one_sentence(folder, capsys):
+    Path("own_kinds.py").write_text("import tiny\n\n\nclass MyTiny(tiny.Tiny):\n    pass\n")
+    for option, sentence in {
+        ("--model", "own_kinds.MyTinyy"): "error: option model: own_kinds.py has no MyTinyy; did you mean MyTiny?\n",
+        ("--data", "own_kinds.Rows"): "error: option data: own_kinds.py has no Rows\n",
+        ("--model.optimizer", "torch.optim.AdamWW"): "torch.optim has no AdamWW; did you mean AdamW or Adam",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "-c", "tiny.yaml", *option])
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
