@@ -1,5 +1,6 @@
 """The command line as its users know it: precedence, run folders, discovery, composition, and errors in one sentence."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -157,6 +158,15 @@ def test_random_weights_and_lost_predictions_are_announced(folder, capsys):
     assert main(["predict", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.callbacks+", "writer.Writer"]) == 0
     err = capsys.readouterr().err
     assert "No --ckpt_path" not in err and "Nothing will be written" not in err
+    Path("released.py").write_text(
+        "from tiny import Tiny\n\n\nclass Released(Tiny):\n    def __init__(self, checkpoint: str | None = None, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+    )
+    released = ["predict", "-c", "tiny.yaml", "--model", "released.Released"]
+    assert main([*released, "--model.checkpoint", "folder"]) == 0
+    assert "No --ckpt_path" not in capsys.readouterr().err
+    assert main(released) == 0
+    assert "No --ckpt_path" in capsys.readouterr().err
 
 
 def test_last_starts_anew_only_for_fit(folder, capsys):
@@ -183,6 +193,29 @@ def test_wrong_input_leaves_an_earlier_run_in_its_place(folder):
     main(["fit", "-c", "tiny.yaml"])
     assert main(["fit", "-c", "tiny.yaml", "--checkpoint.every_n_steps", "0"]) == 2
     assert not Path("runs/tiny/earlier").exists()
+
+
+def test_an_earlier_run_is_put_back_if_the_next_one_trains_nothing(folder, capsys):
+    def entries():
+        return {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+    main(["fit", "-c", "tiny.yaml"])
+    before = entries()
+    words = ["fit", "-c", "tiny.yaml", "--model", "late.Late", "--model.fails_at"]
+    Path("late.py").write_text(
+        "import tiny\n\n\nclass Late(tiny.Tiny):\n    def __init__(self, fails_at: int, **kwargs):\n"
+        "        super().__init__(**kwargs)\n        self.fails_at = fails_at\n\n"
+        "    def training_step(self, batch, batch_idx):\n        if batch_idx == self.fails_at:\n"
+        "            raise ValueError('wrong data')\n        return super().training_step(batch, batch_idx)\n"
+    )
+    with pytest.raises(ValueError, match="wrong data"):
+        main([*words, "0"])
+    assert "Nothing was trained: the earlier run is back in runs/tiny." in capsys.readouterr().err
+    assert entries() == before
+    with pytest.raises(ValueError, match="wrong data"):
+        main([*words, "1"])
+    assert Path("runs/tiny/earlier/0/checkpoints/last.ckpt").exists()
+    assert read_checkpoint("runs/tiny/checkpoints/last.ckpt")["global_step"] == 1
 
 
 def test_a_log_alone_is_a_run_to_move_out_of_the_way(tmp_path):
@@ -240,6 +273,65 @@ def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
     assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "shared"]) == 0
     assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.max_steps", "1"]) == 0
     assert stored()["noise"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["--model", "Ling", "--data", "Text"], "ling_tiny"),
+        (["-c", "ling/tiny", "--ckpt_path", "ling-tiny"], "ling_tiny"),
+        (["-c", "ling/tiny", "--model.config", "ling_lite"], "ling_lite"),
+    ],
+)
+def test_one_entry_of_a_named_architecture_changes_no_other(folder, capsys, argv, name):
+    changes = {"max_position_embeddings": 1024, "num_hidden_layers": 2}
+    typed = [f"--model.config.{entry}={value}" for entry, value in changes.items()]
+    config = effective(capsys, "fit", *argv, *typed)["model"]["init_args"]["config"]
+    assert config == {**dataclasses.asdict(zoo.ling.preset(name)), **changes}
+
+
+def test_values_that_a_checkpoint_replaces_are_named(folder, capsys):
+    Tiny(MLP(3), noise=0.6).save_pretrained("shared")
+    Path("noise.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"noise": "2e-1", "compile": False}}}))
+    command = ["test", "-c", "tiny.yaml", "-c", "noise.yaml", "--ckpt_path", "shared"]
+    assert main(command) == 0
+    said = "shared wins over the configuration: model.net.width is 3 instead of 6, model.noise is 0.6 instead of 2e-1"
+    assert f"{said} (type --model.net.width 6 and so on to keep yours)." in capsys.readouterr().err
+    assert main([*command, "--model.net.width=3", "--model.noise", "0.2"]) == 0
+    assert "wins over" not in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_model_than_the_checkpoint_is_refused(folder, capsys):
+    Path("kinds.py").write_text(
+        "from tiny import Tiny\n\n\nclass Special(Tiny):\n    pass\n\n\nclass More(Tiny):\n"
+        "    def __init__(self, more: int = 1, **kwargs):\n        super().__init__(**kwargs)\n"
+    )
+    for name in ("Special", "More"):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({"model": {"class_path": f"kinds.{name}"}}))
+    special, more = ["-c", "tiny.yaml", "-c", "Special.yaml"], ["-c", "tiny.yaml", "-c", "More.yaml"]
+    Tiny(MLP(6)).save_pretrained("shared")
+
+    def model(*argv):
+        return effective(capsys, *argv)["model"]["class_path"]
+
+    assert model("fit", *special, "--ckpt_path", "shared") == "kinds.Special"  # a kind of what the checkpoint holds
+    assert model("fit", *special, "--ckpt_path", "shared", "--model", "tiny.Tiny") == "tiny.Tiny"
+    assert main(["fit", *more]) == 0
+    last = "runs/tiny/checkpoints/last.ckpt"
+    assert model("test", "-c", "tiny.yaml", "--ckpt_path", last) == "kinds.More"
+    assert main(["convert", last, "more"]) == 0
+    assert model("test", "-c", "tiny.yaml", "--ckpt_path", "more") == "kinds.More"
+    for words, sentence in {
+        (
+            *special,
+            "--ckpt_path",
+            last,
+        ): f"is of kinds.Special, --ckpt_path {last} of More: give a configuration and a checkpoint",
+        ("-c", "tiny.yaml", "--ckpt_path", "more"): "is of tiny.Tiny, --ckpt_path more of More, whose hyperparameters do not fit",
+        ("-c", "tiny.yaml", "--ckpt_path", "bfn-mnist"): "is of tiny.Tiny, --ckpt_path bfn-mnist of BFN: give a",
+    }.items():
+        assert main(["fit", *words]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_tied_weights_are_loaded_from_a_pretrained_folder(folder):
@@ -336,6 +428,18 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
     assert len(lines) == 1 and sentence in lines[0] + "\n"
     assert "Traceback" not in err
     assert not Path("runs").exists()
+
+
+def test_a_class_that_its_module_does_not_have_is_one_sentence(folder, capsys):
+    Path("own_kinds.py").write_text("import tiny\n\n\nclass MyTiny(tiny.Tiny):\n    pass\n")
+    for option, sentence in {
+        ("--model", "own_kinds.MyTinyy"): "error: option model: own_kinds.py has no MyTinyy; did you mean MyTiny?\n",
+        ("--data", "own_kinds.Rows"): "error: option data: own_kinds.py has no Rows\n",
+        ("--model.optimizer", "torch.optim.AdamWW"): "torch.optim has no AdamWW; did you mean AdamW or Adam",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "-c", "tiny.yaml", *option])
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,45 @@ def test_two_processes_train_as_one_and_resume_after_sigterm(tmp_path):
     a, b = (read_checkpoint(f / "runs/bfn/digits/checkpoints/last.ckpt")["current_model_state"] for f in (one, two))
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-5), name
+
+
+OBSERVED = """
+import os
+import time
+from pathlib import Path
+
+import tiny
+import zoo.cli
+
+archive_run = zoo.cli.archive_run
+
+
+def slowly(folder):
+    time.sleep(1)
+    return archive_run(folder)
+
+
+zoo.cli.archive_run = slowly
+
+
+class Observed(tiny.Tiny):
+    # Says whether the earlier run lies in the folder when Lightning begins, long before there is a process group.
+
+    def configure_callbacks(self):
+        Path(f"seen_{os.environ['RANK']}").write_text(str(Path("runs/observed/metrics.csv").exists()))
+        return super().configure_callbacks()
+"""
+
+
+def test_no_process_begins_before_the_earlier_run_is_out_of_the_way(tmp_path):
+    (tmp_path / "watch.py").write_text(OBSERVED)
+    (tmp_path / "runs/observed").mkdir(parents=True)
+    (tmp_path / "runs/observed/metrics.csv").touch()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
+    options = ["--model", "watch.Observed", "--model.net", "tiny.MLP", "--data", "tiny.TinyData", "--trainer.max_steps", "1"]
+    command = [sys.executable, "-m", *torchrun, "fit", *options, "--trainer.strategy", "ddp", *QUIET]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"seen_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
+    assert (tmp_path / "runs/observed/earlier/0/metrics.csv").exists()

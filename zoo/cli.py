@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import reduce
 from importlib.resources import files
 from operator import or_
@@ -19,6 +20,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_model
+from torch.distributed import TCPStore
+from torch.distributed.constants import default_pg_timeout
 
 import datamodules
 import strategies
@@ -32,11 +35,13 @@ from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.csv_logger import ResumableCSVLogger
 from zoo.hub import list_models, resolve
-from zoo.hyperparameters import check_config, find_class, read_config
+from zoo.hyperparameters import check_config, class_path, find_class, read_config
+from zoo.ling.config import Preset
 from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
-from zoo.runs import archive_run, find_checkpoint, run_folder
+from zoo.precedence import find_named, is_same_class, merged, replaced
+from zoo.runs import archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
 from zoo.sampling import SupportsSampling
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
@@ -81,6 +86,20 @@ class ZooArgumentParser(LightningArgumentParser):
             if (typehint := getattr(action, "_typehint", None)) is not None:
                 action._typehint = _integers_first(typehint)  # type: ignore[attr-defined]
         return added
+
+    def parse_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None, *rest: Any, **kwargs: Any
+    ) -> Namespace:
+        """Parse, where one entry of an architecture that is given by its name changes this entry, and no other."""
+        for action in self._actions if args is not None else []:
+            if zoo.ling.LingConfig not in get_args(getattr(action, "_typehint", None)):
+                continue
+            before = (namespace or {}).get(action.dest, action.default)
+            if isinstance(before, str) and any(word.startswith(f"--{action.dest}.") for word in args):
+                namespace = namespace or Namespace()
+                config = zoo.ling.preset(before)
+                namespace[action.dest] = Namespace(class_path=class_path(type(config)), init_args=Namespace(asdict(config)))
+        return super().parse_args(args, namespace, *rest, **kwargs)
 
     def _all_options(self) -> list[str]:
         names = []
@@ -139,6 +158,7 @@ class ZooCLI(LightningCLI):
         self._run_folder = run_folder("run")
         self._ckpt_path: Path | None = None
         self._pretrained: Path | None = None
+        self._archived: Path | None = None
         self._checkpoint: dict[str, Any] = {}
         super().__init__(
             ZooModule,
@@ -185,8 +205,8 @@ class ZooCLI(LightningCLI):
         ckpt, typed = _take_ckpt_path(typed)
         if ckpt is None:
             ckpt = next((config["ckpt_path"] for config in reversed(parsed) if config.get("ckpt_path")), None)
-        if ckpt is None and stage == "fit" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            ckpt = "last"  # torchrun has started the processes again: what they had done goes on
+        if ckpt is None and stage == "fit" and _is_restarted():
+            ckpt = "last"  # what the processes had done goes on
         self._run_folder = run_folder(_run_name(configs, typed, parsed, ckpt))
         root = _typed_value(typed, "--trainer.default_root_dir")
         root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)
@@ -197,6 +217,9 @@ class ZooCLI(LightningCLI):
         for section, base in (("model", LightningModule), ("data", LightningDataModule)):
             if section in stored:
                 check_config(base, stored[section], chosen)
+        if "model" in stored:
+            assert ckpt is not None
+            stored["model"] = self._below_typed(stage, ckpt, stored["model"], parsed, typed, chosen)
         data = stored.pop("data", None)
         if data and not _typed_value(typed, "--data") and (above := _above_configs(data, parsed)):
             stored["data"] = above
@@ -208,11 +231,55 @@ class ZooCLI(LightningCLI):
         ordered += ["--ckpt_path", "null" if self._ckpt_path is None else str(self._ckpt_path)]
         return ordered + typed
 
+    def _below_typed(
+        self, stage: str, ckpt: str, model: dict[str, Any], parsed: list[dict[str, Any]], typed: list[str], chosen: set[str]
+    ) -> dict[str, Any]:
+        """The model that a checkpoint stores, of a class that fits the configurations; says which of their values it replaces.
+
+        Raises:
+            ValueError: the configurations name a class that cannot be what the checkpoint holds.
+        """
+        sections: Iterator[Mapping[str, Any]] = (
+            section if isinstance(section, dict) else {"class_path": section} for c in parsed if (section := c.get("model"))
+        )
+        configured: Mapping[str, Any] = reduce(merged, sections, {})
+        name = configured.get("class_path")
+        if name and not _typed_value(typed, "--model") and not is_same_class(name, model["class_path"]):
+            model = {**model, "class_path": self._common_class(stage, ckpt, model, name, chosen)}
+        options = [word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--model.")]
+        values = [
+            (option, old, new)
+            for option, old, new in replaced(
+                _architecture(configured.get("init_args")), _architecture(model["init_args"]), "model"
+            )
+            if not any(f"{option}.".startswith(f"{other}.") for other in options)
+        ]
+        if values:
+            told = ", ".join(f"{option} is {new} instead of {old}" for option, old, new in values)
+            _say(f"{ckpt} wins over the configuration: {told} (type --{values[0][0]} {values[0][1]} and so on to keep yours).")
+        return model
+
+    def _common_class(self, stage: str, ckpt: str, model: dict[str, Any], name: str, chosen: set[str]) -> str:
+        """Import path of the class to build, where configurations name another one than the checkpoint."""
+        named, kept = find_named(name, LightningModule), find_class(model["class_path"], LightningModule)
+        refusal = f"The configuration is of {name}, --ckpt_path {ckpt} of {kept.__name__}"
+        if named is None or not (issubclass(named, kept) or issubclass(kept, named)):
+            raise ValueError(f"{refusal}: give a configuration and a checkpoint of the same model.")
+        if issubclass(kept, named) and not (stage == "fit" and self._pretrained):  # the run itself goes on, or is looked at
+            return class_path(kept)
+        try:
+            check_config(LightningModule, {**model, "class_path": class_path(named)}, chosen)
+        except ValueError as error:
+            raise ValueError(f"{refusal}, whose hyperparameters do not fit: {error}") from error
+        return class_path(named)
+
     def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
         if ckpt != "last" and (is_pretrained_folder(ckpt) or not (Path(ckpt).exists() or ckpt.endswith(".ckpt"))):
-            self._pretrained = resolve(ckpt)
-            return {"model": _as_config(read_pretrained(self._pretrained)[0])}
+            if not (stage == "fit" and _is_restarted() and last_checkpoint(self._run_folder)):
+                self._pretrained = resolve(ckpt)
+                return {"model": _as_config(read_pretrained(self._pretrained)[0])}
+            ckpt = "last"
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
             _say(f"{self._run_folder} holds no checkpoint yet: starting anew.")
@@ -241,7 +308,8 @@ class ZooCLI(LightningCLI):
             config.trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // local
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._run_folder / "checkpoints")
-        if self.subcommand != "fit" and self._ckpt_path is None and self._pretrained is None:
+        given = self._ckpt_path or self._pretrained or (config.model.get("init_args") or {}).get("checkpoint")
+        if self.subcommand != "fit" and not given:
             _say(
                 f"No --ckpt_path: {self.subcommand} uses untrained, random weights"
                 " (--ckpt_path last takes the newest of this run)."
@@ -258,11 +326,33 @@ class ZooCLI(LightningCLI):
             check_weights(self.model, weights, str(self._pretrained))
             load_model(self.model, self._pretrained / WEIGHTS_FILE)  # knows tied weights, which are stored once
 
-    @rank_zero_only
     def before_fit(self) -> None:
-        """Move an earlier run in the same folder out of the way of a new one (LightningCLI hook)."""
-        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and (moved := archive_run(self._run_folder)):
-            _say(f"A new run starts in {self._run_folder}; the earlier one moved to {moved} (--ckpt_path last continues).")
+        """Move an earlier run in the same folder out of the way of a new one, before any process uses it (LightningCLI hook)."""
+        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and not _is_restarted():
+            self._archive()
+            _wait_for_rank_zero()
+
+    @rank_zero_only
+    def _archive(self) -> None:
+        self._archived = archive_run(self._run_folder)
+        if self._archived is not None:
+            _say(
+                f"A new run starts in {self._run_folder}; the earlier one moved to {self._archived} (--ckpt_path last continues)."
+            )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self._archived is not None and self._has_trained_nothing():
+                put_back(self._archived)
+                _say(f"Nothing was trained: the earlier run is back in {self._run_folder}.")
+            raise
+
+    def _has_trained_nothing(self) -> bool:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # the next start would continue what is put back
+            return False
+        return self.trainer.global_step == 0 and last_checkpoint(self._run_folder) is None
 
     def before_predict(self) -> None:
         """See that there is something to predict, and someone to write it (LightningCLI hook).
@@ -289,11 +379,29 @@ class ZooCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _loggers(self) -> list[Logger]:
-        step = self._checkpoint.get("global_step") if self.subcommand == "fit" else None
+        step = None
+        if self.subcommand == "fit":  # started again before its first checkpoint, it repeats all steps
+            step = self._checkpoint.get("global_step", 0 if _is_restarted() and self._ckpt_path is None else None)
         return [
             TensorBoardLogger(self._run_folder, name="", version="", purge_step=step),
             ResumableCSVLogger(self._run_folder, resume_step=step),
         ]
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _wait_for_rank_zero() -> None:
+    """Let the other processes of torchrun wait until rank 0 has come here; a process group does not exist yet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+    if os.environ["RANK"] == "0":
+        store.set("zoo/folder_is_ready", "")
+    store.wait(["zoo/folder_is_ready"])
 
 
 def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,6 +417,14 @@ def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         if old in arguments:
             arguments[new] = arguments.pop(old)
     return {"class_path": path, "init_args": arguments}
+
+
+def _architecture(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a model, an architecture written out that is given by its name."""
+    arguments = dict(arguments or {})
+    if arguments.get("config") in get_args(Preset):
+        arguments["config"] = asdict(zoo.ling.preset(arguments["config"]))
+    return arguments
 
 
 def _stage_first(argv: list[str]) -> list[str]:
@@ -394,20 +510,10 @@ def _above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict
     """
     sections = [data if isinstance(data, dict) else {"class_path": data} for config in parsed if (data := config.get("data"))]
     named = next((data["class_path"] for data in reversed(sections) if "class_path" in data), stored["class_path"])
-    if not _is_same_class(named, stored["class_path"]):
+    if not is_same_class(named, stored["class_path"]):
         return None
     theirs = {name for data in sections for name in data.get("init_args") or {} if name.startswith("predict_")}
     return {**stored, "init_args": {name: value for name, value in stored["init_args"].items() if name not in theirs}}
-
-
-def _is_same_class(name: str, path: str) -> bool:
-    """Whether a name from a configuration, with or without its module, means the class of an import path."""
-    if "." not in name:
-        return name == path.rpartition(".")[2]
-    try:
-        return find_class(name, object) is find_class(path, object)
-    except ValueError:
-        return name == path
 
 
 def _run_name(configs: list[str], typed: list[str], parsed: list[dict[str, Any]], ckpt: str | None) -> str:

@@ -6,6 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
 
@@ -67,6 +68,12 @@ def explain(message: str, options: list[str]) -> str:
         return f"unknown class {name} for {key}{found} (give a class name, or an import path such as my_file.{name})"
     if keys and (match := re.search(r"class_path '([\w.]+)':\s+No module named '([\w.]+)'", inner)):
         return f"option {key}: there is no module {match[2]} for {match[1]}, neither here ({match[2]}.py) nor installed"
+    if keys and (match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", inner)):
+        module = sys.modules.get(match[1])
+        file = Path(getattr(module, "__file__", None) or "")
+        where = file.name if file.parent == Path.cwd() else match[1]
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)] if module else []
+        return f"option {key}: {where} has no {match[2]}{nearest(match[2], classes)}"
     if match := re.search(r"following arguments are required: (.*)", message):
         needed = [".".join([*keys, name.strip().rpartition(".")[2]]) for name in match[1].split(",")]
         given = " and ".join(f"--{name}" for name in needed)

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["archive_run", "find_checkpoint", "last_checkpoint", "run_folder"]
+__all__ = ["archive_run", "find_checkpoint", "last_checkpoint", "put_back", "run_folder"]
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
@@ -73,10 +73,33 @@ def archive_run(folder: Path) -> Path | None:
     number = 1 + max((int(p.name) for p in (folder / EARLIER).glob("*") if p.name.isdigit()), default=-1)
     target = folder / EARLIER / str(number)
     target.mkdir(parents=True)
-    for entry in folder.iterdir():
+    for entry in _entries(folder):
+        shutil.move(os.fspath(entry), os.fspath(target / entry.name))
+    return target
+
+
+def put_back(archived: Path) -> None:
+    """Undo `archive_run`: what lies in the run's folder now is deleted, and the earlier run is there again.
+
+    Args:
+        archived: what `archive_run` returned.
+    """
+    folder = archived.parent.parent
+    for entry in _entries(folder):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for entry in archived.iterdir():
+        shutil.move(os.fspath(entry), os.fspath(folder / entry.name))
+    archived.rmdir()
+    if not any(archived.parent.iterdir()):
+        archived.parent.rmdir()
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What belongs to the run of a folder itself."""
+
+    def is_other_run(entry: Path) -> bool:
         # A folder of another run may lie inside (runs/bfn made with --model BFN, beside runs/bfn/digits of a config).
         traces = (trace for name in (CHECKPOINTS, METRICS) for trace in entry.glob(f"**/{name}"))
-        other_run = entry.is_dir() and entry.name != CHECKPOINTS and any(traces)
-        if entry.name != EARLIER and not other_run:
-            shutil.move(os.fspath(entry), os.fspath(target / entry.name))
-    return target
+        return entry.is_dir() and entry.name != CHECKPOINTS and any(traces)
+
+    return [entry for entry in folder.iterdir() if entry.name != EARLIER and not is_other_run(entry)]
