@@ -578,7 +578,7 @@ class EDiTStrategy(DDPStrategy):
         self._restored = checkpoint.pop(KEY, None)
         if self._restored is not None and self.mesh is not None:
             ranks, shards = self._restored.pop("ranks"), self._restored["shards"]
-            if not self.asynchronous and len({own["global_step"] for own in ranks}) > 1:
+            if not self.asynchronous and len({_position(own) for own in ranks}) > 1:
                 rank_zero_warn(
                     f"EDiT: the checkpoint is of A-EDiT, whose ranks had taken {min(own['global_step'] for own in ranks)} to"
                     f" {max(own['global_step'] for own in ranks)} steps: without sync_seconds all go on from where rank 0 was,"
@@ -601,6 +601,13 @@ class EDiTStrategy(DDPStrategy):
         assert self.synchronizer is not None
         if "detectors" in state and not self.synchronizer.load_state_dict(dict(state)):
             rank_zero_warn("EDiT: the checkpoint has other replicas or units, so the outlier detectors begin anew.")
+
+
+def _position(checkpoint: Mapping[str, Any]) -> str:
+    """How far a rank was in its training, as a text."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = [loop.get(name, {}).get("current") for name in ("epoch_progress", "epoch_loop.batch_progress")]
+    return f"{checkpoint['global_step']} {progress}"
 
 
 class _ShardRoot(nn.Module):

@@ -333,7 +333,8 @@ def test_scores_are_those_of_the_library(seed: int, temperature: float, top_k: i
     library = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
     if top_k:
         library.append(TopKLogitsWarper(top_k))
-    library.append(TopPLogitsWarper(top_p))
+    if top_p < 1:  # as the library has it; its warper would drop what float32 takes for impossible
+        library.append(TopPLogitsWarper(top_p))
     seen = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, ids, True)
     found = TokenChoice(temperature, top_k, top_p, penalty).scores(logits, seen)
     assert torch.allclose(found, library(ids, logits), rtol=1e-6)

@@ -153,7 +153,8 @@ def out_of_step(folder: Path) -> tuple[list[int], int, list[str]]:
     strategy = EDiTStrategy(4, warmup_steps=1, **FULL)
     if dist.get_rank() == 0:  # as ranks of different speed leave it
         checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-        checkpoint["edit"]["ranks"][1]["global_step"] += 3
+        ranks = checkpoint["edit"]["ranks"]
+        ranks[1]["global_step"] = ranks[0]["global_step"] + 3
         torch.save(checkpoint, path)
     dist.barrier()
     trainer = trainer_of(strategy, 24)
