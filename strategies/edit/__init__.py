@@ -2,6 +2,7 @@
 
 from strategies.edit.blocks import SupportsSyncBlocks
 from strategies.edit.consensus import Consensus
-from strategies.edit.strategy import EDiTShardedStrategy, EDiTStrategy
+from strategies.edit.sharded import EDiTShardedStrategy
+from strategies.edit.strategy import EDiTStrategy
 
 __all__ = ["Consensus", "EDiTShardedStrategy", "EDiTStrategy", "SupportsSyncBlocks"]
