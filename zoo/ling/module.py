@@ -253,8 +253,8 @@ class Ling(ZooModule):
             raise ValueError(
                 f"{type(self).__name__}: loss_over=step weighs the accumulated gradient, which"
                 f" {type(self.trainer.strategy).__name__} keeps to itself: set --model.loss_over micro_batch (the same for packed"
-                f" batches with equal numbers of labels), or accumulate_grad_batches={self.trainer.accumulate_grad_batches} to 1"
-                " and a larger batch_size."
+                f" batches with equal numbers of labels), or accumulate_grad_batches to 1 instead of"
+                f" {self.trainer.accumulate_grad_batches}, with a larger batch_size."
             )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
@@ -405,7 +405,7 @@ class Ling(ZooModule):
         return self._step_mean.weight(loss.dtype) if self._weighs_steps else torch.ones_like(loss)
 
     def on_after_backward(self) -> None:
-        """Make the gradient the mean over the step after its last micro-batch, before it is judged or clipped (Lightning hook)."""
+        """Make the gradient the mean over the step, before it is judged or clipped (Lightning hook)."""
         super().on_after_backward()
         if not self._weighs_steps or self.trainer.fit_loop._should_accumulate():
             return
