@@ -86,8 +86,8 @@ class Ling(ZooModule):
         aux_reduction: whether these are summed over the layers or averaged.
         aux_scope: whether the loads that balance is judged by are those of one process's batch, or of all processes.
         loss_over: what the loss is a mean over: ``step``: labels count alike in a whole optimizer step; ``micro_batch``:
-            micro-batches and processes count alike, whatever their numbers of labels. Both are the same where these are equal.
-            Gradients of an incomplete last step of an epoch are means as well with ``step``, and too small with the other.
+            micro-batches and processes count alike, whatever their numbers of labels. Both are the same where these are equal,
+            but for the gradient of an incomplete last step of an epoch, a mean with ``step`` and too small with the other.
         router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up.
         router_momentum: weight of the old value in the running mean and deviation of the scores.
         router_dtype: scores in ``float32``, or in the type of the parameters as published (``param``).
