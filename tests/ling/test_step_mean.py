@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from strategies import AntDTStrategy, EDiTShardedStrategy, EDiTStrategy, ExpertParallelStrategy, PaROStrategy
-from zoo.callbacks import SpikeGuard
+from zoo.callbacks import BatchSizeWarmup, SpikeGuard
 from zoo.ling import Ling, LingConfig, LingDPO
 from zoo.ling.step_mean import StepMean
 
@@ -374,3 +374,27 @@ def test_weights_of_all_micro_batches_add_up_to_the_share_of_their_labels(counts
         weights.append(float(mean.weight()) / accumulate)
     factor = mean.finish(accumulate)
     assert [weight * factor for weight in weights] == pytest.approx([count / max(sum(counts), 1) for count in counts])
+
+
+class Batches(Callback):
+    """The samples of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.setdefault(trainer.global_step, []).extend(batch["index"].tolist())
+
+
+def test_a_batch_that_grows_is_a_mean_over_its_labels() -> None:
+    """Steps that begin at any micro-batch of the epoch, over two epochs whose last steps are cut."""
+    module, seen = model(optimizer=partial(torch.optim.SGD, lr=0.0)), Batches()
+    warmup = BatchSizeWarmup(start=4, end=12, tokens=12 * 40)
+    outcome = fit(module, samples(), 4, seen, warmup, max_epochs=2, gradient_clip_val=None)
+    sizes = [len(rows) for rows in seen.steps.values()]
+    assert sizes[0] == 4 and 8 in sizes and 12 in sizes and sum(sizes) == 2 * sum(SIZES)
+    for rows, found in zip(seen.steps.values(), outcome.gradients, strict=True):
+        module.zero_grad()
+        cross_entropy(module, [sample(row) for row in rows]).backward()
+        for name, expected in gradients(module).items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-12)
