@@ -463,7 +463,10 @@ def test_a_file_that_is_no_configuration_is_one_sentence(folder, capsys, text, s
     ("argv", "sentence"),
     [
         (["lst"], "unknown verb lst; did you mean list"),
-        (["--model", "BFN"], "unknown verb BFN (a verb comes first: fit, validate, test, predict, list, assets, convert)"),
+        (
+            ["--model", "BFN"],
+            "unknown verb BFN (a verb comes first: fit, validate, test, predict, list, assets, convert, plan, ",
+        ),
         (["fit", "--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
         (["--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
     ],

@@ -1,11 +1,12 @@
 """The command line: LightningCLI with class names, run folders, exact precedence of options and errors for people."""
 
+import argparse
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from importlib.resources import files
@@ -56,10 +57,17 @@ def _say(message: str) -> None:
 
 
 class ZooArgumentParser(LightningArgumentParser):
-    """Parser whose errors are one sentence with the nearest name, instead of a list of types."""
+    """Parser whose errors are one sentence with the nearest name, instead of a list of types.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args: of the parser of Lightning.
+        example: a configuration that holds what is required, for the error that names what is missing.
+        kwargs: of the parser of Lightning.
+    """
+
+    def __init__(self, *args: Any, example: str = "-c bfn/digits (`zoo list` shows all)", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.example = example
         self.allow_abbrev = False  # a shortened option would slip past the order of precedence
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -72,7 +80,7 @@ class ZooArgumentParser(LightningArgumentParser):
             super().error(message, ex)
         if os.environ.get("ZOO_TRACEBACK"):
             sys.stderr.write(message + "\n")
-        sys.stderr.write(f"error: {explain(message, self._all_options())}\n")
+        sys.stderr.write(f"error: {explain(message, self._all_options(), self.example)}\n")
         raise SystemExit(2)
 
     def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -543,12 +551,18 @@ def _warn_of_replaced_callbacks(paths: list[Path], parsed: list[dict[str, Any]])
             first = path
 
 
-def list_everything() -> None:
-    """Print modules, data, strategies, configurations and shipped models (``zoo list``)."""
+def list_everything(argv: Sequence[str] = ()) -> None:
+    """Print modules, data, strategies, configurations and shipped models (``zoo list``).
+
+    Args:
+        argv: words after the verb, of which there are none but ``--help``.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    about = "Print the models, data, strategies, configurations and shipped weights."
+    argparse.ArgumentParser(prog="zoo list", description=about).parse_args(argv)
     console = Console()
 
     def names(package: Any, base: type) -> list[str]:
