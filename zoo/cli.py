@@ -14,12 +14,14 @@ from operator import or_
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_model
 from torch.distributed import TCPStore
 from torch.distributed.constants import default_pg_timeout
@@ -384,7 +386,10 @@ class ZooCLI(LightningCLI):
         config["enable_checkpointing"] = config.get("enable_checkpointing") is not False
         if not config["enable_checkpointing"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: {error}{_sharding_without_gpu(config)}") from error
 
     def _loggers(self) -> list[Logger]:
         step = None
@@ -394,6 +399,19 @@ class ZooCLI(LightningCLI):
             TensorBoardLogger(self._run_folder, name="", version="", purge_step=step),
             ResumableCSVLogger(self._run_folder, resume_step=step),
         ]
+
+
+def _sharding_without_gpu(config: Mapping[str, Any]) -> str:
+    """What to take on a CPU instead of a strategy that shards on GPUs only; nothing where that is not the matter."""
+    strategy = config.get("strategy")
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    gpu_only = name.lower().startswith(("fsdp", "deepspeed"))
+    if not gpu_only or (torch.accelerator.is_available() and config.get("accelerator") != "cpu"):
+        return ""
+    return (
+        " Of those that divide weights among processes, these run on CPUs: -c strategies/paro_iig, -c strategies/edit_sharded,"
+        " and for experts -c strategies/expert_parallel."
+    )
 
 
 def _is_restarted() -> bool:
