@@ -41,7 +41,7 @@ class PromptBatch(TypedDict):
     """What ``predict_step`` is given.
 
     Attributes:
-        index: int64 (B,), number of the prompt in the file, from 0.
+        index: int64 (B,), number of the prompt in the file, from 0; -1 where there is none, see :meth:`Prompts.blank`.
         input_ids: int64 (B, T), padded on the left.
         attention_mask: int64 (B, T), 1 for an id, 0 for padding.
         prompt: B strings.
@@ -85,6 +85,16 @@ class Prompts(Dataset[Any]):
             "input_ids": ids_BT,
             "attention_mask": mask_BT,
             "prompt": [prompt.text for prompt in chosen],
+        }
+
+    def blank(self) -> PromptBatch:
+        """A batch that asks for nothing, for a process that has one batch fewer than others."""
+        batch = self.batch([0])
+        return {
+            "index": torch.full_like(batch["index"], -1),
+            "input_ids": batch["input_ids"][:, -1:],
+            "attention_mask": batch["attention_mask"][:, -1:],
+            "prompt": [""],
         }
 
 

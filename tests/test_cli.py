@@ -430,6 +430,23 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "these run on CPUs: -c strategies/paro_iig"),
+        (["--trainer.strategy", "dpd"], "error: trainer: You selected an invalid strategy name"),
+        (["--model.optimizer", "Muon"], "trained parameters are no matrices: net."),
+        (["--model.optimizer", "Muon"], "such as --model.optimizer AdamW"),
+        (["--model.optimizer.lr", "-1"], "error: Tiny: the optimizer refuses: Invalid learning rate: -1.0.\n"),
+    ],
+)
+def test_what_lightning_or_the_optimizer_refuses_is_one_sentence(folder, capsys, argv, sentence):
+    assert main(["fit", "-c", "tiny.yaml", *argv]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not Path("runs/tiny/checkpoints").exists()
+
+
 def test_a_class_that_its_module_does_not_have_is_one_sentence(folder, capsys):
     Path("own_kinds.py").write_text("import tiny\n\n\nclass MyTiny(tiny.Tiny):\n    pass\n")
     for option, sentence in {
@@ -463,7 +480,10 @@ def test_a_file_that_is_no_configuration_is_one_sentence(folder, capsys, text, s
     ("argv", "sentence"),
     [
         (["lst"], "unknown verb lst; did you mean list"),
-        (["--model", "BFN"], "unknown verb BFN (a verb comes first: fit, validate, test, predict, list, assets, convert)"),
+        (
+            ["--model", "BFN"],
+            "unknown verb BFN (a verb comes first: fit, validate, test, predict, list, assets, convert, plan, ",
+        ),
         (["fit", "--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
         (["--model.solver.help", "ODE2M"], "such as --model NAME --model.solver.help ODE2M"),
     ],

@@ -81,3 +81,35 @@ def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
         (tmp_path / "bad.yaml").write_text(content)
         error = refusal(capsys, tmp_path / "weights.pt", tmp_path / "out", "--config", tmp_path / "bad.yaml")
         assert "bad.yaml is not valid YAML, line " in error
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("verb", ["list", "assets", "convert", "plan", "plan paro", "simulate", "serve-data"])
+def test_every_verb_explains_itself(capsys, verb, option):
+    with pytest.raises(SystemExit) as end:
+        main([*verb.split(), option])
+    assert end.value.code == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(f"usage: zoo {verb} ") and not error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("plan foo", "error: zoo plan foo: what can be planned is `paro`"),
+     ("plan", "error: zoo plan: what can be planned"),
+     ("plan paro", "error: --cluster.num_groups and --cluster.group_size and"),
+     ("plan paro --cluster.num_group 1", "error: unknown option --cluster.num_group; did you mean cluster.num_groups"),
+     ("simulate --arm 1", "error: unknown option --arm; did you mean arms?"),
+     ("simulate antdt/simulate_1000", "did you mean -c antdt/simulate_1000?"),
+     ("assets foo", "invalid choice: 'foo' (choose from"),
+     ("list foo", "unrecognized arguments: foo"),
+     ("serve-data --foo", "required: --folder"),
+     ("plann", "unknown verb plann; did you mean plan?")],
+)  # fmt: skip
+def test_wrong_words_are_answered_in_a_line_or_two(capsys, words, message):
+    try:
+        status = main(words.split())
+    except SystemExit as end:
+        status = end.code
+    out, error = capsys.readouterr()
+    assert status == 2 and message in error and error.count("\n") <= 3 and not out

@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> None:
     if verb == "list":
         from zoo.cli import list_everything
 
-        list_everything()
+        list_everything(argv[1:])
     elif verb == "assets":
         from zoo.verbs import assets
 

@@ -1,11 +1,12 @@
 """The command line: LightningCLI with class names, run folders, exact precedence of options and errors for people."""
 
+import argparse
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from importlib.resources import files
@@ -13,12 +14,14 @@ from operator import or_
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_model
 from torch.distributed import TCPStore
 from torch.distributed.constants import default_pg_timeout
@@ -56,10 +59,17 @@ def _say(message: str) -> None:
 
 
 class ZooArgumentParser(LightningArgumentParser):
-    """Parser whose errors are one sentence with the nearest name, instead of a list of types."""
+    """Parser whose errors are one sentence with the nearest name, instead of a list of types.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args: of the parser of Lightning.
+        example: a configuration that holds what is required, for the error that names what is missing.
+        kwargs: of the parser of Lightning.
+    """
+
+    def __init__(self, *args: Any, example: str = "-c bfn/digits (`zoo list` shows all)", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.example = example
         self.allow_abbrev = False  # a shortened option would slip past the order of precedence
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -72,7 +82,7 @@ class ZooArgumentParser(LightningArgumentParser):
             super().error(message, ex)
         if os.environ.get("ZOO_TRACEBACK"):
             sys.stderr.write(message + "\n")
-        sys.stderr.write(f"error: {explain(message, self._all_options())}\n")
+        sys.stderr.write(f"error: {explain(message, self._all_options(), self.example)}\n")
         raise SystemExit(2)
 
     def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -376,7 +386,10 @@ class ZooCLI(LightningCLI):
         config["enable_checkpointing"] = config.get("enable_checkpointing") is not False
         if not config["enable_checkpointing"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: {error}{_sharding_without_gpu(config)}") from error
 
     def _loggers(self) -> list[Logger]:
         step = None
@@ -386,6 +399,19 @@ class ZooCLI(LightningCLI):
             TensorBoardLogger(self._run_folder, name="", version="", purge_step=step),
             ResumableCSVLogger(self._run_folder, resume_step=step),
         ]
+
+
+def _sharding_without_gpu(config: Mapping[str, Any]) -> str:
+    """What to take on a CPU instead of a strategy that shards on GPUs only; nothing where that is not the matter."""
+    strategy = config.get("strategy")
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    gpu_only = name.lower().startswith(("fsdp", "deepspeed"))
+    if not gpu_only or (torch.accelerator.is_available() and config.get("accelerator") != "cpu"):
+        return ""
+    return (
+        " Of those that divide weights among processes, these run on CPUs: -c strategies/paro_iig, -c strategies/edit_sharded,"
+        " and for experts -c strategies/expert_parallel."
+    )
 
 
 def _is_restarted() -> bool:
@@ -543,12 +569,18 @@ def _warn_of_replaced_callbacks(paths: list[Path], parsed: list[dict[str, Any]])
             first = path
 
 
-def list_everything() -> None:
-    """Print modules, data, strategies, configurations and shipped models (``zoo list``)."""
+def list_everything(argv: Sequence[str] = ()) -> None:
+    """Print modules, data, strategies, configurations and shipped models (``zoo list``).
+
+    Args:
+        argv: words after the verb, of which there are none but ``--help``.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    about = "Print the models, data, strategies, configurations and shipped weights."
+    argparse.ArgumentParser(prog="zoo list", description=about).parse_args(argv)
     console = Console()
 
     def names(package: Any, base: type) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -91,8 +92,12 @@ class ZooModule(Configurable, LightningModule):
         return self.parameters()
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and, if there is one, the schedule (Lightning hook)."""
-        optimizer = self.optimizer(self.parameter_groups())
+        """Build the optimizer and, if there is one, the schedule (Lightning hook).
+
+        Raises:
+            ValueError: the optimizer refuses its options or the parameters; those of shapes that it does not take are named.
+        """
+        optimizer = self._make_optimizer()
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -100,6 +105,21 @@ class ZooModule(Configurable, LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _make_optimizer(self) -> Any:
+        try:
+            return self.optimizer(self.parameter_groups())
+        except ValueError as error:
+            refusal = f"{type(self).__name__}: the optimizer refuses: {str(error).rstrip('.')}."
+            others = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad and p.dim() != 2}
+            if others and re.search(r"\b2-?D\b", str(error)):  # as of Muon
+                shown = ", ".join(f"{name} {shape}" for name, shape in list(others.items())[:3])
+                refusal += (
+                    f" {len(others)} trained parameters are no matrices: {shown}{', ...' if len(others) > 3 else ''}. Take an"
+                    " optimizer for all shapes, such as --model.optimizer AdamW, or one of your own that gives only the"
+                    " matrices to this one."
+                )
+            raise ValueError(refusal) from error
 
     def on_train_start(self) -> None:
         """Count the steps that optimizers really apply (Lightning hook)."""

@@ -12,7 +12,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 
 __all__ = ["explain", "nearest"]
 
-VERBS = ("fit", "validate", "test", "predict", "list", "assets", "convert")
+VERBS = ("fit", "validate", "test", "predict", "list", "assets", "convert", "plan", "simulate", "serve-data")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -24,12 +24,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(name for key in near for name in spellings[key])}?" if near else ""
 
 
-def explain(message: str, options: list[str]) -> str:
+def explain(message: str, options: list[str], example: str = "-c bfn/digits (`zoo list` shows all)") -> str:
     """Explain a parser error.
 
     Args:
         message: the error of jsonargparse, possibly over many lines.
         options: names of the options that the parser knows, for suggestions.
+        example: a configuration that holds what is required.
 
     Returns:
         One sentence.
@@ -75,9 +76,10 @@ def explain(message: str, options: list[str]) -> str:
         classes = [name for name, value in vars(module).items() if isinstance(value, type)] if module else []
         return f"option {key}: {where} has no {match[2]}{nearest(match[2], classes)}"
     if match := re.search(r"following arguments are required: (.*)", message):
-        needed = [".".join([*keys, name.strip().rpartition(".")[2]]) for name in match[1].split(",")]
+        names = [re.sub(r"^(fit|validate|test|predict)\.", "", name.strip()) for name in match[1].split(",")]
+        needed = [".".join([*keys, name.rpartition(".")[2]]) if keys else name for name in names]
         given = " and ".join(f"--{name}" for name in needed)
-        return f"{given} must be given, or a configuration that holds them: -c bfn/digits (`zoo list` shows all)"
+        return f"{given} must be given, or a configuration that holds them: {example}"
     expected = r"Expected a (<class '[\w.]+'>|typing\.Literal\[.*?\])\. Got value: (.*?)(?:\. Got |\n|$)"
     if keys and (match := re.search(expected, inner)):
         return f"option {key}: expected {_kinds(match[1])}, got {match[2].strip()}"

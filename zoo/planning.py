@@ -1,12 +1,12 @@
 """The verb ``zoo plan``: what a way of training would cost on a cluster, before anyone rents it."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -133,12 +133,14 @@ def plan(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Options that do not go together.
     """
+    about = "Rank the 14 ways to divide parameters, gradients and optimizer state (PaRO) by their predicted time."
+    if argv and argv[0] in ("-h", "--help"):
+        plans = argparse.ArgumentParser(prog="zoo plan", description="What training would cost on a cluster.")
+        plans.add_argument("what", choices=["paro"], help=f"{about} `zoo plan paro --help` lists its options.")
+        plans.parse_args(argv)
     if not argv or argv[0] != "paro":
-        raise ValueError(f"zoo plan {' '.join(argv)}: what can be planned is `paro`, as in: zoo plan paro -c plan.yaml")
-    parser = ArgumentParser(
-        prog="zoo plan paro",
-        description="Rank the 14 ways to divide parameters, gradients and optimizer state (PaRO) by their predicted time.",
-    )
+        raise ValueError(f"{' '.join(['zoo plan', *argv])}: what can be planned is `paro`, as in: zoo plan paro -c plan.yaml")
+    parser = cli.ZooArgumentParser(prog="zoo plan paro", description=about, example="-c plan.yaml")
     parser.add_argument("-c", "--config", action="config", help="a YAML file with cluster, model and job")
     parser.add_class_arguments(ClusterPlan, "cluster")
     parser.add_class_arguments(ModelPlan, "model")

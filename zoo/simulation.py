@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -73,8 +72,9 @@ def simulate(argv: Sequence[str]) -> None:
     Raises:
         ValueError: Options that do not go together.
     """
-    parser = ArgumentParser(
+    parser = cli.ZooArgumentParser(
         prog="zoo simulate",
+        example="-c antdt/simulate_1000",
         description="Simulate a data-parallel job with stragglers, driven by the real controller and ledger of AntDT."
         " Only time is modelled; all of the result is simulated.",
     )

@@ -161,6 +161,11 @@ class PaROStrategy(DDPStrategy):
         return self.partition is None or self.partition.parameters != "N"
 
     @property
+    def collective_forwards(self) -> bool:
+        """Whether, without gradients, all ranks must run the network equally often; modules ask."""
+        return self.shards_parameters and not self.gather_for_evaluation
+
+    @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Checkpoints are loaded into the shards (Lightning hook)."""
         return True

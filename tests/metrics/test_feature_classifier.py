@@ -3,8 +3,10 @@
 import lightning
 import pytest
 import torch
+from distributed import RankPool
 from torch.utils.data import DataLoader, TensorDataset
 
+from datamodules import ZooDataModule
 from zoo.metrics import FeatureClassifier, FeatureCNN, FeatureMLP
 from zoo.metrics.feature_network import FeatureNetwork, random_affine
 
@@ -72,3 +74,39 @@ def test_impossible_sizes_are_refused() -> None:
         FeatureMLP(widths=[])
     with pytest.raises(ValueError, match="multiples of 8"):
         FeatureCNN(channels=(7,))
+
+
+class SevenImages(ZooDataModule):
+    """Of which two processes have four and three."""
+
+    def val_dataloader(self):
+        images = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        return self.eval_loader(TensorDataset(images, torch.tensor([0, 1, 2, 0, 1, 2, 1])))
+
+    test_dataloader = val_dataloader
+
+
+def evaluate(folder, world_size: int) -> dict[str, float]:
+    lightning.seed_everything(0, verbose=False)
+    model = FeatureClassifier(FeatureMLP(widths=[16], num_classes=3))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="ddp" if world_size > 1 else "auto",
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = SevenImages(batch_size=2)
+    return {**trainer.validate(model, data, verbose=False)[0], **trainer.test(model, data, verbose=False)[0]}
+
+
+def test_evaluations_of_processes_with_unequally_many_images_are_those_of_one(pool: RankPool, tmp_path) -> None:
+    expected = evaluate(tmp_path, 1)
+    assert expected.keys() == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    assert (7 * expected["val/accuracy"]) == pytest.approx(round(7 * expected["val/accuracy"]), abs=1e-5)
+    assert expected["val/accuracy"] not in (0.0, 1.0)
+    for found in pool.run(evaluate, tmp_path, 2, world_size=2, timeout=60.0):
+        assert found == pytest.approx(expected, rel=1e-6)

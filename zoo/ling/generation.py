@@ -121,7 +121,6 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     return (~mask_BT).sum(1)
 
 
-@torch.inference_mode()
 def stream(
     network: "LingForCausalLM",
     input_ids: Tensor,
@@ -136,12 +135,35 @@ def stream(
     random: SampleRandom | None = None,
     cache: KVCache | None = None,
     compile: bool = False,
+    agree: Callable[[bool], bool] | None = None,
 ) -> Iterator[Tensor]:
     """The tokens of `generate` as they come, int64 (B,) each; arguments and errors as there.
 
-    Between two tokens the network stays in evaluation mode.
+    Between two tokens the network stays in evaluation mode. With ``agree`` the stream has to be read to its end.
     """
-    choice = TokenChoice(temperature, top_k, top_p, repetition_penalty)
+    # What a pass gathers of sharded weights may stay with the network, and must not be unfit for training.
+    run = torch.inference_mode()(_stream) if agree is None else torch.no_grad()(_stream)
+    return run(
+        network, input_ids, attention_mask, max_new_tokens, TokenChoice(temperature, top_k, top_p, repetition_penalty),
+        eos_token_id, pad_token_id, random, cache, compile, agree,
+    )  # fmt: skip
+
+
+def _stream(
+    network: "LingForCausalLM",
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    choice: TokenChoice,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    random: SampleRandom | None,
+    cache: KVCache | None,
+    compile: bool,
+    agree: Callable[[bool], bool] | None,
+) -> Iterator[Tensor]:
+    if compile and agree is not None:
+        raise ValueError("generate: a compiled step cannot wait for other processes (agree): leave compile out.")
     check_number(max_new_tokens)
     padding_B = _padding(input_ids, attention_mask)
     check_ids(network, input_ids)
@@ -173,7 +195,8 @@ def stream(
     with ExitStack() as held:
         held.enter_context(evaluation_mode(network))
         static = held.enter_context(static_step(network, B, length, cache_dtype(network))) if compile else None
-        logits_BV, step = _begin(network, input_ids, attention_mask, padding_B, length, cache, static)
+        head: list[Tensor] = []
+        logits_BV, step = _begin(network, input_ids, attention_mask, padding_B, length, cache, static, head)
         check_scores(logits_BV)
         for number in range(max_new_tokens):
             token_B = choice.choose(logits_BV, seen_BV, None if uniform_BT is None else uniform_BT[:, number])
@@ -182,10 +205,15 @@ def stream(
                 running_B &= ~torch.isin(token_B, eos_E)
             yield token_B
             if number + 1 == max_new_tokens or (eos and not running_B.any()):
-                return
+                break
+            if agree is not None:
+                agree(True)
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
             logits_BV = step(token_B)
+        while agree is not None and agree(False):
+            with network.lm_head.keep(head):
+                network(torch.zeros(1, 1, dtype=torch.int64, device=device), last_only=True)
 
 
 def generate(
@@ -203,6 +231,7 @@ def generate(
     cache: KVCache | None = None,
     compile: bool = False,
     on_token: Callable[[Tensor], object] | None = None,
+    agree: Callable[[bool], bool] | None = None,
 ) -> Tensor:
     """Continue prompts until each has ended or has ``max_new_tokens`` more tokens.
 
@@ -225,6 +254,9 @@ def generate(
         compile: compile the step, and on a GPU capture it as one CUDA graph. The first call with a batch size and a length
             (rounded up) takes long, later ones use what it made.
         on_token: called with the new tokens (B,) of each step.
+        agree: where the network communicates between processes, which then must call it equally often: given whether this
+            process goes on, tells whether any does. Processes that have ended run along on a single token. All of them call
+            `generate` equally often, each with a batch of its own.
 
     Returns:
         int64 (B, T + n): the prompts as given, then the new tokens, as many as the longest continuation has.
@@ -236,7 +268,7 @@ def generate(
     tokens = []
     for token_B in stream(
         network, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_token_id,
-        pad_token_id, random, cache, compile,
+        pad_token_id, random, cache, compile, agree,
     ):  # fmt: skip
         tokens.append(token_B)
         if on_token is not None:
@@ -252,8 +284,12 @@ def _begin(
     length: int,
     cache: KVCache | None,
     static: StaticStep | None,
+    head: list[Tensor],
 ) -> tuple[Tensor, Step]:
-    """Scores (B, V) after the prompts, and the step that goes on from there, in the way that suits network and device."""
+    """Scores (B, V) after the prompts, and the step that goes on from there, in the way that suits network and device.
+
+    ``head``, empty, keeps the head's weight for the steps.
+    """
     B, dtype = len(input_ids), cache_dtype(network)
     if cache is not None:
         if static is not None:
@@ -276,7 +312,6 @@ def _begin(
         cache = static.cache
     elif cache is None:
         cache = KVCache(network.config, B, length, dtype, network.lm_head.weight.device)
-    head: list[Tensor] = []
     with network.lm_head.keep(head):
         logits = network(input_ids, attention_mask, cache=cache, last_only=True).logits
         assert logits is not None

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from zoo.collective_forward import forwards_are_collective
 from zoo.hyperparameters import build
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
@@ -538,19 +539,34 @@ class Ling(ZooModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Continue the prompts (Lightning hook): ``index``, ``prompt`` and ``text`` for `JSONLWriter`.
 
+        A batch whose ``index`` is -1 stands for no prompts. Where forward passes wait for all processes, those that are done
+        run along until the last one is.
+
         Raises:
             ValueError: the DataModule has no tokenizer, or prompts are padded elsewhere than on the left.
         """
         tokenizer = self._tokenizer()
-        ids_BT = self.network.generate(
-            batch["input_ids"],
-            batch.get("attention_mask", batch.get("valid_mask")),
-            **dataclasses.asdict(self.generation),
-            eos_token_id=tokenizer.eos_id,
-            random=SampleRandom(self.random_seed, batch["index"], epoch=-1),
-        )
+        together = self._trainer is not None and forwards_are_collective(self.trainer.strategy)
+        agree = self._any if together else None
+        blank = int(batch["index"][0]) < 0
+        options = dataclasses.replace(self.generation, max_new_tokens=1) if blank else self.generation
+        if not blank or agree is not None:
+            ids_BT = self.network.generate(
+                batch["input_ids"],
+                batch.get("attention_mask", batch.get("valid_mask")),
+                **dataclasses.asdict(options),
+                eos_token_id=tokenizer.eos_id,
+                random=SampleRandom(self.random_seed, batch["index"], epoch=-1),
+                agree=agree,
+            )
+        if blank:
+            return {"index": batch["index"][:0], "prompt": [], "text": []}
         new_BT = ids_BT[:, batch["input_ids"].shape[1] :]
         return {"index": batch["index"], "prompt": batch["prompt"], "text": [_text(ids, tokenizer) for ids in new_BT.tolist()]}
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is so in any process."""
+        return self._largest(int(here)) > 0
 
     # Released weights
 

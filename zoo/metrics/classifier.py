@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo.metrics.feature_network import FeatureNetwork, random_affine
+from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 from zoo.sampling import to_uint8
 
@@ -46,6 +47,8 @@ class FeatureClassifier(ZooModule):
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, lr_scheduler_interval="epoch", compile=compile)
         self.network = network
+        #: Over all samples of all processes, however many each has.
+        self.means = nn.ModuleDict({f"{stage}_{name}": Mean() for stage in ("val", "test") for name in ("loss", "accuracy")})
         self.augment = partial(random_affine, rotation=rotation, shift=shift, scale=scale, flip=flip)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -79,7 +82,11 @@ class FeatureClassifier(ZooModule):
         image_BCHW, label_B = batch
         logits_BK = self(image_BCHW)
         measures = {
-            f"{stage}/loss": cross_entropy(logits_BK, label_B),
-            f"{stage}/accuracy": (logits_BK.argmax(dim=1) == label_B).float().mean(),
+            "loss": cross_entropy(logits_BK, label_B, reduction="none"),
+            "accuracy": (logits_BK.argmax(dim=1) == label_B).float(),
         }
-        self.log_dict(measures, prog_bar=True, sync_dist=True, batch_size=len(label_B))
+        for name, value_B in measures.items():
+            metric = self.means[f"{stage}_{name}"]
+            assert isinstance(metric, Mean)
+            metric.update(value_B)
+            self.log(f"{stage}/{name}", metric, prog_bar=True, batch_size=len(label_B))

@@ -51,6 +51,8 @@ class EDiTShardedStrategy(EDiTStrategy):
 
     #: Tells callbacks that keep weights that a rank holds a part of them only.
     shards_parameters = True
+    #: Tells modules that all ranks must run the network equally often, also without gradients.
+    collective_forwards = True
 
     def __init__(self, shard_size: int | None = None, reshard_after_forward: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
