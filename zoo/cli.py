@@ -322,9 +322,10 @@ class ZooCLI(LightningCLI):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         super().instantiate_classes()
         if self._pretrained is not None:
-            weights = read_pretrained(self._pretrained)[1]
+            entries, weights = read_pretrained(self._pretrained)
             check_weights(self.model, weights, str(self._pretrained))
             load_model(self.model, self._pretrained / WEIGHTS_FILE)  # knows tied weights, which are stored once
+            self.model.take_shared_entries(entries)
 
     def before_fit(self) -> None:
         """Move an earlier run in the same folder out of the way of a new one, before any process uses it (LightningCLI hook)."""
