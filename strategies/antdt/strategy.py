@@ -109,6 +109,8 @@ class AntDTStrategy(DDPStrategy):
 
     #: Tells `RunCheckpoint` that a step's number means the same on all ranks.
     asynchronous = False
+    #: Tells a module that losses are weighed here, by its ``antdt_weight``.
+    weighs_batches = True
 
     def __init__(
         self,

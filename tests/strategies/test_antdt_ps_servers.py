@@ -176,6 +176,12 @@ def test_merged_gradient_is_that_of_all_samples(counts: list[int], seed: int) ->
         assert (value - data[(data[:, 0] > 0).long() == row].sum(0) / len(data)).abs().max() < 1e-14
 
 
+def test_gradients_of_nothing_are_merged_to_nothing() -> None:
+    """Batches without a token, where tokens count."""
+    merged = merge([Gradient({"float64": torch.zeros(2, dtype=torch.float64)}, samples=0.0) for _ in range(2)])
+    assert merged.samples == 0 and not merged.dense["float64"].any()
+
+
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 30))
 def test_every_element_has_one_place(sizes: list[int], count: int, rows: int) -> None:
     entries = [Entry(str(n), (size,), "float32" if n % 2 else "float64", 0) for n, size in enumerate(sizes)]

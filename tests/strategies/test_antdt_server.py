@@ -164,7 +164,7 @@ def test_unreachable_server_is_an_error_in_words_after_the_time_of_patience() ->
         pytest.raises(ServerUnreachable, match=rf"127.0.0.1:{port} has not answered for 0.4 s.*zoo serve-data --folder"),
     ):
         client.fetch(0, (1, 1), 1)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
 
 
 def test_server_that_accepts_and_is_silent_does_not_hang_its_clients() -> None:
@@ -257,11 +257,11 @@ def test_one_client_serves_many_threads(server: ServerThread) -> None:
 def test_signs_of_life_keep_a_worker_in(server: ServerThread) -> None:
     """A worker that validates for long says nothing else."""
     with Client(server.address, 0) as client, Client(server.address, 1) as other:
-        client.configure(DATASET, SOLUTION, world_size=2, global_batch=16, heartbeat_timeout=1.2)
+        client.configure(DATASET, SOLUTION, world_size=2, global_batch=16, heartbeat_timeout=4.0)
         for each in (client, other):
             each.join(2, barrier=False)
         client.keep_alive(every=0.1)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         with Client(server.address, -1) as watcher:
             while "worker:1" in (nodes := watcher.status()["nodes"]):
                 assert time.monotonic() < deadline

@@ -28,7 +28,8 @@ class ReportsLosses(Protocol):
     """A module that keeps the losses of its last micro-batch for callbacks.
 
     Attributes:
-        last_losses: detached; ``ce``, the mean cross-entropy in nats, 0-dim, and, to have it recorded, ``ce_per_sample`` (B,).
+        last_losses: detached; ``ce``, the mean cross-entropy in nats, 0-dim; ``weight``, how much it counts in the mean over
+            micro-batches and ranks (absent: 1); and, to have it recorded, ``ce_per_sample`` (B,).
     """
 
     last_losses: Mapping[str, Tensor]
@@ -169,6 +170,7 @@ class SpikeGuard(Callback):
         self._verdict: Verdict = "apply"
         self._index: Tensor | None = None
         self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._sample_losses: list[Tensor] = []
         self._sample_ids: list[Tensor] = []
         self._returned: list[Tensor] = []
@@ -181,7 +183,7 @@ class SpikeGuard(Callback):
         """Decide on one step, and take it into the detectors and `consecutive`.
 
         Args:
-            loss: mean loss of the step over micro-batches and ranks.
+            loss: mean loss of the step over micro-batches and ranks, with their weights.
             norm: norm of its gradient before clipping.
             rest: mean loss of the samples that were not brought back; None if none were, -inf if all were or it is not known.
 
@@ -273,7 +275,10 @@ class SpikeGuard(Callback):
             reported: Mapping[str, Tensor] = getattr(pl_module, "last_losses", {})
             mean = reported.get("ce")
             # Lightning has divided the loss for the sum over micro-batches.
-            self._losses.append(loss.detach() * trainer.accumulate_grad_batches if mean is None else mean.detach())
+            value = loss.detach() * trainer.accumulate_grad_batches if mean is None else mean.detach()
+            weight = reported.get("weight", torch.ones_like(value))
+            self._losses.append(value * weight)
+            self._weights.append(weight)
             if "ce_per_sample" in reported:
                 self._sample_losses.append(reported["ce_per_sample"].detach())
             if self._index is not None:
@@ -349,7 +354,7 @@ class SpikeGuard(Callback):
             done.record()
         strategy_norm = getattr(trainer.strategy, "gradient_norm", None)
         norm = _norm(optimizer) if strategy_norm is None else strategy_norm()
-        terms = [torch.stack(self._losses).sum(), norm.to(device)]
+        terms = [torch.stack(self._losses).sum(), torch.stack(self._weights).sum(), norm.to(device)]
         if self._returned:
             returned = torch.cat(self._returned)
             known = len(self._sample_losses) == len(self._returned)
@@ -372,11 +377,11 @@ class SpikeGuard(Callback):
             waited = time.perf_counter() - begin
             self.time_waiting += waited
             self.time_inside -= waited
-        loss, norm_sum, *comeback = sums.tolist()
+        loss, weight, norm_sum, *comeback = sums.tolist()
         rest = None
         if comeback and comeback[0] > 0:
             rest = comeback[1] / comeback[2] if comeback[2] > 0 else -math.inf
-        return loss / (len(self._losses) * ranks), norm_sum / ranks, rest
+        return loss / weight if weight else loss, norm_sum / ranks, rest
 
     def _follow(self, trainer: Trainer, loss: float, norm: float, group: distributed.ProcessGroup | None) -> None:
         """Record a bad step, bring its samples back or cross them off, and stop if it is one too many."""
@@ -425,7 +430,7 @@ class SpikeGuard(Callback):
             )
 
     def _forget_step(self) -> None:
-        self._losses, self._sample_losses, self._sample_ids, self._returned = [], [], [], []
+        self._losses, self._weights, self._sample_losses, self._sample_ids, self._returned = [], [], [], [], []
 
     def _ids_on(self, device: torch.device) -> Tensor:
         if self._waiting_ids is None:

@@ -26,6 +26,7 @@ from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
+from zoo.ling.step_mean import StepMean
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 from zoo.random import SampleRandom
@@ -56,8 +57,11 @@ class Ling(ZooModule):
     """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
 
     Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
-    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139. The mean is over the labels of a micro-batch of one process,
-    and micro-batches and processes count alike, whatever their numbers of labels (nearly equal in packed batches).
+    router's z-loss. Source: "Every FLOP Counts", arXiv 2503.05139. The mean is over all labels of an optimizer step, those of
+    accumulated micro-batches and of other processes included (`StepMean`). The routers' losses are means over the tokens of a
+    micro-batch of one process, as balance is no sum over tokens; a micro-batch's count as much as its labels do, and nothing if
+    it has none. What is logged is of the micro-batch of the process that logs: ``train/ce`` the mean over its labels,
+    ``train/loss`` with the routers' losses. The returned loss is weighted.
 
     Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
     where nothing is learned (absent: ``input_ids`` but for padding and each document's first token); ``attention_mask`` (B, T),
@@ -81,6 +85,9 @@ class Ling(ZooModule):
         z_coef: coefficient of the z-loss.
         aux_reduction: whether these are summed over the layers or averaged.
         aux_scope: whether the loads that balance is judged by are those of one process's batch, or of all processes.
+        loss_over: what the loss is a mean over: ``step``: labels count alike in a whole optimizer step; ``micro_batch``:
+            micro-batches and processes count alike, whatever their numbers of labels. Both are the same where these are equal,
+            but for the gradient of an incomplete last step of an epoch, a mean with ``step`` and too small with the other.
         router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up. None: 2000, but 0 with
             ``checkpoint``, whose router has learned. It does not begin anew in weights of `from_pretrained` or ``--ckpt_path``.
         router_momentum: weight of the old value in the running mean and deviation of the scores.
@@ -95,11 +102,13 @@ class Ling(ZooModule):
         compile: compile each block in place.
 
     Raises:
-        ValueError: arguments that do not fit one another, or a pattern of ``freeze`` that no parameter has.
+        ValueError: arguments that do not fit one another, or a pattern of ``freeze`` that no parameter has; or, when training
+            starts, ``loss_over="step"`` with a strategy such as DeepSpeed that accumulates gradients out of reach.
     """
 
     keeps_stored_types: ClassVar[bool] = True
-    #: What the last training step saw, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), ``aux``, ``z``.
+    #: What the last training step saw, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), ``aux``, ``z``, and ``weight``,
+    #: how much ``ce`` counts among the micro-batches and processes of the optimizer step.
     last_losses: dict[str, Tensor]
     #: What the routers did in it.
     router_stats: RouterStatistics | None = None
@@ -114,6 +123,7 @@ class Ling(ZooModule):
         z_coef: float = 1e-4,
         aux_reduction: Literal["sum", "mean"] = "sum",
         aux_scope: Literal["micro", "global"] = "micro",
+        loss_over: Literal["step", "micro_batch"] = "step",
         router_warmup_steps: int | None = None,
         router_momentum: float = 0.99,
         router_dtype: Literal["float32", "param"] = "float32",
@@ -143,6 +153,7 @@ class Ling(ZooModule):
             )
         for name, value, allowed in (("aux_reduction", aux_reduction, ("sum", "mean")),
                                      ("aux_scope", aux_scope, ("micro", "global")),
+                                     ("loss_over", loss_over, ("step", "micro_batch")),
                                      ("router_dtype", router_dtype, ("float32", "param"))):  # fmt: skip
             if value not in allowed:
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
@@ -163,12 +174,14 @@ class Ling(ZooModule):
         self.z_coef = z_coef
         self.aux_reduction = aux_reduction
         self.aux_scope = aux_scope
+        self.loss_over = loss_over
         self.router_warmup_steps = router_warmup_steps
         self.router_momentum = router_momentum
         self.loss_chunk = loss_chunk
         self.generation = generation
         self.last_losses = {}
         self._moments: list[Tensor] = []
+        self._step_mean = StepMean()
         self._freeze(freeze or [])
         self.val_metrics, self.test_metrics = _Evaluation(), _Evaluation()
 
@@ -240,9 +253,18 @@ class Ling(ZooModule):
         """Compare the vocabularies of model and data before anything runs (Lightning hook).
 
         Raises:
-            ValueError: the tokenizer has ids that the model has not, or marks that the model takes for others in training.
+            ValueError: the tokenizer has ids that the model has not, or marks that the model takes for others in training; or
+                the strategy accumulates gradients by itself, where they cannot be weighted.
         """
         super().setup(stage)
+        hidden = self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches != 1
+        if stage == "fit" and self._weighs_steps and hidden:
+            raise ValueError(
+                f"{type(self).__name__}: loss_over=step weighs the accumulated gradient, which"
+                f" {type(self.trainer.strategy).__name__} keeps to itself: set --model.loss_over micro_batch (the same for packed"
+                f" batches with equal numbers of labels), or accumulate_grad_batches to 1 instead of"
+                f" {self.trainer.accumulate_grad_batches}, with a larger batch_size."
+            )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
             raise ValueError(
@@ -329,25 +351,28 @@ class Ling(ZooModule):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch (Lightning hook)."""
+        """Weighted loss of a batch (Lightning hook)."""
+        count_B = (self._labels(batch)[:, 1:] != -100).sum(1)
+        self._begin_mean(count_B.sum(), batch_idx)
         output = self.run_network(batch, *self._warm_up(batch["input_ids"]))
         assert output.loss is not None and output.loss_BT is not None
         valid_N = self._valid(batch)
         self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
         aux, z = self.router_losses(output, valid_N)
         loss = output.loss + self.aux_coef * aux + self.z_coef * z
-        count_B = (self._labels(batch)[:, 1:] != -100).sum(1).clamp(min=1)
+        weight = self._weight(loss)
         self.last_losses = {
             "ce": output.loss.detach(),
-            "ce_per_sample": output.loss_BT.sum(1) / count_B,
+            "ce_per_sample": output.loss_BT.sum(1) / count_B.clamp(min=1),
             "aux": aux.detach(),
             "z": z.detach(),
+            "weight": weight,
         }
         if self.applied_steps < self.router_warmup_steps and self.router_stats is not None:
             self._moments.append(torch.stack([self.router_stats.logit_mean, self.router_stats.logit_square]))
         self.log_dict({f"train/{name}": self.last_losses[name] for name in ("ce", "aux", "z")})
         self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        return loss * weight
 
     @staticmethod
     def _valid(batch: Batch) -> Tensor | None:
@@ -370,6 +395,51 @@ class Ling(ZooModule):
         z = torch.stack([z_loss(routing.logits_NE, valid_N) for routing in output.routings])
         return (aux.sum(), z.sum()) if self.aux_reduction == "sum" else (aux.mean(), z.mean())
 
+    # The mean over an optimizer step
+
+    @property
+    def _weighs_steps(self) -> bool:
+        """Whether micro-batches are weighted here; a strategy that deals out batches of its own sizes does it by itself."""
+        if self._trainer is None or self.loss_over == "micro_batch":
+            return False
+        return not getattr(self.trainer.strategy, "weighs_batches", False)
+
+    def _begin_mean(self, count: Tensor, batch_idx: int) -> None:
+        """Count the labels of a micro-batch (pairs, in preference training), those of other processes while the network runs."""
+        if self._weighs_steps:
+            self._step_mean.begin(count, batch_idx % self.trainer.accumulate_grad_batches == 0, *self._step_group())
+
+    def _weight(self, loss: Tensor) -> Tensor:
+        """What the mean loss of that micro-batch is multiplied with."""
+        return self._step_mean.weight(loss.dtype) if self._weighs_steps else torch.ones_like(loss)
+
+    def on_after_backward(self) -> None:
+        """Make the gradient the mean over the step, before it is judged or clipped (Lightning hook)."""
+        super().on_after_backward()
+        if not self._weighs_steps or self.trainer.fit_loop._should_accumulate():
+            return
+        factor = self._step_mean.finish(self.trainer.accumulate_grad_batches)
+        if factor != 1:
+            for optimizer in self.trainer.optimizers:
+                for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+
+    def antdt_weight(self, batch: Any) -> int:
+        """What the loss of a batch is a mean over, for strategies that weigh batches: labels, or samples (`loss_over`)."""
+        if self.loss_over == "micro_batch":
+            return len(batch["input_ids"])
+        return int((self._labels(batch)[:, 1:] != -100).sum())
+
+    def _step_group(self) -> tuple[dist.ProcessGroup | None, int]:
+        """The processes that take this step together (None: all), and how many they are."""
+        if not (dist.is_available() and dist.is_initialized()) or self.trainer.world_size == 1:
+            return None, 1
+        # A strategy whose replicas go their own ways says who they are.
+        group_of = getattr(self.trainer.strategy, "spike_group", None)
+        group = group_of() if callable(group_of) else None
+        return group, dist.get_world_size(group)
+
     # Stochastic routing warm-up
 
     def _warm_up(self, input_ids: Tensor) -> tuple[RouterNoise | None, Any]:
@@ -387,14 +457,11 @@ class Ling(ZooModule):
 
     def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
         """The sum over the processes that take this step together, and how many they are."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return tensor, 1
-        # A strategy whose replicas go their own ways says who they are; None: all.
-        group_of = getattr(self.trainer.strategy, "spike_group", None)
-        group = group_of() if callable(group_of) else None
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor, dist.get_world_size(group)
+        group, num_processes = self._step_group()
+        if num_processes > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=group)
+        return tensor, num_processes
 
     def on_applied_step(self) -> None:
         """Take the scores' mean and deviation of an applied step into the running ones; a skipped step leaves no trace."""

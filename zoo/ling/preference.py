@@ -44,8 +44,8 @@ class LingDPO(Ling):
             the same reference), ``precomputed`` the log-likelihoods that the data hold, anything else is the folder of a
             model in the released format, whose experts and router are computed as the model's.
         router_warmup_steps: must be 0, since the router has learned already.
-        kwargs: as for `Ling`; the routers' losses count as there, over both answers. ``loss_chunk`` has no effect: the logits
-            of whole answers are in memory.
+        kwargs: as for `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs count
+            alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
 
     Raises:
         ValueError: numbers out of range.
@@ -201,7 +201,8 @@ class LingDPO(Ling):
         return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch of pairs (Lightning hook)."""
+        """Weighted loss of a batch of pairs (Lightning hook)."""
+        self._begin_mean(torch.tensor(_num_pairs(batch), device=self.device), batch_idx)
         result, output = self.preferences(batch)
         sides = ["packed"] if "packed_input_ids" in batch else _SIDES
         masks = [batch[name] for side in sides if (name := f"{side}_attention_mask") in batch]
@@ -209,11 +210,16 @@ class LingDPO(Ling):
         self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
         aux, z = self.router_losses(output, valid_N)
         loss = result.loss + self.aux_coef * aux + self.z_coef * z
-        self.last_losses = {"ce": result.loss.detach(), "aux": aux.detach(), "z": z.detach()}
+        weight = self._weight(loss)
+        self.last_losses = {"ce": result.loss.detach(), "aux": aux.detach(), "z": z.detach(), "weight": weight}
         values = {"preference": result.preference, "nll": result.nll, "accuracy": result.accuracy, "aux": aux, "z": z}
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
         self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+        return loss * weight
+
+    def antdt_weight(self, batch: Any) -> int:
+        """The pairs of a batch."""
+        return _num_pairs(batch)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Loss without the routers' part, accuracy and margin of the rewards (Lightning hook)."""

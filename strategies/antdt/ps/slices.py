@@ -56,13 +56,15 @@ def merge(gradients: Sequence[Gradient]) -> Gradient:
     """The gradient of the mean over the samples of all: ``sum n_i g_i / sum n_i`` (section 2.7)."""
     total = sum(gradient.samples for gradient in gradients)
     merged = Gradient({}, frozenset.intersection(*(gradient.absent for gradient in gradients)), samples=total)
+    shares = [gradient.samples / total if total else 0.0 for gradient in gradients]  # of tokens there may be none
     for dtype in gradients[0].dense:
         result = torch.zeros_like(gradients[0].dense[dtype])
-        for gradient in gradients:
-            result.add_(gradient.dense[dtype], alpha=gradient.samples / total)
+        for gradient, share in zip(gradients, shares, strict=True):
+            result.add_(gradient.dense[dtype], alpha=share)
         merged.dense[dtype] = result
     for table in sorted({table for gradient in gradients for table in gradient.rows}):
-        found = [(*gradient.rows[table], gradient.samples / total) for gradient in gradients if table in gradient.rows]
+        pairs = zip(gradients, shares, strict=True)
+        found = [(*gradient.rows[table], share) for gradient, share in pairs if table in gradient.rows]
         rows, place = torch.cat([rows for rows, _, _ in found]).unique(return_inverse=True)
         values = torch.cat([values * share for _, values, share in found])
         merged.rows[table] = rows, values.new_zeros(len(rows), values.shape[1]).index_add_(0, place, values)

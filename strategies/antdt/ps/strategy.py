@@ -98,6 +98,8 @@ class ParameterServerStrategy(DDPStrategy):
 
     #: Tells `RunCheckpoint` that a step's number means something else on each rank.
     asynchronous = True
+    #: Tells a module that losses are weighed here, by its ``antdt_weight``.
+    weighs_batches = True
 
     def __init__(
         self,
