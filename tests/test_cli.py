@@ -265,14 +265,17 @@ def test_packaged_configurations_are_found_by_name():
         find_config("bfn/digit")
 
 
-def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys):
+def test_a_pretrained_folder_is_a_checkpoint_path(folder, capsys, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Tiny, "shared_entries", lambda self: {"_steps": 5})
+    monkeypatch.setattr(Tiny, "take_shared_entries", lambda self, config: taken.append(config["_steps"]))
     Tiny(MLP(3), noise=0.6).save_pretrained("shared")
     config = effective(capsys, "predict", "-c", "tiny.yaml", "--ckpt_path", "shared")
     assert config["model"]["init_args"]["net"]["init_args"]["width"] == 3
     assert config["ckpt_path"] is None
     assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "shared"]) == 0
     assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "shared", "--trainer.max_steps", "1"]) == 0
-    assert stored()["noise"] == 0.6
+    assert stored()["noise"] == 0.6 and taken == [5, 5]
 
 
 @pytest.mark.parametrize(

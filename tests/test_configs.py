@@ -1,5 +1,6 @@
 """Every configuration that comes with the package parses, builds, and does its first steps."""
 
+import bisect
 import dataclasses
 import importlib.util
 import sys
@@ -10,9 +11,10 @@ import yaml
 
 from datamodules.assets import list_assets
 from zoo.__main__ import main
+from zoo.callbacks import BatchSizeWarmup
 from zoo.cli import packaged_configs
 from zoo.hyperparameters import build
-from zoo.ling import Ling, LingForCausalLM, preset, save_hf
+from zoo.ling import WSD, Ling, LingForCausalLM, preset, save_hf
 from zoo.module import ZooModule
 
 CONFIGS = packaged_configs()
@@ -142,6 +144,39 @@ def test_the_first_stage_has_the_positions_of_short_texts(name):
     architecture = config["model"]["init_args"]["config"]
     assert architecture["rope_theta"] == 1e4
     assert architecture["max_position_embeddings"] == config["data"]["init_args"]["seq_len"] - 1 == 4096
+
+
+@pytest.mark.parametrize("name", ["ling/lite_pretrain", "ling/plus_pretrain"])
+def test_the_first_stage_has_its_tokens_and_halves_the_rate_at_60_percent_of_them(name):
+    config = yaml.safe_load(CONFIGS[name].read_text())
+    (batch,) = [each["init_args"] for each in config["trainer"]["callbacks"] if each["class_path"] == "BatchSizeWarmup"]
+    warmup, seq_len = BatchSizeWarmup(**batch), config["data"]["init_args"]["seq_len"]
+    assert (warmup.start, warmup.end, warmup.tokens) == (2560, 8960, 0.02 * 9e12)
+    sequences = [0.0]
+    while len(sequences) <= config["trainer"]["max_steps"]:
+        sequences.append(sequences[-1] + warmup.batch_size(round(sequences[-1] * seq_len)))
+    assert sequences[-1] * (seq_len - 1) == pytest.approx(9e12, rel=1e-3)
+    arguments = config["model"]["init_args"]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=arguments["optimizer"]["init_args"]["lr"])
+    schedule = WSD(optimizer, **arguments["lr_scheduler"]["init_args"])
+
+    def rate(step: int) -> float:
+        schedule.last_epoch = step
+        return schedule.get_lr()[0]
+
+    halved = bisect.bisect_left(range(2000, len(sequences)), True, key=lambda step: rate(step) < 2.4e-4) + 2000
+    assert (rate(0), rate(2000), rate(halved - 1), rate(halved), rate(len(sequences))) == (0, 2.4e-4, 2.4e-4, 1.2e-4, 1.2e-4)
+    assert sequences[halved] / sequences[-1] == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ling/lite_dpo", "ling/lite_dpo_format"])
+def test_preferences_have_the_published_numbers(name):
+    config = yaml.safe_load(CONFIGS[name].read_text())
+    arguments, trainer = config["model"]["init_args"], config["trainer"]
+    assert (arguments["beta"], arguments["nll_weight"], arguments["optimizer"]["init_args"]["lr"]) == (0.1, 0.05, 3e-7)
+    assert 8 * config["data"]["init_args"]["batch_size"] * trainer["accumulate_grad_batches"] == 192
+    schedule = arguments["lr_scheduler"]["init_args"]
+    assert schedule["total_steps"] == trainer["max_steps"] and schedule["halve_at"] == 1
 
 
 @pytest.mark.parametrize("name", ["ling/lite_pretrain_long", "ling/lite_pretrain_anneal"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from zoo.checkpoint import read_checkpoint
@@ -115,3 +116,45 @@ def test_no_process_begins_before_the_earlier_run_is_out_of_the_way(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"seen_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
     assert (tmp_path / "runs/observed/earlier/0/metrics.csv").exists()
+
+
+FAILS = """
+import os
+
+import tiny
+
+
+class Fails(tiny.Tiny):
+    # Ends each start by an exception at its first batch, but the first, if it may take a step, without a word.
+
+    def __init__(self, steps: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.steps = steps
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == self.steps or os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+            if self.steps and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os._exit(1)
+            raise ValueError("wrong data")
+        return super().training_step(batch, batch_idx)
+"""
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_earlier_run_is_put_back_after_the_last_start_if_none_has_trained(tmp_path, steps):
+    (tmp_path / "fails.py").write_text(FAILS)
+    (tmp_path / "runs/fails/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/fails/checkpoints/last.ckpt").write_text("the earlier run")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "1", "--max-restarts", "1", "--standalone", "-m", "zoo"]
+    options = ["--model", "fails.Fails", "--model.net", "tiny.MLP", "--data", "tiny.TinyData", "--model.steps", str(steps)]
+    command = [sys.executable, "-m", *torchrun, "fit", *options, "--trainer.log_every_n_steps", "1", *QUIET]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode and done.stderr.count("ValueError: wrong data") >= 1, done.stderr[-3000:]
+    moved, back = (
+        word in done.stderr for word in ("the earlier one moved to runs/fails/earlier/0", "the earlier run is back in")
+    )
+    assert moved and back == (steps == 0)
+    place = "runs/fails/checkpoints" if back else "runs/fails/earlier/0/checkpoints"
+    assert (tmp_path / place / "last.ckpt").read_text() == "the earlier run"
+    assert (tmp_path / "runs/fails/earlier").exists() != back

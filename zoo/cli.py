@@ -34,6 +34,7 @@ import zoo.ctr
 import zoo.emigm
 import zoo.ling
 import zoo.metrics
+from strategies.antdt.connection import restarts_left
 from zoo.callbacks import RunCheckpoint
 from zoo.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.csv_logger import ResumableCSVLogger
@@ -44,11 +45,13 @@ from zoo.metrics import FeatureClassifier
 from zoo.module import ZooModule
 from zoo.option_errors import explain, nearest
 from zoo.precedence import find_named, is_same_class, merged, replaced
-from zoo.runs import archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
+from zoo.runs import METRICS, archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
 from zoo.sampling import SupportsSampling
 
 __all__ = ["ZooArgumentParser", "ZooCLI", "find_config", "packaged_configs"]
 
+ARCHIVED = "zoo/earlier_run"
+"""Where torchrun's store says to which folder the first start of a run has moved the earlier one."""
 STAGES = ("fit", "validate", "test", "predict")
 STRATEGIES = {name: getattr(strategies, name) for name in strategies.__all__}  # imported here, to be found by their names
 
@@ -332,20 +335,28 @@ class ZooCLI(LightningCLI):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         super().instantiate_classes()
         if self._pretrained is not None:
-            weights = read_pretrained(self._pretrained)[1]
+            entries, weights = read_pretrained(self._pretrained)
             check_weights(self.model, weights, str(self._pretrained))
             load_model(self.model, self._pretrained / WEIGHTS_FILE)  # knows tied weights, which are stored once
+            self.model.take_shared_entries(entries)
 
     def before_fit(self) -> None:
         """Move an earlier run in the same folder out of the way of a new one, before any process uses it (LightningCLI hook)."""
-        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run and not _is_restarted():
+        if self._ckpt_path is None and not self.config.fit.trainer.fast_dev_run:
             self._archive()
             _wait_for_rank_zero()
 
     @rank_zero_only
     def _archive(self) -> None:
+        store = _agents_store()
+        if _is_restarted():  # a start before this one may have done it
+            if store is not None and store.check([ARCHIVED]):
+                self._archived = Path(store.get(ARCHIVED).decode())
+            return
         self._archived = archive_run(self._run_folder)
         if self._archived is not None:
+            if store is not None:
+                store.set(ARCHIVED, str(self._archived))
             _say(
                 f"A new run starts in {self._run_folder}; the earlier one moved to {self._archived} (--ckpt_path last continues)."
             )
@@ -360,9 +371,10 @@ class ZooCLI(LightningCLI):
             raise
 
     def _has_trained_nothing(self) -> bool:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # the next start would continue what is put back
+        if restarts_left():  # the next start would continue what is put back
             return False
-        return self.trainer.global_step == 0 and last_checkpoint(self._run_folder) is None
+        earlier_start = _is_restarted() and (self._run_folder / METRICS).exists()  # which has trained
+        return self.trainer.global_step == 0 and not earlier_start and last_checkpoint(self._run_folder) is None
 
     def before_predict(self) -> None:
         """See that there is something to predict, and someone to write it (LightningCLI hook).
@@ -421,13 +433,20 @@ def _is_restarted() -> bool:
 
 def _wait_for_rank_zero() -> None:
     """Let the other processes of torchrun wait until rank 0 has come here; a process group does not exist yet."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    store = _agents_store()
+    if store is None:
         return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
     if os.environ["RANK"] == "0":
         store.set("zoo/folder_is_ready", "")
     store.wait(["zoo/folder_is_ready"])
+
+
+def _agents_store() -> TCPStore | None:
+    """The store of torchrun, which stays when it starts the processes again; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
 
 
 def _as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["archive_run", "find_checkpoint", "last_checkpoint", "put_back", "run_folder"]
+__all__ = ["METRICS", "archive_run", "find_checkpoint", "last_checkpoint", "put_back", "run_folder"]
 
 RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"

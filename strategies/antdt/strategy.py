@@ -233,13 +233,37 @@ class AntDTStrategy(DDPStrategy):
             self._check_trainer(trainer)
             self._last_snapshot = None
             self._folder = Path(trainer.default_root_dir) / KEY
-            self._connection = Connection(self.server, self._folder, self.global_rank, self.world_size, self.num_nodes)
-            self._connection.connect()
+            if self._hot is None and (dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+                self._make_groups(fitting)
+                self._connect_together()
+                return
+            self._connect()
             if self._rejoins:
                 return  # each rank prepares by itself, until load_checkpoint
-            if not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            if not dist.is_initialized():
                 self._join_processes()
         self._make_groups(fitting)
+
+    def _connect(self) -> None:
+        self._connection = Connection(self.server, self._folder, self.global_rank, self.world_size, self.num_nodes)
+        self._connection.connect()
+
+    def _connect_together(self) -> None:
+        """Find the service when the ranks know one another: without torchrun nobody ends those that wait for one that failed."""
+        failure: Exception | None = None
+        try:
+            self._connect()
+        except Exception as error:
+            failure = error
+        said: list[str | None] = [None] * self.world_size
+        if self.world_size > 1:
+            told = None if failure is None else f"{type(failure).__name__}: {failure}"
+            dist.all_gather_object(said, told, self._control)
+        if failure is not None:
+            raise failure
+        for rank, words in enumerate(said):
+            if words is not None:
+                raise RuntimeError(f"AntDTStrategy: rank {rank} could not connect to the service, so all end. {words}")
 
     def _make_groups(self, fitting: bool) -> None:
         with nullcontext() if self._hot is None else self._hot.links.remembered():

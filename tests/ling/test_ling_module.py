@@ -234,6 +234,40 @@ def test_noise_is_drawn_while_it_warms_up_and_never_in_evaluation(tmp_path: Path
     assert len(drawn) == 2
 
 
+def test_learned_weights_are_trained_on_without_a_warm_up(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Routes(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append((pl_module.last_losses["ce"].item(), pl_module.eval().run_network(batch).loss.item()))
+            pl_module.train()
+
+    def fit(model: Ling) -> bool:
+        """Whether the first training step routes as evaluation does, with weights that the step leaves."""
+        seen.clear()
+        trainer(tmp_path, max_steps=1, callbacks=[Routes()]).fit(model, Periods(batch_size=8))
+        return seen[0][0] == pytest.approx(seen[0][1], rel=1e-5)
+
+    seen: list[tuple[float, float]] = []
+    still = partial(torch.optim.SGD, lr=0.0)
+    folder = str(save_hf(LingForCausalLM(SMALL), tmp_path / "released"))
+    assert Ling(SMALL).router_warmup_steps == Ling(SMALL).hparams["router_warmup_steps"] == 2000
+    model = Ling(checkpoint=folder, optimizer=still)
+    assert model.router_warmup_steps == model.hparams["router_warmup_steps"] == 0 and fit(model)
+    assert not [warning for warning in recwarn if "has been learned" in str(warning.message)]
+    with pytest.warns(match="router_warmup_steps=5 makes the routing of .*released, which has been learned, random at first"):
+        wanted = Ling(checkpoint=folder, router_warmup_steps=5, optimizer=still)
+    assert not fit(wanted)
+
+    shared = Ling.from_pretrained(wanted.save_pretrained(tmp_path / "begun"))
+    assert shared.applied_steps == 1 and not fit(shared)  # the warm-up goes on
+    whole = Ling(SMALL, router_warmup_steps=2, optimizer=still)
+    trainer(tmp_path, max_steps=2).fit(whole, Periods(batch_size=8))
+    assert fit(Ling.from_pretrained(whole.save_pretrained(tmp_path / "learned")))
+    entries = json.loads((tmp_path / "learned" / "config.json").read_text())
+    del entries["_applied_steps"]  # as earlier versions wrote it
+    (tmp_path / "learned" / "config.json").write_text(json.dumps(entries))
+    assert fit(Ling.from_pretrained(tmp_path / "learned"))
+
+
 def test_a_checkpoint_continues_the_warm_up_and_builds_the_module(tmp_path: Path) -> None:
     class Save(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:

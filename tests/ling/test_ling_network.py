@@ -181,6 +181,9 @@ def test_the_presets_have_the_published_numbers_of_parameters(name, total, activ
         model = LingForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters() == pytest.approx(total, rel=5e-5)
     assert config.num_parameters(active=True) == pytest.approx(active, rel=3e-4)
+    # No number of parameters tells them: heads of another width would give tensors of the same shapes.
+    heads = {"ling_lite": (16, 4, 128), "ling_plus": (42, 6, 128)}
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_width) == heads[name]
 
 
 def test_flops_count_matrix_products_and_half_of_the_attention():

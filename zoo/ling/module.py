@@ -89,7 +89,8 @@ class Ling(ZooModule):
         loss_over: what the loss is a mean over: ``step``: labels count alike in a whole optimizer step; ``micro_batch``:
             micro-batches and processes count alike, whatever their numbers of labels. Both are the same where these are equal,
             but for the gradient of an incomplete last step of an epoch, a mean with ``step`` and too small with the other.
-        router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up.
+        router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up. None: 2000, but 0 with
+            ``checkpoint``, whose router has learned. It does not begin anew in weights of `from_pretrained` or ``--ckpt_path``.
         router_momentum: weight of the old value in the running mean and deviation of the scores.
         router_dtype: scores in ``float32``, or in the type of the parameters as published (``param``).
         loss_chunk: tokens whose logits are in memory at a time; 0: all.
@@ -124,7 +125,7 @@ class Ling(ZooModule):
         aux_reduction: Literal["sum", "mean"] = "sum",
         aux_scope: Literal["micro", "global"] = "micro",
         loss_over: Literal["step", "micro_batch"] = "step",
-        router_warmup_steps: int = 2000,
+        router_warmup_steps: int | None = None,
         router_momentum: float = 0.99,
         router_dtype: Literal["float32", "param"] = "float32",
         loss_chunk: int = 0,
@@ -139,6 +140,13 @@ class Ling(ZooModule):
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, lr_scheduler_interval, compile)
+        if router_warmup_steps is None:
+            router_warmup_steps = 2000 if checkpoint is None else 0
+        elif router_warmup_steps > 0 and checkpoint is not None:
+            rank_zero_warn(
+                f"Ling: router_warmup_steps={router_warmup_steps} makes the routing of {checkpoint}, which has been learned,"
+                " random at first: leave it out, or set it to 0, to train on from these weights."
+            )
         if aux_coef < 0 or z_coef < 0 or router_warmup_steps < 0 or loss_chunk < 0 or not 0 <= router_momentum < 1:
             raise ValueError(
                 f"Ling: aux_coef={aux_coef}, z_coef={z_coef}, router_warmup_steps={router_warmup_steps} and "
@@ -156,10 +164,11 @@ class Ling(ZooModule):
         else:
             config = preset(config) if isinstance(config, str) else config
             self.network = LingForCausalLM(config.replace(**(config_changes or {})), experts, accurate)
-        if checkpoint is not None or config_changes:
-            # Plain data that need no folder: the weights are in every checkpoint of the run.
-            architecture = dataclasses.asdict(self.network.config)
-            for hyperparameters in (self._hparams, self._hparams_initial):
+        for hyperparameters in (self._hparams, self._hparams_initial):
+            hyperparameters.update(router_warmup_steps=router_warmup_steps)
+            if checkpoint is not None or config_changes:
+                # Plain data that need no folder: the weights are in every checkpoint of the run.
+                architecture = dataclasses.asdict(self.network.config)
                 hyperparameters.update(config=architecture, checkpoint=None, config_changes=None)
         self.network.model.activation_checkpointing = activation_checkpointing
         self.aux_coef = aux_coef
@@ -584,8 +593,9 @@ class Ling(ZooModule):
             self.network.hf_folder = None if released["folder"] is None else Path(released["folder"])
 
     def shared_entries(self) -> dict[str, Any]:
-        """What the released ``config.json`` said beside the architecture."""
-        return {**super().shared_entries(), **({"_released": self.network.hf_config} if self.network.hf_config else {})}
+        """How far the router's warm-up is, and what the released ``config.json`` said beside the architecture."""
+        entries = {**super().shared_entries(), "_applied_steps": self.applied_steps}
+        return {**entries, "_released": self.network.hf_config} if self.network.hf_config else entries
 
     def take_shared_entries(self, config: Mapping[str, Any]) -> None:
         """Take it back.
@@ -595,6 +605,8 @@ class Ling(ZooModule):
         """
         super().take_shared_entries(config)
         self.network.hf_config = config.get("_released", {})
+        # Where it is not said, the training of these weights has come to its end.
+        self.applied_steps = config.get("_applied_steps", config.get("router_warmup_steps") or 0)
 
     def load_official(self, path: str | Path) -> None:
         """Fill the network from a released folder (Hugging Face layout, whole or in shards) or one file of weights.
