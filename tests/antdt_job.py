@@ -152,6 +152,14 @@ class Epochs(Callback):
         self.losses.append(float(trainer.callback_metrics["loss"]))
 
 
+class Reports(Callback):
+    """Reports each step before the next, so that decisions do not depend on when the agent's thread had its turn."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        assert isinstance(trainer.strategy, AntDTStrategy) and trainer.strategy._agent is not None
+        trainer.strategy._agent.report()
+
+
 def trainer_of(strategy: Any, folder: Path, **options: Any) -> Trainer:
     options = {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 2, "precision": "64-true", **options}
     return Trainer(
@@ -172,7 +180,8 @@ def fit(folder: Path, antdt: dict[str, Any] | None, data: dict[str, Any] | None 
     strategy: Any = "ddp"
     if antdt is not None:
         strategy = AntDTStrategy(**{"server": "inprocess", "solution": StaticBSP(), **antdt})
-    trainer = trainer_of(strategy, folder, callbacks=[epochs], **options)
+    callbacks = [epochs] if antdt is None else [epochs, Reports()]
+    trainer = trainer_of(strategy, folder, callbacks=callbacks, **options)
     trainer.fit(module, RowsData(**data or {}))
     return Run(module.seen, weights_of(module), {f"loss {n}": loss for n, loss in enumerate(epochs.losses)})
 

@@ -32,7 +32,7 @@ def assert_same(runs: list[Run], one: Run, tolerance: float = 1e-10) -> None:
 UNEVEN = [[6, 2], [1, 7], [3, 5], [7, 1]]
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # of AntDT, of the data, of the trainer
     "equal": ({}, {}, {}),
-    "uneven": ({"solution": Plans(UNEVEN)}, {}, {}),
+    "uneven": ({"solution": Plans(UNEVEN)}, {}, {"max_epochs": 4}),
     "hook": ({"solution": Plans(UNEVEN), "weighting": "hook"}, {}, {}),
     "micro-batches": ({"solution": Plans(UNEVEN), "max_micro_batch": 2}, {}, {}),
     "micro-batches by hook": ({"solution": Plans(UNEVEN), "max_micro_batch": [1, 3], "weighting": "hook"}, {}, {}),
