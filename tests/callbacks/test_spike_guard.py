@@ -452,7 +452,7 @@ def test_the_rule():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"patience": 20}, "patience=20.*below max_consecutive=20"), ({"retry_window": 0}, "retry_window=0"),
-     ({"min_delta": -1.0}, "min_delta=-1.0"), ({"persist_action": "stop"}, "persist_action='stop' must be one of lr, grad"),
+     ({"min_delta": -1.0}, "min_delta=-1.0"), ({"grad_min_ratio": 0.5}, r"grad_min_ratio=0\.5 must be at least 1"), ({"persist_action": "stop"}, "persist_action='stop' must be one of lr, grad"),
      ({"persist_factor": 1.0}, "persist_factor=1.0"), ({"alpha": 2.0}, "alpha=2.0"), ({"grad_alpha": 0.0}, "alpha=0.0")],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, message):
@@ -565,3 +565,13 @@ def test_what_all_ranks_queued_is_not_waited_for_by_each_alone(pool):
     for rank in pool.run(on_ranks, planted, 2, {"retry_window": 30}, scoped=9):
         assert rank["calls"] == together[0]["calls"]
         assert rank["state"]["waiting"] == [] and rank["state"]["reduced"] == 0
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.0, "skip"), (5.0, "apply")])
+def test_a_norm_is_bad_from_a_multiple_of_its_mean_on(ratio, verdict):
+    """Norms of healthy steps have a long tail, which deviations alone do not tell from a spike."""
+    guard = SpikeGuard(warmup=20, grad_min_ratio=ratio)
+    for step in range(40):
+        assert guard.judge(3.0, 1.0 + 0.01 * math.cos(step)) == "apply"
+    assert guard.judge(3.0, 3.0) == verdict
+    assert guard.judge(3.0, 6.0) == "skip"

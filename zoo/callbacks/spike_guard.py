@@ -64,9 +64,11 @@ class SpikeGuard(Callback):
     Each optimizer step is judged once, after the backward pass and before clipping, by the mean loss ``l`` over its
     micro-batches and ranks and by the norm ``g`` of the whole gradient. With an `EWMADetector` ``D`` for each,
 
-        bad = l or g not finite, or D_l says outlier and l > mean + min_delta, or D_g says outlier.
+        bad = l or g not finite, or D_l says outlier and l > mean + min_delta,
+              or D_g says outlier and g > grad_min_ratio * mean.
 
-    * Not bad: the step is applied, both detectors take the values in.
+    * Not bad: the step is applied, both detectors take the values in; a norm that only ``grad_min_ratio`` excuses is cut at its
+      limit, lest the detector be blind to the next one.
     * Not finite: skipped; after ``max_consecutive`` bad steps in a row training stops.
     * Bad, and ``patience`` steps were skipped in a row, or it is bad because of samples that were brought back (without them
       its loss is not): applied with learning rate (or gradients) times ``persist_factor``, and the detectors take in the values
@@ -92,7 +94,9 @@ class SpikeGuard(Callback):
         threshold: standard deviations above the mean at which a loss is an outlier.
         min_delta: how far above the mean a loss must lie to be bad, in the loss's unit (nats).
         grad_threshold: as ``threshold``, for the gradient norm, whose distribution has a longer tail: healthy small models reach
-            6. None: the norm has to be finite only.
+            15 at a batch of unusual text. None: the norm has to be finite only.
+        grad_min_ratio: how many times its mean a norm must be to be bad, at least 1: such healthy batches reach 3. 1 switches it
+            off.
         grad_alpha: as ``alpha``, for the gradient norm; None: the same.
         patience: steps that are skipped in a row because of finite outliers.
         max_consecutive: bad steps in a row after which one that is not finite stops the training.
@@ -127,6 +131,7 @@ class SpikeGuard(Callback):
         min_delta: float = 0.25,
         grad_threshold: float | None = 10.0,
         grad_alpha: float | None = None,
+        grad_min_ratio: float = 5.0,
         patience: int = 12,
         max_consecutive: int = 20,
         persist_action: PersistAction = "lr",
@@ -137,6 +142,8 @@ class SpikeGuard(Callback):
     ) -> None:
         if min_delta < 0:
             raise ValueError(f"SpikeGuard: min_delta={min_delta} must not be negative; 0 switches it off.")
+        if not grad_min_ratio >= 1:
+            raise ValueError(f"SpikeGuard: grad_min_ratio={grad_min_ratio} must be at least 1, which switches it off.")
         if not 0 <= patience < max_consecutive or retry_window < 1:
             raise ValueError(
                 f"SpikeGuard: patience={patience} must be at least 0 and below max_consecutive={max_consecutive}, and"
@@ -149,6 +156,7 @@ class SpikeGuard(Callback):
         if not 0 <= persist_factor < 1:
             raise ValueError(f"SpikeGuard: persist_factor={persist_factor} must lie in [0, 1).")
         self.min_delta = min_delta
+        self.grad_min_ratio = grad_min_ratio
         self.patience = patience
         self.max_consecutive = max_consecutive
         self.persist_action = persist_action
@@ -195,10 +203,12 @@ class SpikeGuard(Callback):
             self.consecutive += 1
             return "skip"
         self._loss_score = self.loss_detector.score(loss)
-        if not (self._is_high(loss) or (self.watches_norm and self.norm_detector.is_outlier(norm))):
+        norm_is_outlier = self.watches_norm and self.norm_detector.is_outlier(norm)
+        is_steep = norm_is_outlier and norm > self.grad_min_ratio * self.norm_detector.mean
+        if not (self._is_high(loss) or is_steep):
             self.consecutive = 0
             self.loss_detector.update(loss)
-            self.norm_detector.update(norm)
+            self.norm_detector.update(min(norm, self.norm_detector.value_limit) if norm_is_outlier else norm)
             return "apply"
         persists = rest is not None and not self._is_high(rest)
         if not persists and self.consecutive < self.patience:
