@@ -178,7 +178,7 @@ class SpikeGuard(Callback):
         self._verdict: Verdict = "apply"
         self._index: Tensor | None = None
         self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._weights: list[Tensor | None] = []
         self._sample_losses: list[Tensor] = []
         self._sample_ids: list[Tensor] = []
         self._returned: list[Tensor] = []
@@ -286,9 +286,8 @@ class SpikeGuard(Callback):
             mean = reported.get("ce")
             # Lightning has divided the loss for the sum over micro-batches.
             value = loss.detach() * trainer.accumulate_grad_batches if mean is None else mean.detach()
-            weight = reported.get("weight", torch.ones_like(value))
-            self._losses.append(value * weight)
-            self._weights.append(weight)
+            self._losses.append(value)
+            self._weights.append(reported.get("weight"))
             if "ce_per_sample" in reported:
                 self._sample_losses.append(reported["ce_per_sample"].detach())
             if self._index is not None:
@@ -364,7 +363,14 @@ class SpikeGuard(Callback):
             done.record()
         strategy_norm = getattr(trainer.strategy, "gradient_norm", None)
         norm = _norm(optimizer) if strategy_norm is None else strategy_norm()
-        terms = [torch.stack(self._losses).sum(), torch.stack(self._weights).sum(), norm.to(device)]
+        ranks = _world_size(trainer)
+        alone = len(self._losses) == 1 and ranks == 1
+        if alone:  # whatever it weighs
+            terms = [*self._losses, norm.to(device)]
+        else:
+            pairs = zip(self._losses, self._weights, strict=True)
+            weights = torch.stack([torch.ones_like(loss) if weight is None else weight for loss, weight in pairs])
+            terms = [torch.stack(self._losses).mul(weights).sum(), norm.to(device), weights.sum()]
         if self._returned:
             returned = torch.cat(self._returned)
             known = len(self._sample_losses) == len(self._returned)
@@ -375,7 +381,6 @@ class SpikeGuard(Callback):
                 (~returned).sum() if known else returned.new_zeros(()),
             ]
         sums = torch.stack([term.float() for term in terms])
-        ranks = _world_size(trainer)
         if ranks > 1:
             # One sum decides for all: what is not finite on one rank is not finite in the sum. Ranks wait for the same ids, so
             # they have the same terms.
@@ -387,7 +392,8 @@ class SpikeGuard(Callback):
             waited = time.perf_counter() - begin
             self.time_waiting += waited
             self.time_inside -= waited
-        loss, weight, norm_sum, *comeback = sums.tolist()
+        loss, norm_sum, *comeback = sums.tolist()
+        weight = 1.0 if alone else comeback.pop(0)
         rest = None
         if comeback and comeback[0] > 0:
             rest = comeback[1] / comeback[2] if comeback[2] > 0 else -math.inf
