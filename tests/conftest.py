@@ -11,7 +11,12 @@ from zoo.process import tune_process
 tune_process()  # before torch is imported
 
 from distributed import RankPool  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import distributed  # noqa: E402
+
+# The same examples in each run, and no test that looks at the clock.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
