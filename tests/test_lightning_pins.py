@@ -7,6 +7,7 @@ from jsonargparse import _parameter_resolvers
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from packaging.version import Version
 
 
@@ -19,6 +20,7 @@ def test_names_of_lightning():
         LightningCLI: ["_parse_ckpt_path", "_instantiate_trainer", "parse_arguments", "before_instantiate_classes"],
         WeightAveraging: ["_swap_models", "_copy_average_to_current"],
         HyperparametersMixin: ["_set_hparams", "_to_hparams_dict"],
+        _FitLoop: ["_should_accumulate"],
     }.items():
         for name in names:
             assert callable(getattr(cls, name)), name
