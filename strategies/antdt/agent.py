@@ -77,6 +77,7 @@ class Agent:
         self._reported_at = clock()
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
+        self._reporting = threading.Lock()  # from taking commits to their answer
         self._stopping = False
         self._launcher = os.getppid()
         self._thread: threading.Thread | None = None
@@ -203,19 +204,20 @@ class Agent:
             ServerUnreachable: the service does not answer.
             ServiceError: it refuses.
         """
-        with self._wake:
-            samples, self._samples = self._samples, []
-        self._reported_at = self.clock()
-        answer = self.call(
-            "report",
-            step=self.step,
-            samples=[[s.step, s.count, s.data, s.compute, s.wall, s.loss] for s in samples],
-            node={"alive": True},
-            errors=list(errors),
-            items=self.source.commits(),
-            version=self.applied,
-        )
-        self._receive(Versioned.from_json(action) for action in answer["actions"])
+        with self._reporting:
+            with self._wake:
+                samples, self._samples = self._samples, []
+            self._reported_at = self.clock()
+            answer = self.call(
+                "report",
+                step=self.step,
+                samples=[[s.step, s.count, s.data, s.compute, s.wall, s.loss] for s in samples],
+                node={"alive": True},
+                errors=list(errors),
+                items=self.source.commits(),
+                version=self.applied,
+            )
+            self._receive(Versioned.from_json(action) for action in answer["actions"])
 
     def _peers_well(self, peers: PeerWatch) -> bool:
         """Look after the others; false if this process ends, because of one of them."""
@@ -244,15 +246,17 @@ class Agent:
             self.on_restart()
 
     def flush(self) -> None:
-        """Commit all that is trained, now.
+        """Commit all that is trained, now; what a report has under way is committed too when this returns.
 
         Raises:
             ServerUnreachable: the service does not answer.
             ServiceError: it refuses.
         """
-        items = self.source.commits()
-        if items:
-            self.call("commit", items=items)
+        with self._reporting:
+            self.check()  # commits of a report that has failed are lost
+            items = self.source.commits()
+            if items:
+                self.call("commit", items=items)
 
 
 def _end_process(reason: str) -> None:

@@ -491,7 +491,8 @@ class AntDTStrategy(DDPStrategy):
         """Put ledger, controller and plan to a position of the data; a collective call."""
         assert self._connection is not None and self._loader is not None and self._connection.joined is not None
         planner, client = self._loader.planner, self._connection.client
-        self._wait_for_all()  # no request of before may come after
+        planner.source.begin(epoch)
+        self._wait_for_all()  # no request for data of before may come after
         plan: dict[str, Any] = {}
         if self.is_global_zero:
             ledger: dict[str, Any] = {"epoch": epoch, "todo": [[consumed, planner.num_samples]][: consumed < planner.num_samples]}

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from strategies.antdt.actions import AdjustBatch, KillRestart, Versioned
 from strategies.antdt.agent import Agent
 from strategies.antdt.exchange import RESTART, STOP, Exchange
 from strategies.antdt.peer_watch import PeerWatch
+from strategies.antdt.shard_buffer import Piece
 from strategies.antdt.shard_source import ShardSource
 from strategies.antdt.step_timer import StepTimer
 
@@ -25,12 +26,15 @@ class Server:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.failure: Exception | None = None
         self.heard = threading.Event()
+        self.meanwhile: Callable[[], None] = lambda: None
 
     def __call__(self, op: str, **fields: Any) -> dict[str, Any]:
         self.requests.append((op, fields))
         self.heard.set()
         if self.failure is not None:
             raise self.failure
+        if op == "report":
+            self.meanwhile()
         if op == "status":
             return {"generation": 1, "nodes": self.nodes}
         new = [each for each in self.decisions if each.version > fields.get("version", 0)]
@@ -113,6 +117,38 @@ def test_what_fails_in_the_thread_is_raised_in_training(agent: Agent, server: Se
     agent._thread.join(10)
     with pytest.raises(ConnectionError, match="is gone"):
         agent.announce(0, 0, 4)
+
+
+def test_a_checkpoint_waits_for_commits_that_are_under_way(agent: Agent, server: Server) -> None:
+    """A report has taken them, so that `flush` finds none to make; the ledger must know of them all the same."""
+    flushing = threading.Thread(target=agent.flush)
+    waited: list[bool] = []
+
+    def save() -> None:
+        flushing.start()
+        flushing.join(0.5)
+        waited.append(flushing.is_alive())
+
+    server.meanwhile = save
+    agent.source.trained((Piece(7, 0, 4),))
+    agent.report()
+    flushing.join(10)
+    assert waited == [True]
+    assert not flushing.is_alive()
+    assert [fields["items"] for _, fields in server.requests] == [[[7, 4]]]
+
+
+def test_a_checkpoint_of_commits_that_were_lost_says_why(agent: Agent, server: Server, clock: Clock) -> None:
+    server.failure = ConnectionError("the server is gone")
+    agent.source.trained((Piece(7, 0, 4),))
+    agent.start()
+    clock.now = 5.0
+    with agent._wake:
+        agent._wake.notify()
+    assert agent._thread is not None
+    agent._thread.join(10)
+    with pytest.raises(ConnectionError, match="is gone"):
+        agent.flush()
 
 
 def test_ends_when_its_launcher_is_gone(agent: Agent, server: Server, lost: list[str]) -> None:
