@@ -15,8 +15,9 @@ step, ``t + d/n``. That assumes that the sleepers of a round balance, that a ste
 synchronisation costs nothing. Over tau steps they do not balance: the slowest process of a round sleeps E[max] times, where the
 counts are multinomial, so a round takes ``tau t + d E[max]``; this is the second closed form, taken over the very draws.
 
-The loss is the mean over the same held-out windows at the end; its relative difference to DDP's is the bar. A-EDiT takes as many
-steps in all; they fall to the processes as they come.
+The loss is the mean over the same held-out windows at the end; its relative difference to DDP's is the bar. It shrinks with the
+rounds of the outer optimizer: 400 steps have 44 of them, 1200 have 131. A-EDiT takes as many steps in all; they fall to the processes
+as they come.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--interval", type=int, default=8, help="local steps between synchronisations")
     parser.add_argument("--delay", type=float, default=0.1, help="seconds that one process sleeps at each step")
     parser.add_argument("--smoke", action="store_true", help="a few steps of two processes; the result is not kept")
