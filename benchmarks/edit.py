@@ -16,8 +16,8 @@ synchronisation costs nothing. Over tau steps they do not balance: the slowest p
 counts are multinomial, so a round takes ``tau t + d E[max]``; this is the second closed form, taken over the very draws.
 
 The loss is the mean over the same held-out windows at the end; its relative difference to DDP's is the bar. It shrinks with the
-rounds of the outer optimizer: 400 steps have 44 of them, 1200 have 131. A-EDiT takes as many steps in all; they fall to the processes
-as they come.
+rounds of the outer optimizer: 400 steps have 44 of them, 1200 have 131. A-EDiT takes as many steps in all; they fall to the
+processes as they come.
 """
 
 from __future__ import annotations

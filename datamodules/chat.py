@@ -6,8 +6,12 @@ Shape suffixes: B rows, T places in a row, N ids of all conversations.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left, insort
+from collections.abc import Mapping
+from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +26,7 @@ from datamodules.json_lines import MalformedRows, read_json_lines
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader
+from datamodules.mixture import Mixture, apportion
 from datamodules.token_windows import LanguageBatch, blank_batch, segment_positions
 from datamodules.tokenizer import Tokenizer
 
@@ -75,6 +80,30 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def _rows(numbers: list[int], lengths: list[int], capacity: int | None) -> list[list[int]]:
+    """Some conversations in rows, in as few as can be found if these have a capacity, else in a row each."""
+    if capacity is None:
+        return [[number] for number in numbers]
+    return [[numbers[place] for place in row] for row in pack([lengths[number] for number in numbers], capacity)]
+
+
+def _mixture_of_lengths(shares: Mapping[int, float], sizes: list[int]) -> Mixture:
+    """The order of rows of several kinds, in the longest epoch that asks no kind for more rows than it has."""
+    names = [f"{low + 1} to {high} ids" for low, high in pairwise([0, *shares])]
+    for name, size, share in zip(names, sizes, shares.values(), strict=True):
+        if not size:
+            raise ValueError(f"length_shares has a share of {share} for conversations of {name}, and none is there to train on.")
+    exact = [Fraction(share).limit_denominator(10**9) for share in shares.values()]
+    length = min(int(size * sum(exact) / share) for size, share in zip(sizes, exact, strict=True))
+    for name, share, own in zip(names, shares.values(), apportion(length, list(shares.values())), strict=True):
+        if not own:
+            raise ValueError(
+                f"An epoch has {length} rows, too few for the share of {share} that length_shares has for conversations of"
+                f" {name}: give more conversations, or a larger share."
+            )
+    return Mixture(names, sizes, list(shares.values()), length)
+
+
 class ConversationRows(Dataset[LanguageBatch]):
     """Conversations as rows of batches.
 
@@ -84,15 +113,38 @@ class ConversationRows(Dataset[LanguageBatch]):
         seq_len: Places T of a row that holds several.
         packing: Whether rows hold several, which do not see one another: batches have ``position_ids`` then, and rows are
             ``seq_len`` wide. If not, a row holds one, and a batch is as wide as its longest.
+        length_shares: Share of the rows of an epoch of training for each kind of conversations: those with as many ids as the
+            key at most, and more than the next smaller key. Rows hold one kind; an epoch is as long as it can be without more
+            rows of a kind than there are. Each kind is walked in an order of its own, over the epochs (:class:`Mixture`).
+            ``None``: each row once.
+
+    Raises:
+        ValueError: There is no conversation of a kind, or no row of it in an epoch.
     """
 
-    def __init__(self, conversations: list[Conversation], tokenizer: Tokenizer, seq_len: int, packing: bool) -> None:
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        packing: bool,
+        length_shares: Mapping[int, float] | None = None,
+    ) -> None:
         self.packing = packing
         self.seq_len = seq_len
         self.pad_id = tokenizer.pad_id
         self.token_bytes = tokenizer.token_bytes.numpy()
         lengths = [len(conversation.ids) for conversation in conversations]
-        rows = pack(lengths, seq_len) if packing else [[number] for number in range(len(lengths))]
+        shares = dict(sorted((length_shares or {seq_len: 1.0}).items()))
+        kinds: list[list[int]] = [[] for _ in shares]
+        for number, length in enumerate(lengths):
+            kinds[bisect_left(list(shares), length)].append(number)
+        parts = [_rows(kind, lengths, seq_len if packing else None) for kind in kinds]
+        if length_shares is not None:
+            self.mixture = _mixture_of_lengths(shares, [len(part) for part in parts])
+            self.epoch_length = self.mixture.epoch_length
+            self.epoch_order = self.mixture.epoch_order
+        rows = [row for part in parts for row in part]
         ordered = [conversations[number] for row in rows for number in row]
         self.ids = np.concatenate([conversation.ids for conversation in ordered])
         self.labels = np.concatenate([conversation.labels for conversation in ordered])
@@ -151,10 +203,16 @@ class SFT(LanguageData):
         too_long: What is done about conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
             (``skip``); they lose their end (``truncate``), and are left out only if the assistant's first word lies behind it.
             How many is said.
+        length_shares: Share of the rows of an epoch for each kind of conversations, such as ``{4096: 0.95, 16384: 0.05}`` for 95
+            rows with short ones to 5 with such of more than 4096 ids; the last key is ``seq_len``. A row is a conversation, or
+            several of one kind. An epoch is as long as it can be without more rows of a kind than there are; rows that it has
+            no place for have their turn in the next ones, before any of their kind comes again. Validation has each conversation
+            once. ``null``: as they are in the file.
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
-        ValueError: ``seq_len`` < 2, or ``val_fraction`` not in [0, 1).
+        ValueError: ``seq_len`` < 2, ``val_fraction`` not in [0, 1), or ``length_shares`` that are not positive or do not end with
+            ``seq_len``.
     """
 
     def __init__(
@@ -165,17 +223,27 @@ class SFT(LanguageData):
         seq_len: int = 2048,
         packing: bool = False,
         too_long: TooLong = "raise",
+        length_shares: dict[int, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_seq_len(seq_len)
         check_val_fraction(val_fraction)
+        if length_shares is not None:
+            if not all(bound > 0 for bound in length_shares) or max(length_shares, default=0) != seq_len:
+                raise ValueError(
+                    f"length_shares={length_shares} should have numbers of ids as keys, the largest of which is"
+                    f" seq_len={seq_len}."
+                )
+            if not all(share > 0 and math.isfinite(share) for share in length_shares.values()):
+                raise ValueError(f"length_shares={length_shares} should have positive shares.")
         self.path = Path(path)
         self.val_path = None if val_path is None else Path(val_path)
         self.val_fraction = val_fraction
         self.seq_len = seq_len
         self.packing = packing
         self.too_long: TooLong = too_long
+        self.length_shares = length_shares
 
     @cached_property
     def splits(self) -> tuple[list[Conversation], list[Conversation]]:
@@ -224,7 +292,7 @@ class SFT(LanguageData):
 
     def train_dataloader(self) -> ResumableLoader[Any]:
         """Training batches (Lightning hook)."""
-        return self.train_loader(self._rows(self.splits[0]), mark_retries=True)
+        return self.train_loader(self._rows(self.splits[0], self.length_shares), mark_retries=True)
 
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
         """Validation batches (Lightning hook)."""
@@ -234,7 +302,7 @@ class SFT(LanguageData):
         """The validation batches; no third part is held out (Lightning hook)."""
         return self.val_dataloader()
 
-    def _rows(self, conversations: list[Conversation]) -> ConversationRows:
+    def _rows(self, conversations: list[Conversation], length_shares: dict[int, float] | None = None) -> ConversationRows:
         if not conversations:
             raise ValueError(f"No conversation of {self.path} is left to train on: lower val_fraction.")
-        return ConversationRows(conversations, self.tokenizer, self.seq_len, self.packing)
+        return ConversationRows(conversations, self.tokenizer, self.seq_len, self.packing, length_shares)

@@ -6,7 +6,7 @@ Shape suffixes: B pairs, T places in a row, R rows that hold several answers, N 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.best_of_n import BestOfN, is_finite
 from datamodules.chat import pack
 from datamodules.format_tokens import FormatTokens
 from datamodules.held_out import held_out
@@ -213,14 +214,6 @@ def _ids_and_labels(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
     return ids_N, ids_N.where(torch.from_numpy(getattr(pair, f"{name}_learned")), -100)
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _references(pairs: list[Pair]) -> dict[str, Tensor]:
     if pairs[0].reference_logps is None:
         return {}
@@ -236,6 +229,10 @@ class Preferences(LanguageData):
     answers one message of the assistant's each. An eos ends each answer, and counts. Rows may give
     ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
     model: all rows, or none.
+
+    A row may have ``answers`` instead, a list of two or more such answers, and ``scores``, a number for each: the pair is the
+    best against the worst then, the first of each where scores are equal; a prompt whose answers all have one score gives none,
+    which is said. The reference's log-probabilities are ``reference_logps`` there, one for each answer.
 
     Args:
         path: The file.
@@ -255,11 +252,14 @@ class Preferences(LanguageData):
             answer as it is written, without its prompt and, unless the tokenizer's own template writes it, without the eos,
             which does not count then. A pair whose chosen answer has no such token is a malformed row (``on_error``); a
             rejected answer may lack the format. Log-probabilities of a reference are left out here, too.
+        solve_rates: Least and greatest share of a prompt's ``answers`` that solve it, both included: prompts that are easier or
+            harder are left out, which is said, and all rows need ``scores``. ``null``: any.
+        solved_score: Score from which on an answer counts as solving its prompt.
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
-        ValueError: ``seq_len`` < 2, ``val_fraction`` not in [0, 1), or ``format_patterns`` has none, or one that is no regular
-            expression.
+        ValueError: ``seq_len`` < 2, ``val_fraction`` not in [0, 1), ``solve_rates`` that are no two shares in order, or
+            ``format_patterns`` has none, or one that is no regular expression.
     """
 
     def __init__(
@@ -271,6 +271,8 @@ class Preferences(LanguageData):
         too_long: TooLong = "raise",
         packed: bool = False,
         format_patterns: list[str] | None = None,
+        solve_rates: tuple[float, float] | None = None,
+        solved_score: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -282,6 +284,9 @@ class Preferences(LanguageData):
         self.seq_len = seq_len
         self.too_long: TooLong = too_long
         self.packed = packed
+        self.solve_rates = solve_rates
+        self.solved_score = solved_score
+        BestOfN(solve_rates, solved_score)  # refuses what is none
         self.format_tokens = None if format_patterns is None else FormatTokens(format_patterns)
 
     @cached_property
@@ -305,14 +310,22 @@ class Preferences(LanguageData):
             ValueError: It holds no pair that can be used; a malformed row; one that is too long, where that is an error; only
                 some rows have log-probabilities of a reference.
         """
-        policy = LengthPolicy(self.too_long, self.seq_len)
+        policy, best_of_n = LengthPolicy(self.too_long, self.seq_len), BestOfN(self.solve_rates, self.solved_score)
+
+        def parse(row: dict[str, Any]) -> Pair | None:
+            paired = best_of_n.pair(row)
+            return None if paired is None else self._parse(paired)
+
         pairs = []
-        for whole in read_json_lines(path, self._parse, MalformedRows(self.on_error)):
+        for whole in read_json_lines(path, parse, MalformedRows(self.on_error)):
+            if whole is None:
+                continue
             pair = whole.cut(self.seq_len)
             remains = bool(pair.chosen_learned.any()) and pair.chosen != pair.rejected
             if policy.keeps(max(len(whole.chosen), len(whole.rejected)), remains):
                 pairs.append(pair)
         policy.report(path, "pairs")
+        best_of_n.report(path)
         if not pairs:
             raise ValueError(f"{path} holds no pair that can be used.")
         given = sum(pair.reference_logps is not None for pair in pairs)
@@ -330,7 +343,7 @@ class Preferences(LanguageData):
             pairs = [pair._replace(reference_logps=None) for pair in pairs]
         return pairs
 
-    def _parse(self, row: dict[str, Any]) -> Pair:
+    def _parse(self, row: Mapping[str, Any]) -> Pair:
         parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
         if all(isinstance(part, str) for part in parts):
             prompt = encode_prompt(encodable(str(parts[0])), self.tokenizer).ids
@@ -347,7 +360,7 @@ class Preferences(LanguageData):
             raise MalformedRow("no token of the chosen answer is format, as format_patterns says")
         first, second = (np.concatenate([np.zeros(len(prompt), dtype=bool), learned]) for _, learned in answers)
         logps = [row.get(f"reference_{name}_logps") for name in ("chosen", "rejected")]
-        if logps != [None, None] and not all(map(_is_finite, logps)):
+        if logps != [None, None] and not all(map(is_finite, logps)):
             raise MalformedRow(f"its log-probabilities of a reference are {logps[0]} and {logps[1]}, and should be two numbers")
         reference = None if logps[0] is None else (float(logps[0]), float(logps[1]))  # type: ignore[arg-type]
         return Pair(json.dumps(parts[0]), chosen, rejected, first, second, reference)

@@ -48,10 +48,12 @@ NEEDS_WEIGHTS = {
     "ling/chat": "data/ling-lite",
     "ling/lite_deepspeed": "data/ling-lite",
     "ling/lite_dpo": "data/ling-lite-sft",
+    "ling/lite_dpo_best_of_n": "data/ling-lite-dpo",
     "ling/lite_dpo_format": "data/ling-lite-dpo",
     "ling/lite_pretrain_anneal": "data/ling-stage-2",
     "ling/lite_pretrain_long": "data/ling-stage-1",
     "ling/lite_sft": "data/ling-lite",
+    "ling/lite_sft_long": "data/ling-lite-sft",
 }
 
 
@@ -169,7 +171,7 @@ def test_the_first_stage_has_its_tokens_and_halves_the_rate_at_60_percent_of_the
     assert sequences[halved] / sequences[-1] == pytest.approx(0.6, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ling/lite_dpo", "ling/lite_dpo_format"])
+@pytest.mark.parametrize("name", ["ling/lite_dpo", "ling/lite_dpo_best_of_n", "ling/lite_dpo_format"])
 def test_preferences_have_the_published_numbers(name):
     config = yaml.safe_load(CONFIGS[name].read_text())
     arguments, trainer = config["model"]["init_args"], config["trainer"]
@@ -189,8 +191,9 @@ def test_later_stages_have_the_tokens_that_they_name(name):
     assert tokens == pytest.approx(150e9, rel=1e-3)
 
 
-def test_the_schedule_of_fine_tuning_leaves_the_betas_of_its_optimizer():
-    arguments = yaml.safe_load(CONFIGS["ling/lite_sft"].read_text())["model"]["init_args"]
+@pytest.mark.parametrize("name", ["ling/lite_sft", "ling/lite_sft_long"])
+def test_the_schedule_of_fine_tuning_leaves_the_betas_of_its_optimizer(name):
+    arguments = yaml.safe_load(CONFIGS[name].read_text())["model"]["init_args"]
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     options = {**arguments["optimizer"]["init_args"], "fused": False}
     optimizer = torch.optim.AdamW(parameters, **options)

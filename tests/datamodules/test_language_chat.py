@@ -346,6 +346,78 @@ def test_fine_tuning_resumes_with_the_rows_that_were_left(tmp_path):
     assert first + [batch["input_ids"].tolist() for batch in resumed] == whole
 
 
+def said(count: int, length: int, mark: str) -> list[dict[str, Any]]:
+    """Conversations of so many ids each, told apart by their numbers."""
+    frame = len("<role>HUMAN</role><role>ASSISTANT</role>$")
+    return [
+        {"messages": [{"role": "user", "content": f"{mark}{n:03}"}, {"role": "assistant", "content": "x" * (length - frame - 4)}]}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_lengths_have_their_shares_of_every_epoch_and_all_conversations_their_turn(tmp_path, packing):
+    rows = [*said(60, 60, "s"), *said(5, 150, "l")]
+    path = write(tmp_path / "chat.jsonl", rows[::-1])
+    options: dict[str, Any] = {"path": path, "val_fraction": 0.0, "system": None, "seq_len": 200, "batch_size": 1}
+    loader = SFT(length_shares={60: 0.9, 200: 0.1}, packing=packing, **options).train_dataloader()
+    epochs = []
+    for epoch in range(5):
+        loader.sampler.set_epoch(epoch)
+        batches = list(loader)
+        marks = ["".join(text(batch["input_ids"][0].tolist()).split("<role>HUMAN</role>")).replace("x", "") for batch in batches]
+        marks = [mark.replace("<role>ASSISTANT</role>", "").replace("$", " ").split() for mark in marks]
+        kinds = [{mark[0] for mark in row} for row in marks]
+        short_rows = 20 if packing else 60  # of up to three
+        length = min(short_rows * 10 // 9, 50)
+        assert len(kinds) == length, "the longest epoch that asks no kind for more rows than it has"
+        assert kinds.count({"l"}) == round(length / 10) and kinds.count({"s"}) == length - round(length / 10)
+        epochs.append([mark for row in marks for mark in row])
+    seen = [mark for epoch in epochs for mark in epoch]
+    for kind, count in (("s", 60), ("l", 5)):
+        turns = [seen.count(f"{kind}{n:03}") for n in range(count)]
+        assert max(turns) - min(turns) <= 1, "none comes again before all have come"
+    assert epochs[0] != epochs[1]
+    assert [len(part) for part in SFT(**options).splits] == [65, 0]
+
+
+def test_shares_of_lengths_that_do_not_go_are_refused(tmp_path):
+    path = write(tmp_path / "chat.jsonl", said(30, 60, "s"))
+    for shares, message in [
+        ({}, "the largest of which is seq_len=200"),
+        ({60: 0.9, 100: 0.1}, "the largest of which is seq_len=200"),
+        ({0: 0.9, 200: 0.1}, "numbers of ids as keys"),
+        ({60: 0.0, 200: 0.1}, "positive shares"),
+        ({60: 1.0, 200: float("inf")}, "positive shares"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SFT(path=path, seq_len=200, length_shares=shares)
+    options: dict[str, Any] = {"path": path, "val_fraction": 0.0, "system": None, "seq_len": 200}
+    with pytest.raises(ValueError, match=r"share of 0.1 for conversations of 61 to 200 ids, and none is there"):
+        SFT(length_shares={60: 0.9, 200: 0.1}, **options).train_dataloader()
+    write(path, [*said(30, 60, "s"), *said(5, 150, "l")])
+    with pytest.raises(ValueError, match=r"An epoch has 30 rows, too few for the share of 0.01 .* of 61 to 200 ids"):
+        SFT(length_shares={60: 0.99, 200: 0.01}, **options).train_dataloader()
+
+
+def test_a_mixture_of_lengths_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [*said(40, 60, "s"), *said(10, 150, "l")])
+    options: dict[str, Any] = {"path": path, "batch_size": 2, "seq_len": 200, "system": None, "val_fraction": 0.0}
+
+    def loader() -> Any:
+        return SFT(length_shares={60: 0.8, 200: 0.2}, **options).train_dataloader()
+
+    whole = [batch["index"].tolist() for batch in loader()]
+    cut = loader()
+    first = [batch["index"].tolist() for _, batch in zip(range(7), cut, strict=False)]
+    resumed = loader()
+    resumed.load_state_dict(cut.state_dict())
+    assert first + [batch["index"].tolist() for batch in resumed] == whole
+    other = SFT(length_shares={60: 0.9, 200: 0.1}, **options).train_dataloader()
+    with pytest.raises(ValueError, match="stopped inside an epoch of 50 samples, this run's epochs have 44"):
+        other.load_state_dict(cut.state_dict())
+
+
 # Preferences
 
 
@@ -418,6 +490,68 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
     with pytest.warns(UserWarning, match="1 lose their end"):
         data = preferences(tmp_path / "p.jsonl", [good, long], seq_len=20, too_long="truncate")
         assert [len(pair.chosen) for pair in data.splits[0]] == [3, 20]
+
+
+def test_the_best_of_many_answers_is_preferred_to_the_worst(tmp_path):
+    chat = [[{"role": "assistant", "content": name}] for name in "abc"]
+    rows = [
+        {"prompt": "p", "answers": ["a", "b", "c", "d"], "scores": [0, 1, 1, 0]},
+        {"prompt": [USER], "answers": chat, "scores": [0.5, -2, 3.5]},
+        {"prompt": "q", "chosen": "y", "rejected": "n"},
+    ]
+    pairs = preferences(tmp_path / "p.jsonl", rows).splits[0]
+    head = "<role>HUMAN</role>1+1?<role>ASSISTANT</role>"
+    assert [(text(pair.chosen), text(pair.rejected)) for pair in pairs] == [
+        ("pb$", "pa$"),
+        (head + "c$", head + "b$"),
+        ("qy$", "qn$"),
+    ]
+    logps = {"prompt": "p", "answers": ["a", "b", "c"], "scores": [1, 2, 0], "reference_logps": [-1, -2, -3]}
+    (pair,) = preferences(tmp_path / "p.jsonl", [logps]).splits[0]
+    assert pair.reference_logps == (-2.0, -3.0)
+
+
+def test_prompts_that_are_too_easy_or_too_hard_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": f"{n}", "answers": list("abcde"), "scores": [1] * n + [0] * (5 - n)} for n in range(6)]
+    with pytest.warns(UserWarning, match=r"3 of 6 prompts .* left out: 3 that less than 20% or more than 60% of the"):
+        pairs = preferences(tmp_path / "p.jsonl", rows, solve_rates=(0.2, 0.6)).splits[0]
+    assert [json.loads(pair.key) for pair in pairs] == ["1", "2", "3"]
+    with pytest.warns(UserWarning, match=r"2 of 6 prompts .* left out: 2 whose answers all have one score"):
+        assert len(preferences(tmp_path / "p.jsonl", rows).splits[0]) == 4
+    graded = [{**row, "scores": [10 * score - 5 for score in row["scores"]]} for row in rows]
+    with pytest.warns(UserWarning, match="3 of 6 prompts"):
+        again = preferences(tmp_path / "p.jsonl", graded, solve_rates=(0.2, 0.6), solved_score=5).splits[0]
+    assert [pair.key for pair in again] == [pair.key for pair in pairs]
+    with pytest.raises(ValueError, match="holds no pair that can be used"), pytest.warns(UserWarning, match="1 of 1 prompts"):
+        preferences(tmp_path / "p.jsonl", rows[:1], solve_rates=(0.2, 0.6)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": ["a"], "scores": [1]}, "not two lists of the same length, of 2 or more"),
+        ({"answers": ["a", "b"], "scores": [1]}, "not two lists of the same length"),
+        ({"answers": ["a", "b"]}, "not two lists of the same length"),
+        ({"scores": [0, 1]}, "not two lists of the same length"),
+        ({"answers": ["a", "b"], "scores": [1, None]}, "its scores are not all numbers"),
+        ({"answers": ["a", "b"], "scores": [1, float("nan")]}, "its scores are not all numbers"),
+        ({"answers": ["a", "b"], "scores": [1, 0], "chosen": "a"}, "answers with scores, and chosen as well"),
+        ({"answers": ["a", "b"], "scores": [1, 0], "reference_logps": [-1]}, "no list with one number for each answer"),
+        ({"answers": ["a", "b"], "scores": [1, 0], "reference_logps": [-1, "x"]}, "should be two numbers"),
+        ({"answers": ["a", "a"], "scores": [1, 0]}, "chosen and rejected are the same"),
+        ({"answers": ["a", 5], "scores": [1, 0]}, "neither three strings nor three lists"),
+        ({"chosen": "a", "rejected": "b"}, "no answers and scores, of which solve_rates asks"),
+    ],
+)
+def test_answers_with_scores_that_cannot_be_used_are_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=rf"1 of 1 rows of .* \(line 1: .*{message}"):
+        preferences(tmp_path / "p.jsonl", [{"prompt": "p", **row}], solve_rates=(0.0, 1.0)).setup("fit")
+
+
+@pytest.mark.parametrize("solve_rates", [(0.6, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_solve_rates_that_are_none_are_refused(solve_rates):
+    with pytest.raises(ValueError, match="two shares between 0 and 1, the lower one first"):
+        Preferences(path=Path("p.jsonl"), solve_rates=solve_rates)
 
 
 def test_pairs_that_are_cut_have_no_log_probabilities_of_whole_answers_and_still_differ(tmp_path):
