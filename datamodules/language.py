@@ -87,6 +87,21 @@ class LanguageData(ZooDataModule, ABC):
         """Batches of prompts (Lightning hook)."""
         return self.eval_loader(self._prompts or self._read_prompts())
 
+    def sample_text(self, index: int) -> str:
+        """A sample of the training set as text, without padding and marks, for `SpikeGuard`'s record; of a pair, both answers.
+
+        Args:
+            index: Its number, as batches have it under ``index``.
+
+        Raises:
+            RuntimeError: Nothing is being trained.
+        """
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        if loader is None:
+            raise RuntimeError("There is no training set before training has begun.")
+        row = loader.dataset[index]
+        return "\n\n".join(self.tokenizer.decode(ids.flatten()) for name, ids in row.items() if name.endswith("input_ids"))
+
 
 class Text(LanguageData):
     """Text as windows of ids, from one source or a weighted mixture.

@@ -58,6 +58,8 @@ def test_likelihood_of_the_chosen_answer_is_a_mean_over_its_tokens(logps):
     found = dpo_loss(*logps, count)
     assert torch.allclose(found.nll, -(chosen / count).mean())
     assert torch.allclose(found.loss, found.preference + 0.05 * found.nll)
+    alone = [dpo_loss(*(logp[[pair]] for logp in logps), count[[pair]]).loss for pair in range(6)]
+    assert torch.allclose(found.loss_B, torch.stack(alone)) and not found.loss_B.requires_grad
     plain = torch.autograd.grad(dpo_loss(*logps, nll_weight=0.0).loss, (chosen, rejected))
     both = torch.autograd.grad(found.loss, (chosen, rejected))
     assert torch.allclose(both[0] - plain[0], -0.05 / count.double() / len(count)) and torch.equal(both[1], plain[1])

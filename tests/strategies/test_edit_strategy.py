@@ -26,6 +26,7 @@ from edit_runs import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -240,9 +241,13 @@ def equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("warmup", [1, 10], ids=["from local steps", "from the warm-up"])
-def test_a_resumed_run_is_the_uninterrupted_one(pool: RankPool, tmp_path: Path, warmup: int) -> None:
-    kind = partial(EDiTStrategy, sync_interval=3, warmup_steps=warmup, **FULL)
+@pytest.mark.parametrize(
+    ("warmup", "writer"),
+    [(1, None), (10, None), (1, AsyncCheckpointIO())],
+    ids=["from local steps", "from the warm-up", "written beside training"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(pool: RankPool, tmp_path: Path, warmup: int, writer: Any) -> None:
+    kind = partial(EDiTStrategy, sync_interval=3, warmup_steps=warmup, checkpoint_io=writer, **FULL)
     runs = pool.run(resumed, tmp_path, 7, 12, kind)
     for whole, rest in runs:
         assert whole.losses[7:] == rest.losses and apart(whole, rest) == 0

@@ -10,6 +10,7 @@ import torch
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size
@@ -108,6 +109,7 @@ class Setting:
     warmup: int = 0
     steps: int = 6
     freeze: tuple[str, ...] = ()
+    writes_beside: bool = False
 
 
 @dataclass
@@ -141,6 +143,7 @@ def trainer_of(folder: Path, strategy: str, setting: Setting, **options: Any) ->
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        plugins=AsyncCheckpointIO() if setting.writes_beside else None,
         **options,
     )
 
@@ -234,11 +237,13 @@ def interrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tup
     (one,) = pool.run(run, folder, "one", RESUMED, world_size=1)
     pool.run(run, folder, "one", half, save="one", world_size=1)
     pool.run(run, folder, "2", half, save="divided", world_size=4)
+    pool.run(run, folder, "2", replace(half, writes_beside=True), save="beside", world_size=4)
     return folder, one
 
 
-def test_checkpoints_are_those_of_one_process(interrupted: tuple[Path, Outcome]) -> None:
-    one, divided = (read_checkpoint(interrupted[0] / name / "last.ckpt") for name in ("one", "divided"))
+@pytest.mark.parametrize("written", ["divided", "beside"])
+def test_checkpoints_are_those_of_one_process(interrupted: tuple[Path, Outcome], written: str) -> None:
+    one, divided = (read_checkpoint(interrupted[0] / name / "last.ckpt") for name in ("one", written))
 
     def compare(a: Any, b: Any, where: str) -> None:
         if isinstance(a, Tensor):

@@ -1,12 +1,13 @@
 """Loss spikes: their updates are skipped, their samples come back later."""
 
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from zoo.anomaly import EWMADetector, Init
 
-__all__ = ["ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
+__all__ = ["DescribesSamples", "ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
 
 PersistAction = Literal["lr", "grad"]
 Verdict = Literal["apply", "skip", "reduce"]
@@ -46,6 +47,15 @@ class RetryingLoader(Protocol):
             window: among how many of the next batches, of all ranks together, they are spread.
             seed_key: makes the places a pure function of the run's seed and this number.
         """
+
+
+@runtime_checkable
+class DescribesSamples(Protocol):
+    """A DataModule that can show its training samples to people."""
+
+    def sample_text(self, index: int) -> str:
+        """A sample of the training set, by the number that batches have under ``index``, as text."""
+        ...
 
 
 class SpikeScope(Protocol):
@@ -107,8 +117,9 @@ class SpikeGuard(Callback):
         init: where the detectors' averages start: at the ``first`` value, or, as in the published detector, at ``zero``, which
             leaves them blind until the jump from 0 is forgotten (at alpha 0.02 some 300 steps).
         record_path: a text file, relative to the run's folder, to which each bad step adds a line: seconds since 1970, step,
-            mean loss, losses of all samples and their ids, separated by tabs, the last two lists by commas (empty where module
-            or batch do not tell).
+            mean loss, losses of all samples, their ids, and, as a JSON string, the text of the sample with the largest loss,
+            separated by tabs, the two lists by commas. Empty is what module, batch or DataModule (`DescribesSamples`) do not
+            tell.
 
     Attributes:
         skipped: steps skipped so far.
@@ -423,7 +434,10 @@ class SpikeGuard(Callback):
             self.reduced += 1
         if self.record_path is not None and (distributed.get_rank(group) if _world_size(trainer) > 1 else 0) == 0:
             losses = [value for _, of_rank in ranks for value in of_rank]
-            columns = [f"{time.time():.3f}", str(step), repr(loss), ",".join(map(repr, losses)), ",".join(map(str, ids))]
+            columns = [
+                f"{time.time():.3f}", str(step), repr(loss), ",".join(map(repr, losses)), ",".join(map(str, ids)),
+                _worst_sample(trainer, losses, ids),
+            ]  # fmt: skip
             path = Path(trainer.default_root_dir) / self.record_path
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
@@ -518,6 +532,15 @@ def _norm(optimizer: Optimizer) -> Tensor:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _worst_sample(trainer: Trainer, losses: list[float], ids: list[int]) -> str:
+    """The text of the sample with the largest loss, as JSON; empty where that is not known."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if not losses or len(losses) != len(ids) or not isinstance(datamodule, DescribesSamples):
+        return ""
+    worst = max(range(len(losses)), key=lambda place: (math.isnan(losses[place]), losses[place]))
+    return json.dumps(datamodule.sample_text(ids[worst]), ensure_ascii=False)
 
 
 def _flat(tensors: list[Tensor]) -> list[Any]:

@@ -24,6 +24,7 @@ class DPOLoss(NamedTuple):
         nll: its second part, without the weight: nats a token of the chosen answers.
         chosen_reward_B: ``beta (log pi - log pi_ref)`` of the chosen answers, without gradient.
         rejected_reward_B: the same of the rejected ones.
+        loss_B: of each pair, what ``loss`` is the mean of, without gradient.
     """
 
     loss: Tensor
@@ -31,6 +32,7 @@ class DPOLoss(NamedTuple):
     nll: Tensor
     chosen_reward_B: Tensor
     rejected_reward_B: Tensor
+    loss_B: Tensor
 
     @property
     def accuracy(self) -> Tensor:
@@ -124,11 +126,13 @@ def dpo_loss(
         raise ValueError(f"dpo_loss: nll_weight={nll_weight} needs num_chosen_B, the tokens of each chosen answer.")
     chosen_B = beta * (policy_chosen_B - reference_chosen_B.detach())
     rejected_B = beta * (policy_rejected_B - reference_rejected_B.detach())
-    preference = -F.logsigmoid(chosen_B - rejected_B).mean()
+    preference_B = -F.logsigmoid(chosen_B - rejected_B)
+    preference, loss_B = preference_B.mean(), preference_B.detach()
     nll = torch.zeros_like(preference)
     if num_chosen_B is not None:
         if not bool((num_chosen_B > 0).all()):
             raise ValueError("dpo_loss: a chosen answer has no tokens: leave such pairs out of the data.")
-        nll = (-policy_chosen_B / num_chosen_B).mean()
+        nll_B = -policy_chosen_B / num_chosen_B
+        nll, loss_B = nll_B.mean(), loss_B + nll_weight * nll_B.detach()
     loss = preference + nll_weight * nll if nll_weight else preference
-    return DPOLoss(loss, preference, nll, chosen_B.detach(), rejected_B.detach())
+    return DPOLoss(loss, preference, nll, chosen_B.detach(), rejected_B.detach(), loss_B)

@@ -211,7 +211,8 @@ class LingDPO(Ling):
         aux, z = self.router_losses(output, valid_N)
         loss = result.loss + self.aux_coef * aux + self.z_coef * z
         weight = self._weight(loss)
-        self.last_losses = {"ce": result.loss.detach(), "aux": aux.detach(), "z": z.detach(), "weight": weight}
+        losses = {"ce": result.loss, "ce_per_sample": result.loss_B, "aux": aux, "z": z, "weight": weight}
+        self.last_losses = {name: value.detach() for name, value in losses.items()}
         values = {"preference": result.preference, "nll": result.nll, "accuracy": result.accuracy, "aux": aux, "z": z}
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
         self.log("train/loss", loss.detach(), prog_bar=True)
