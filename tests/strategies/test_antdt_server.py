@@ -304,7 +304,7 @@ def test_barrier_of_real_connections(server: ServerThread) -> None:
 
 
 def test_end_without_clients_and_on_request(tmp_path: Path) -> None:
-    idle = ServerThread(ScriptedController, idle_timeout=0.1, journal=Journal(tmp_path))
+    idle = ServerThread(ScriptedController, idle_timeout=2.0, journal=Journal(tmp_path))
     with Client(idle.address, 0) as client:
         configure(client)
         client.join(1, barrier=True)
