@@ -37,6 +37,8 @@ from torch import distributed
 MAX_RANKS = 8
 GRACE_S = 10.0
 """Seconds a rank has to die by itself after its time-out (it writes its stacks first) before it is killed."""
+LAST_WORDS_S = 2.0
+"""Seconds that are waited for news of the others when a rank has lost a connection."""
 
 
 class RankError(RuntimeError):
@@ -218,10 +220,16 @@ def _answers(ranks: list[_Rank], deadline: float, timeout: float, where: str) ->
     results: dict[int, Any] = {}
     failures: list[tuple[float, int, str]] = []
     dead: list[int] = []
-    while not failures and not dead and len(results) < len(ranks):
-        waiting = {number: rank for number, rank in enumerate(ranks) if number not in results}
+    end = deadline + GRACE_S
+    while not dead:
+        settled = {*results, *(number for _, number, _ in failures)}
+        waiting = {number: rank for number, rank in enumerate(ranks) if number not in settled}
+        if not waiting or (failures and not any("onnection" in text for *_, text in failures)):
+            break
+        if failures:  # a lost connection is what a peer's death looks like from outside, and may be heard of before it
+            end = min(end, max(failures)[0] + LAST_WORDS_S)
         handles = [handle for rank in waiting.values() for handle in (rank.connection, rank.process.sentinel)]
-        ready = connection.wait(handles, timeout=max(0.0, deadline + GRACE_S - time.monotonic()))
+        ready = connection.wait(handles, timeout=max(0.0, end - time.monotonic()))
         if not ready:
             break
         for number, rank in waiting.items():
@@ -244,7 +252,8 @@ def _answers(ranks: list[_Rank], deadline: float, timeout: float, where: str) ->
         _, number, text = min(failures)
         raise RankError(f"rank {number} {of} failed in {where}:\n{text}{_written(number, ranks)}")
     if time.monotonic() >= deadline:
-        silent = [number for number in range(len(ranks)) if number not in results]
+        failed = [number for _, number, _ in failures]
+        silent = [number for number in range(len(ranks)) if number not in results and number not in failed]
         ends = {number: ranks[number].end() for number in silent}
         raise RankError(
             f"{where} did not answer within {timeout:g} s on rank {', '.join(map(str, silent))} {of}; all ranks are "
