@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from datamodules.json_lines import MalformedRow
+from datamodules.json_lines import MalformedRow, is_finite
 
-__all__ = ["BestOfN", "is_finite"]
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:
-        return False
+__all__ = ["BestOfN"]
 
 
 class BestOfN:

@@ -80,7 +80,7 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _rows(numbers: list[int], lengths: list[int], capacity: int | None) -> list[list[int]]:
+def _in_rows(numbers: list[int], lengths: list[int], capacity: int | None) -> list[list[int]]:
     """Some conversations in rows, in as few as can be found if these have a capacity, else in a row each."""
     if capacity is None:
         return [[number] for number in numbers]
@@ -135,12 +135,13 @@ class ConversationRows(Dataset[LanguageBatch]):
         self.pad_id = tokenizer.pad_id
         self.token_bytes = tokenizer.token_bytes.numpy()
         lengths = [len(conversation.ids) for conversation in conversations]
-        shares = dict(sorted((length_shares or {seq_len: 1.0}).items()))
-        kinds: list[list[int]] = [[] for _ in shares]
+        bounds = [max(lengths)] if length_shares is None else sorted(length_shares)
+        kinds: list[list[int]] = [[] for _ in bounds]
         for number, length in enumerate(lengths):
-            kinds[bisect_left(list(shares), length)].append(number)
-        parts = [_rows(kind, lengths, seq_len if packing else None) for kind in kinds]
+            kinds[bisect_left(bounds, length)].append(number)
+        parts = [_in_rows(kind, lengths, seq_len if packing else None) for kind in kinds]
         if length_shares is not None:
+            shares = {bound: length_shares[bound] for bound in bounds}
             self.mixture = _mixture_of_lengths(shares, [len(part) for part in parts])
             self.epoch_length = self.mixture.epoch_length
             self.epoch_order = self.mixture.epoch_order

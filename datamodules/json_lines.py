@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-__all__ = ["MalformedRow", "MalformedRows", "OnError", "encodable", "read_json_lines"]
+__all__ = ["MalformedRow", "MalformedRows", "OnError", "encodable", "is_finite", "read_json_lines"]
 
 T = TypeVar("T")
 
@@ -107,6 +108,14 @@ def _json_object(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise MalformedRow("it is no JSON object")
     return row
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def encodable(text: str) -> str:

@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.best_of_n import BestOfN, is_finite
+from datamodules.best_of_n import BestOfN
 from datamodules.chat import pack
 from datamodules.format_tokens import FormatTokens
 from datamodules.held_out import held_out
-from datamodules.json_lines import MalformedRow, MalformedRows, encodable, read_json_lines
+from datamodules.json_lines import MalformedRow, MalformedRows, encodable, is_finite, read_json_lines
 from datamodules.language import LanguageData, check_seq_len, check_val_fraction
 from datamodules.length_policy import LengthPolicy, TooLong
 from datamodules.loader import ResumableLoader

@@ -73,6 +73,14 @@ def agent(server: Server, clock: Clock, lost: list[str]) -> Iterator[Agent]:
     made.stop()
 
 
+def report_in_the_thread(agent: Agent, clock: Clock) -> None:
+    """Start it, and let it be time for a report."""
+    agent.start()
+    clock.now = 5.0
+    with agent._wake:
+        agent._wake.notify()
+
+
 def test_decisions_are_given_once_and_only_when_all_have_them(agent: Agent, server: Server) -> None:
     server.decisions = [Versioned(1, AdjustBatch((3, 1), (None, None))), Versioned(3, AdjustBatch((2, 2), (None, None)))]
     agent.report()
@@ -99,20 +107,14 @@ def test_a_restart_becomes_a_wish_that_is_spoken_of_once(agent: Agent, server: S
 
 
 def test_reports_when_it_is_time(agent: Agent, server: Server, clock: Clock) -> None:
-    agent.start()
-    clock.now = 5.0
-    with agent._wake:
-        agent._wake.notify()
+    report_in_the_thread(agent, clock)
     assert server.heard.wait(10)
     assert server.requests[0][0] == "report"
 
 
 def test_what_fails_in_the_thread_is_raised_in_training(agent: Agent, server: Server, clock: Clock) -> None:
     server.failure = ConnectionError("the server is gone")
-    agent.start()
-    clock.now = 5.0
-    with agent._wake:
-        agent._wake.notify()
+    report_in_the_thread(agent, clock)
     assert agent._thread is not None
     agent._thread.join(10)
     with pytest.raises(ConnectionError, match="is gone"):
@@ -141,10 +143,7 @@ def test_a_checkpoint_waits_for_commits_that_are_under_way(agent: Agent, server:
 def test_a_checkpoint_of_commits_that_were_lost_says_why(agent: Agent, server: Server, clock: Clock) -> None:
     server.failure = ConnectionError("the server is gone")
     agent.source.trained((Piece(7, 0, 4),))
-    agent.start()
-    clock.now = 5.0
-    with agent._wake:
-        agent._wake.notify()
+    report_in_the_thread(agent, clock)
     assert agent._thread is not None
     agent._thread.join(10)
     with pytest.raises(ConnectionError, match="is gone"):

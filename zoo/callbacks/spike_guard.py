@@ -440,7 +440,7 @@ class SpikeGuard(Callback):
             ]  # fmt: skip
             path = Path(trainer.default_root_dir) / self.record_path
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("\t".join(columns) + "\n")
         rank_zero_info(
             f"SpikeGuard: step {step} has loss {loss:.4g} ({self._loss_score:.1f} standard deviations above"
