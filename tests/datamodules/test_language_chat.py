@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from datamodules import SFT, Preferences, Text
-from datamodules.chat import pack
+from datamodules.chat import Conversation, ConversationRows, pack
 from datamodules.chat_template import LING_SYSTEM, LingTemplate, chat_template
 from datamodules.json_lines import MalformedRow
 from datamodules.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
@@ -344,6 +344,12 @@ def test_fine_tuning_resumes_with_the_rows_that_were_left(tmp_path):
     resumed = loader(2)
     resumed.load_state_dict(cut.state_dict())
     assert first + [batch["input_ids"].tolist() for batch in resumed] == whole
+
+
+def test_rows_of_one_conversation_are_as_wide_as_it_is():
+    long = Conversation("k", torch.arange(9).numpy(), torch.arange(9).numpy())
+    rows = ConversationRows([long, long._replace(ids=long.ids[:3], labels=long.labels[:3])], BYTES, seq_len=4, packing=False)
+    assert [rows.batch([number])["input_ids"].shape for number in range(len(rows))] == [(1, 9), (1, 3)]
 
 
 def said(count: int, length: int, mark: str) -> list[dict[str, Any]]:
