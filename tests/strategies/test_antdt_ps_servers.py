@@ -665,6 +665,107 @@ def test_synchronous_clock_that_is_started_again_waits_for_all_who_took_part() -
     assert again.idle(0) is None  # all are lost, or have nothing to train
 
 
+def test_synchronous_gradient_of_a_step_that_is_lost_is_not_dropped() -> None:
+    """Its worker has not heard that the former process took it; one of a step before that is late, as ever."""
+    clock = Clock(Consistency("bsp"))
+    clock.version = 5
+    clock.expect_back(range(3))
+    clock.enter([2])
+    assert clock.advance(7) == 2 and clock.advance(6) == 0
+    assert [clock.push(0, version).accepted for version in (6, 5, 4)] == [True, True, False]
+    again = Clock(Consistency("bsp"))
+    again.load_state_dict(clock.state_dict())
+    assert again.advance(8) == 1
+    assert [again.push(1, version).accepted for version in (7, 5, 4)] == [True, True, False]
+    assert clock.counts["dropped"] == 1 and again.counts["dropped"] == 2
+    assert clock.push(2, 7).decision is None, "the third is waited for"
+    assert clock.push(0, 7).decision is None and clock.push(1, 7).decision == Decision(7, (0, 1, 2))
+
+
+@pytest.mark.parametrize("first", ["who was told", "who was not told", "nobody was told"])
+@pytest.mark.parametrize("on_drop", ["lose", "requeue"])
+def test_synchronous_step_whose_answers_were_lost_with_the_clock_counts(tmp_path: Path, first: str, on_drop: str) -> None:
+    """Killed after one worker was told that a step is complete, and before the others were: nothing of it is dropped."""
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
+    workers = [client([server], rank, 2) for rank in range(2)]
+    workers[0].configure(layout, spec, {"mode": "bsp", "save_every": 1e9, "on_drop": on_drop}, list(values.values()))
+    run_workers(2, lambda rank: workers[rank].enter(0))
+    batches = [[random(4, 3, seed=10 * rank + step) for step in range(3)] for rank in range(2)]
+
+    def step(rank: int, number: int) -> bool:
+        dense = unflatten(layout, workers[rank].pull(layout, "bsp"))
+        rows = (batches[rank][number][:, 0].abs() * 5).long() % 11
+        found = workers[rank].rows(layout, {4: rows.unique()})[4]
+        own = parameters()
+        with torch.no_grad():
+            for index, value in enumerate(own.values()):
+                if index in dense:
+                    value.copy_(dense[index])
+            own["table"][rows.unique()] = found
+        least_squares(own, batches[rank][number]).backward()
+        sent[rank] = gradient_of(layout, own, 4.0)
+        return workers[rank].push(layout, sent[rank], spec.groups, version=number).accepted
+
+    def again(rank: int) -> bool:
+        """The answer never came: the same once more."""
+        workers[rank]._number -= 1
+        return workers[rank].push(layout, sent[rank], spec.groups, version=1).accepted
+
+    sent: dict[int, Gradient] = {}
+    assert run_workers(2, lambda rank: step(rank, 0)) == [True, True]
+    for worker in workers:  # the step is applied when it is told of
+        worker.pull(layout, "bsp", gate=False)
+    server.server.save(wait=True)
+    assert run_workers(2, lambda rank: step(rank, 1)) == [True, True]
+    server.stop()
+    second = ServerThread(0, server.token, server.address.port, slice_file=tmp_path / "slice.safetensors")
+    for worker in workers:
+        worker._disconnect(0)
+    untold = [1] if first != "nobody was told" else [0, 1]
+    for rank in untold:
+        workers[rank].version, workers[rank]._last = 1, None
+    if first == "who was told":
+        workers[0].pull(layout, "bsp")
+        assert again(1)
+    elif first == "who was not told":
+        assert run_workers(2, lambda rank: again(1) if rank else len(workers[0].pull(layout, "bsp")) > 0) == [True, True]
+    else:
+        assert run_workers(2, again) == [True, True]
+    assert run_workers(2, lambda rank: step(rank, 2)) == [True, True]
+    for worker in workers:
+        worker.pull(layout, "bsp", gate=False)
+    assert second.server.version == second.server.clock.version == 3
+    assert second.server.lost == (0 if first == "nobody was told" else 1)
+    assert second.server.clock.counts["dropped"] == 0
+    if first == "nobody was told":  # the step is done anew
+        expected = union_steps("sgd", [torch.cat([of[number] for of in batches]) for number in range(3)])
+        assert distance(expected, read(workers[0], layout, "bsp")) < 1e-12
+    for worker in workers:
+        worker.leave()
+    second.stop()
+
+
+def test_step_that_is_decided_and_not_applied_is_not_in_the_file(tmp_path: Path) -> None:
+    """A server applies a synchronous step when it is told of it: until then a copy of its part does not say that it has."""
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
+    worker = client([server])
+    worker.configure(layout, spec, {"mode": "bsp", "save_every": 1e9}, list(values.values()))
+    worker.enter(0)
+    assert train(worker, layout, spec.groups, [random(4, 3, seed=step) for step in range(2)], "bsp") == [True, True]
+    server.server.save(wait=True)  # the second step waits to be told
+    server.stop()
+    again = ServerThread(0, server.token, server.address.port, slice_file=tmp_path / "slice.safetensors")
+    assert again.server.version == again.server.clock.version == 1
+    assert train(worker, layout, spec.groups, [random(4, 3, seed=7)], "bsp") == [True]
+    assert worker.version == 3 and again.server.lost == 1
+    worker.leave()
+    again.stop()
+
+
 def test_full_disk_is_told_and_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = parameters()
     layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))

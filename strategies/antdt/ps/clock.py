@@ -106,6 +106,8 @@ class Clock:
         self.awaited: set[int] = set()
         """Who took part with the former process and has not come back: no synchronous step is complete without them."""
         self.last: Decision | None = None
+        self.gone = range(0)
+        """Steps that were decided by the former process and are lost, see `advance`."""
         self.counts = {"pushed": 0, "dropped": 0, "stale": 0}
 
     def enter(self, workers: Iterable[int]) -> None:
@@ -159,6 +161,8 @@ class Clock:
             self.version += 1
             self._count(worker)
             return Pushed(True)
+        if version in self.gone:  # the former process took it, and could not say so
+            return Pushed(True)
         if version != self.version:
             self.counts["dropped"] += 1
             return Pushed(False)
@@ -196,11 +200,15 @@ class Clock:
     def advance(self, version: int) -> int:
         """Others know of steps that this clock, restarted from what it had saved, does not.
 
+        A synchronous gradient of such a step that comes now was sent before, and its worker has not heard that the step was
+        decided: it counts, as the others were told, and is lost with the step.
+
         Returns:
             How many there are; they stay lost.
         """
         lost = max(0, version - self.version)
         if lost:
+            self.gone = range(self.gone.start if self.gone.stop == self.version else self.version, version)
             self.version = version
             self.arrived.clear()
             self.last = None
@@ -209,7 +217,7 @@ class Clock:
     def state_dict(self) -> dict[str, Any]:
         """Plain types."""
         return {"version": self.version, "own": sorted(self.own.items()), "counts": dict(self.counts),
-                "backup": self.consistency.backup}  # fmt: skip
+                "backup": self.consistency.backup, "gone": [self.gone.start, self.gone.stop]}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` has written; gradients that wait for others are not in it."""
@@ -218,4 +226,5 @@ class Clock:
         self.counts = {name: int(count) for name, count in state["counts"].items()}
         if self.consistency.kind == "bsp":
             self.consistency = Consistency("bsp", backup=int(state["backup"]))
+        self.gone = range(*state["gone"])
         self.arrived, self.last = set(), None

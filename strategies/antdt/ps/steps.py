@@ -122,7 +122,7 @@ class Steps:
         self.clock = Clock(self.settings.consistency)
         self.clock.load_state_dict(state["clock"])
         if self.index == 0:
-            self.version = self.clock.version  # a step that was decided, but not applied, went with the former process
+            self.clock.version = self.version  # a step that was decided, but not applied: who was told of it says so
         self._pushes = {
             int(worker): _Push(session, number, version, items, gen, reply)
             for worker, (session, number, version, items, gen, reply) in state["pushes"].items()
@@ -198,7 +198,7 @@ class Steps:
             # Gradients that waited for a step which the others have behind them.
             late = [(w, p) for w, p in self._pushes.items() if p.reply is None and p.version < self.clock.version]
             if self.index == 0 and settings.consistency.kind == "bsp" and late:
-                self._finish(late, accepted=False)
+                self._finish(late, accepted=True)
 
     def _lose_steps(self, count: int) -> None:
         self.lost += count
@@ -210,8 +210,7 @@ class Steps:
         settings = self.ready[1]
         if decision.version < self.version:
             return
-        if decision.version > self.version:
-            self._lose_steps(decision.version - self.version)
+        lost = decision.version - self.version
         gradient, missing = self._pending.mean(decision), self._pending.missing(decision)
         if missing:
             print(f"step {decision.version}: gradients of workers {missing} were lost with the former process", flush=True)
@@ -222,7 +221,9 @@ class Steps:
                 gradient.clamp_(settings.clip)
             self._apply(gradient, self._pending.hyperparameters(decision))
         else:
-            self._lose_steps(1)
+            lost += 1
+        if lost and self.index:  # the clock counts what it has lost itself, see `_advance`
+            self._lose_steps(lost)
         self.version = decision.version + 1
         self._pending.done(decision.version)
 
@@ -307,6 +308,8 @@ class Steps:
                 self._finish([(worker, push)], accepted=False)
             else:
                 push.reply = {**self.about(), "accepted": False}
+        elif outcome.accepted and outcome.decision is None:
+            self._finish([(worker, push)], accepted=True)
         else:
             self._decided(outcome.decision)
 
