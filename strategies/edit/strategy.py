@@ -311,6 +311,8 @@ class EDiTStrategy(DDPStrategy):
             wanted = original(fetcher)
             if self.in_warmup or self._fit.should_stop:
                 return wanted
+            if self._is_last_step:  # ranks accumulate different numbers of batches for it: all validate when it is done
+                return False
             batch = self._fit.fit_loop.total_batch_idx
             if answered[0] != batch:
                 answered = batch, self.agree("validate", wanted and self.is_global_zero)
@@ -321,11 +323,19 @@ class EDiTStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step, which a synchronisation precedes if it is due (Lightning hook)."""
         self._before_step()
+        assert self._fit is not None
+        if self._is_last_step and not self._fit.fit_loop._should_accumulate():
+            self._fit.should_stop = True
         output = super().training_step(*args, **kwargs)
         if self.synchronizer is not None:
             self.synchronizer.finish()
             self._check_logged()
         return output
+
+    @property
+    def _is_last_step(self) -> bool:
+        """Whether one step more of each replica uses up A-EDiT's budget."""
+        return self._rounds is not None and self._rounds.is_spent(self._rounds.taken + self._rounds.num_replicas)
 
     def _check_logged(self) -> None:
         """Refuse what would be summed up over ranks at the end of an epoch, where they do not come together."""
@@ -427,8 +437,6 @@ class EDiTStrategy(DDPStrategy):
         if self._rounds is not None:
             taken = self._rounds.taken + sum(report.steps)
             self._rounds.start_round(taken)
-            if self._rounds.is_spent(taken + self._rounds.num_replicas):
-                self._fit.should_stop = True
 
     def _heal(self, broken: list[bool]) -> None:
         """Tell of replicas with weights that are not finite, and give a broken one's optimizer moments that are."""

@@ -123,7 +123,7 @@ def accumulating(folder: Path, kind: Callable[..., Any]) -> int:
 def test_all_save_before_they_validate(pool: RankPool, tmp_path: Path, kind: Callable[..., Any], ranks: int) -> None:
     steps = pool.run(accumulating, tmp_path, kind, world_size=ranks)
     replicas = ranks // (2 if kind is SHARDED else 1)
-    assert sum(steps[:: ranks // replicas]) >= 39 * replicas  # a step that is not complete when training stops is left out
+    assert 40 * replicas <= sum(steps[:: ranks // replicas]) <= 42 * replicas
 
 
 def within_budget(folder: Path, warmup: int) -> list[tuple[int, int]]:

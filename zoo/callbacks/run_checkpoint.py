@@ -130,7 +130,11 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training (Lightning hook)."""
-        if trainer.global_step != self._saved_step:
+        due = trainer.global_step != self._saved_step
+        if isinstance(trainer.strategy, SupportsAgreement) and trainer.strategy.asynchronous:
+            # Some may have saved with all others in the middle of their last step, and some after it.
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        if due:
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
