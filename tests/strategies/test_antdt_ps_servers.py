@@ -542,6 +542,65 @@ def test_late_worker_is_let_in_while_others_train_and_never_between_meetings() -
     assert meetings.entered(0) and meetings.entered(1) and meetings.members[1].met == 2
 
 
+def test_what_a_member_was_told_is_told_the_others_by_the_next_process() -> None:
+    """The clock was killed between two answers: one has a meeting, or the beginning of an epoch, behind it, the other waits."""
+    meetings = Meetings()
+    for rank in range(2):
+        meetings.hello(rank, 2, f"s{rank}")
+    saved = meetings.state_dict()
+    about = {"epoch": 0, "requests": {"stop": 0, "save": 1}, "meeting": 3}
+    again = Meetings()
+    again.load_state_dict(saved)
+    again.bring(1, 3, "b")
+    again.enter(1, 0)
+    assert again.result(1, 3) is None and not again.entered(1)
+    again.remember(0, about, {0: "a", 1: "b"})
+    assert again.result(1, 3) == {0: "a", 1: "b"} and again.entered(1) and again.epoch == 0
+    assert again.requests == {"stop": 0, "save": 1}
+    again.bring(0, 4, 1)
+    again.remember(1, {"epoch": 0, "requests": {}, "meeting": 3}, {0: "a", 1: "b"})
+    again.bring(1, 4, 2)
+    assert again.result(0, 4) == {0: 1, 1: 2}
+    with pytest.raises(MeetingError, match="does not take part"):
+        again.remember(2, about, None)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_meeting_whose_answers_were_lost_with_the_clock_is_over_for_all(tmp_path: Path, first: int) -> None:
+    """Killed when one worker had its answer and the other had not; the file is from before that, as it may be."""
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
+    workers = [client([server], rank, 2) for rank in range(2)]
+    workers[0].configure(layout, spec, {"mode": "ssp", "save_every": 1e9}, list(values.values()))
+    brought = [{"weights": random(3, seed=rank), "rank": rank} for rank in range(2)]
+    found = run_workers(2, lambda rank: workers[rank].gather(brought[rank]))
+    run_workers(2, lambda rank: workers[rank].enter(0))
+    server.stop()  # the file knows of neither
+    again = ServerThread(0, server.token, server.address.port, slice_file=tmp_path / "slice.safetensors")
+    assert again.server._meetings.epoch == -1
+    told, other = workers[first], workers[1 - first]
+    for worker in workers:
+        worker._disconnect(0)
+    other._meeting, other._gathered, other.epoch = 0, None, -1
+
+    def go_on(rank: int) -> Any:
+        if workers[rank] is told:
+            return told.gather("more")
+        repeated = other.gather(brought[rank])
+        assert other.enter(0) == 0
+        return repeated, other.gather("more")
+
+    results = run_workers(2, go_on)
+    repeated, more = results[1 - first]
+    assert all(torch.equal(repeated[rank]["weights"], found[0][rank]["weights"]) for rank in range(2))
+    assert more == results[first] == {0: "more", 1: "more"}
+    assert again.server._meetings.epoch == 0
+    for worker in workers:
+        worker.leave()
+    again.stop()
+
+
 def test_worker_lost_before_training_ends_the_run_with_its_name() -> None:
     meetings = Meetings()
     meetings.hello(0, 2, "s0")

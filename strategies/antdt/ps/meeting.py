@@ -6,6 +6,7 @@ between two meetings that it would not know of.
 """
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +191,26 @@ class Meetings:
                 del self._meetings[old]
         return meeting.result
 
+    def remember(self, worker: int, about: Mapping[str, Any], result: dict[int, Any] | None) -> None:
+        """Be told by a member what the former process told it and may not have told others: they wait for it.
+
+        Args:
+            worker: the member; it was let in.
+            about: ``epoch`` that it has entered, ``requests`` that it knows of, and number of the ``meeting`` before its next.
+            result: of that meeting; None: it has not been at one.
+
+        Raises:
+            MeetingError: the run cannot go on.
+        """
+        self._check(worker)
+        self.members[worker].late = False
+        self.epoch = max(self.epoch, int(about["epoch"]))
+        self.requests = {request: max(count, int(about["requests"].get(request, 0))) for request, count in self.requests.items()}
+        number = int(about["meeting"])
+        self._next = max(self._next, number + 1)
+        if result is not None:
+            self._meetings.setdefault(number, _Meeting()).result = result
+
     def _check(self, worker: int) -> None:
         if self.broken:
             raise MeetingError(self.broken)
@@ -261,7 +282,10 @@ class Meetings:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` has written; what was brought to a meeting is brought again by those who wait."""
+        """Take over what `state_dict` has written; what was brought to a meeting is brought again by those who wait.
+
+        What came of one that some have behind them they tell, see `remember`.
+        """
         self._reset()
         self.run, self.world_size, self.epoch = state["run"], int(state["world_size"]), int(state["epoch"])
         self.group = state["group"]

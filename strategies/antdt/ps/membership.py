@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -148,6 +149,15 @@ class Membership:
             return {"ranks": list(found), "values": [value for value, _ in found.values()], "counts": counts}, tensors
 
         self._deferred.add(peer, collect)
+
+    def remember(self, peer: FrameProtocol, frame: Frame) -> Answer:
+        """``{epoch, requests, meeting, ranks, values, counts}`` with tensors: what a worker was told by the process before."""
+        worker, header = self._steps.member(peer), frame.header
+        tensors, found = iter(frame.tensors), {}
+        for rank, own, count in zip(header["ranks"], header["values"], header["counts"], strict=True):
+            found[int(rank)] = own, list(islice(tensors, int(count)))
+        self._meetings.remember(worker, header, found or None)
+        return {"ok": True}, []
 
     def enter(self, peer: FrameProtocol, frame: Frame) -> None:
         """``{epoch}``: begin to train it, together with all others; a late worker: the one that is going on."""

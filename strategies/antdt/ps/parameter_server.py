@@ -5,6 +5,7 @@ takes part, and commits the samples of a gradient together with taking it.
 """
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class ParameterServer:
     ) -> None:
         self.index, self._frame_limit, self._event, self._ends = index, frame_limit, event, ends
         self.stopping = self.restart = False
+        self._process = secrets.token_hex(8)
         self.last_client = time.monotonic()
         self._meetings, self._deferred = Meetings(), Deferred()
         self._file, self._commits, self._reports = SliceFile(slice_file), Commits(), Reports(index, self._obey)
@@ -88,6 +90,7 @@ class ParameterServer:
                 "idle": self._idle,
                 "look": self._look,
                 "bring": self._membership.bring,
+                "remember": self._membership.remember,
                 "enter": self._membership.enter,
                 "ask": self._membership.ask,
                 "leave": self._membership.leave,
@@ -133,6 +136,7 @@ class ParameterServer:
         peer.about = caller
         answer: dict[str, Any] = {
             "server": self.index,
+            "process": self._process,
             "version": self.version,
             "configured": self._steps.slices is not None,
         }

@@ -90,7 +90,9 @@ class ParameterClient:
         self.requests: dict[str, int] = {"stop": 0, "save": 0}
         self.plan: list[Any] = [0, None]
         self.present: list[int] = []
+        self._process = ""
         self._meeting = 0
+        self._gathered: Frame | None = None
         self._number = 0
         self._last: Decision | None = None
         self._closed = threading.Event()
@@ -126,6 +128,10 @@ class ParameterClient:
                     "joins": "" if self.run else self._joins,
                 })  # fmt: skip
                 about = connection.receive().header
+                if server == 0:
+                    if self.run and not self.late and about["process"] != self._process:
+                        self._remind(connection)
+                    self._process = about["process"]
             except BaseException:
                 connection.close()
                 raise
@@ -135,6 +141,15 @@ class ParameterClient:
             if server == 0 and not self.run:
                 self.run, self.late, self.epoch = about["run"], about["late"], about["epoch"]
         return connection
+
+    def _remind(self, connection: Connection) -> None:
+        """Tell a clock that was started again what the process before may have told this worker only, and others wait for."""
+        header: dict[str, Any] = {"op": "remember", "epoch": self.epoch, "requests": self.requests, "meeting": self._meeting - 1}
+        last = self._gathered
+        for key in ("ranks", "values", "counts"):
+            header[key] = [] if last is None else last.header[key]
+        connection.send(header, [] if last is None else last.tensors)
+        connection.receive()
 
     def _disconnect(self, server: int) -> None:
         connection, self._connections[server] = self._connections[server], None
@@ -444,7 +459,7 @@ class ParameterClient:
         """
         packed, tensors = pack(value)
         header = {"op": "bring", "meeting": self._meeting, "value": packed}
-        frame = self._clock(header, tensors, patient=True)
+        frame = self._gathered = self._clock(header, tensors, patient=True)
         self._meeting += 1
         found, start = {}, 0
         for rank, own, count in zip(frame.header["ranks"], frame.header["values"], frame.header["counts"], strict=True):
