@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,8 +19,10 @@ from strategies.antdt.actions import KillRestart, Versioned
 from strategies.antdt.client import Client
 from strategies.antdt.inject import SleepInjector, Slowdown
 from strategies.antdt.ps.clock import Clock, Consistency, Decision
+from strategies.antdt.ps.dispatch import Caller
 from strategies.antdt.ps.frames import Connection, encode_frame, pack, unpack
 from strategies.antdt.ps.meeting import MeetingError, Meetings
+from strategies.antdt.ps.parameter_server import ParameterServer
 from strategies.antdt.ps.partition import Entry, Layout
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.server import ServerThread
@@ -598,6 +601,41 @@ def test_meeting_whose_answers_were_lost_with_the_clock_is_over_for_all(tmp_path
     assert again.server._meetings.epoch == 0
     for worker in workers:
         worker.leave()
+    again.stop()
+
+
+def test_worker_that_computes_for_long_is_not_lost_with_the_clock() -> None:
+    """The clock was started again; one worker gives signs of life, from the others nothing is heard."""
+    server = ParameterServer(0, "token")
+    for rank in range(2):
+        server._membership.hello(Caller(rank, f"s{rank}", pulse=False), {"world_size": 2})
+    server._membership.expect_back(100.0)
+    server._membership.heard(Caller(0, "s0", pulse=True))
+    server._membership.tick(time.monotonic() + 99.0)
+    assert server._meetings.members.keys() == {0, 1}
+    server._membership.tick(time.monotonic() + 106.0)
+    assert server._meetings.members.keys() == {0}
+    server._membership.gone(Caller(0, "s0", pulse=False))  # not a restart: a sign of life that was under way does not count
+    server._membership.heard(Caller(0, "s0", pulse=True))
+    server._membership.tick(time.monotonic() + 6.0)
+    assert not server._meetings.members
+    server.close()
+
+
+def test_signs_of_life_find_a_clock_that_was_started_again(tmp_path: Path) -> None:
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
+    now, heard = [server.address], threading.Event()
+    worker = client([server], pulse_every=0.05, find=lambda index: now[index])
+    worker.configure(layout, spec, {"mode": "asp"}, list(values.values()))
+    worker.enter(0)
+    server.stop()
+    again = ServerThread(0, server.token, slice_file=tmp_path / "slice.safetensors")
+    again.server._membership.heard = lambda caller: heard.set() if caller.pulse else None  # type: ignore[method-assign]
+    now[0] = again.address
+    assert again.address.port != server.address.port and heard.wait(60)
+    worker.leave()
     again.stop()
 
 

@@ -81,9 +81,11 @@ class Membership:
         return {"run": meetings.run, "late": member.late, "epoch": meetings.epoch}
 
     def heard(self, caller: Caller) -> None:
-        """Somebody has asked for something."""
+        """Somebody has asked for something, or given a sign of life: who was expected back lives, and may compute for long."""
         if self._takes_part(caller):
-            self._seen[caller.worker] = time.monotonic()
+            now = self._seen[caller.worker] = time.monotonic()
+            if self._closed.get(caller.worker, now) > now:
+                del self._closed[caller.worker]
 
     def gone(self, caller: Caller) -> None:
         """All connections of a process have closed."""

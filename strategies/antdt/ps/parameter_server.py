@@ -31,7 +31,7 @@ __all__ = ["FRAME_LIMIT", "ParameterServer"]
 
 FRAME_LIMIT = 2**32
 """Largest frame, in bytes, between those who share the token, unless told otherwise."""
-_LOOKING = 10.0  # seconds in which workers find a server that was started again
+_LOOKING = 10.0  # seconds in which workers find a server that was started again, at least
 
 
 class ParameterServer:
@@ -177,8 +177,8 @@ class ParameterServer:
         self._steps.restore(slices, about)
         if self.index == 0:
             self._meetings.load_state_dict(about["meetings"])
-            # Workers have as long to come back as one whose connection broke, but at least while they look for the new process.
-            self._membership.expect_back(_LOOKING)
+            # Workers have as long to come back as one whose connection broke, after two signs of life would have come.
+            self._membership.expect_back(max(_LOOKING, self._steps.ready[1].heartbeat_timeout / 3))
         data = self._steps.ready[1].data
         self._commits.connect(data)
         self._reports.connect(data)

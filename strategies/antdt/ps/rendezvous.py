@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class Rendezvous:
         """
         client: ParameterClient | None = None
         resolve: Callable[[int], Address] | None = None
+        find_running: Callable[[int], Address] | None = None
         if isinstance(servers, list):
             token = os.environ.get(TOKEN_VARIABLE, "")
             addresses = [Address.parse(text, token) for text in servers]
@@ -88,10 +90,10 @@ class Rendezvous:
                 alone = bool(joins) or (client is not None and client.late)
                 return find_server(self.folder, index) if alone else find_or_start_server(self.folder, index, options=options)
 
-            resolve = find_or_start_one
+            resolve, find_running = find_or_start_one, partial(find_server, self.folder)
             addresses = [resolve(index) for index in range(servers)]
         client = ParameterClient(
-            addresses, self.rank, self.world_size, resolve=resolve, frame_limit=frame_limit,
+            addresses, self.rank, self.world_size, resolve=resolve, find=find_running, frame_limit=frame_limit,
             pulse_every=self.heartbeat_timeout / 6, group=self._group(), joins=joins,
         )  # fmt: skip
         return client

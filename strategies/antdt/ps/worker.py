@@ -4,6 +4,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from strategies.antdt.wire import ServiceError, WireError
 
 __all__ = ["Outcome", "ParameterClient", "ServersUnreachable"]
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_FIRST_PAUSE, _LONGEST_PAUSE, _FIRST_PULSE = 0.05, 2.0, 1.0
 _LOOK_AGAIN = 30.0
 """Seconds after which a request that may take long is sent again, in case that the connection has died silently."""
 
@@ -50,6 +51,7 @@ class ParameterClient:
         worker: rank.
         world_size: W.
         resolve: finds a server again, by number, when it does not answer, and starts it if nobody has.
+        find: finds a server that runs, by number; None: it is always where it was.
         patience: seconds for which a request is repeated.
         frame_limit: largest message, in bytes.
         pulse_every: seconds between signs of life; 0: none.
@@ -75,6 +77,7 @@ class ParameterClient:
         world_size: int,
         *,
         resolve: Callable[[int], Address] | None = None,
+        find: Callable[[int], Address] | None = None,
         patience: float = 120.0,
         frame_limit: int = 2**32,
         pulse_every: float = 10.0,
@@ -82,7 +85,7 @@ class ParameterClient:
         joins: str = "",
     ) -> None:
         self.worker, self.world_size, self.patience = worker, world_size, patience
-        self._addresses, self._resolve, self._frame_limit = list(addresses), resolve, frame_limit
+        self._addresses, self._resolve, self._find, self._frame_limit = list(addresses), resolve, find, frame_limit
         self._session = secrets.token_hex(8)
         self.run, self._group, self._joins = "", group, joins
         self._connections: list[Connection | None] = [None] * len(self._addresses)
@@ -245,9 +248,9 @@ class ParameterClient:
         return self._exchange([0], lambda server: (header, tensors), patient=patient)[0]
 
     def _pulse(self, every: float) -> None:
-        """Signs of life, over a connection of their own."""
+        """Signs of life, over a connection of their own, also to a clock that was started again while this worker computes."""
         connection: Connection | None = None
-        while not self._closed.wait(every):
+        while not self._closed.wait(every if connection is not None else min(every, _FIRST_PULSE)):
             try:
                 if connection is None:
                     address = self._addresses[0]
@@ -261,6 +264,9 @@ class ParameterClient:
                 if connection is not None:
                     connection.close()
                 connection = None
+                if self._find is not None:
+                    with suppress(OSError):
+                        self._addresses[0] = self._find(0)
         if connection is not None:
             connection.close()
 
