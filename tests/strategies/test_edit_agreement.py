@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from edit_runs import (
     weights_of,
 )
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -124,6 +126,39 @@ def test_all_save_before_they_validate(pool: RankPool, tmp_path: Path, kind: Cal
     steps = pool.run(accumulating, tmp_path, kind, world_size=ranks)
     replicas = ranks // (2 if kind is SHARDED else 1)
     assert 40 * replicas <= sum(steps[:: ranks // replicas]) <= 42 * replicas
+
+
+def saved_by_one(folder: Path, ending: str) -> tuple[int, int]:
+    """The last save is out of date on rank 0 only, which has stepped since: with accumulation that may be."""
+    checkpoint = RunCheckpoint(every_n_steps=100, folder=folder)
+    saves = 0
+
+    class Saved(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            checkpoint._told_to_stop = ending == "stopped" and trainer.global_step >= 5
+
+        def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+            checkpoint._saved_step = trainer.global_step if dist.get_rank() else 0
+
+        def on_exception(self, trainer: Trainer, *_: Any) -> None:
+            self.on_train_end(trainer)
+
+        def on_save_checkpoint(self, *_: Any) -> None:
+            nonlocal saves
+            saves += 1
+
+    trainer = saving_trainer(EDiTStrategy(sync_seconds=0.0, min_total_steps=2, warmup_steps=1), 20, checkpoint, Saved())
+    with pytest.raises(SIGTERMException) if ending == "stopped" else nullcontext():
+        trainer.fit(model_of(), loader(2))
+    return saves, trainer.global_step
+
+
+@pytest.mark.parametrize("ending", ["spent", "stopped"])
+def test_all_save_the_end_if_one_has_to(pool: RankPool, tmp_path: Path, ending: str) -> None:
+    runs = pool.run(saved_by_one, tmp_path, ending)
+    assert [saves for saves, _ in runs] == [1, 1]
+    found = [rank["global_step"] for rank in read_checkpoint(tmp_path / "last.ckpt")["edit"]["ranks"]]
+    assert found == [steps for _, steps in runs]
 
 
 def within_budget(folder: Path, warmup: int) -> list[tuple[int, int]]:

@@ -130,18 +130,16 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training (Lightning hook)."""
-        due = trainer.global_step != self._saved_step
-        if isinstance(trainer.strategy, SupportsAgreement) and trainer.strategy.asynchronous:
-            # Some may have saved with all others in the middle of their last step, and some after it.
-            due = trainer.strategy.reduce_boolean_decision(due, all=False)
-        if due:
+        if _any_rank(trainer, trainer.global_step != self._saved_step):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what is done before an exception, Ctrl-C or SIGTERM ends the run (Lightning hook)."""
         self._free_interrupt()
-        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking and self._seen_step > self._saved_step
+        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
+            return
+        if not _any_rank(trainer, self._seen_step > self._saved_step):
             return
         self._save(trainer)
         rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
@@ -182,6 +180,17 @@ def _state_after_batch(trainer: Trainer) -> dict[str, Any]:
         validation["current"].update(ready=1, started=1, processed=0, completed=0)
         validation["is_last_batch"] = False
     return state
+
+
+def _any_rank(trainer: Trainer, due: bool) -> bool:
+    """Whether the last save is out of date, for all ranks alike, because saving is a collective call.
+
+    Of ranks that step at different batches some may have saved in the middle of a step, and some after it.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SupportsAgreement) and strategy.asynchronous:
+        return bool(strategy.reduce_boolean_decision(due, all=False))
+    return due
 
 
 def _is_agreed_stop(exception: BaseException) -> bool:
