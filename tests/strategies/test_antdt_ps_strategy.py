@@ -8,7 +8,7 @@ import runpy
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -474,16 +474,27 @@ class Mortal(Regression):
 
 
 class KillServer(Callback):
-    """Kills a parameter server, as an operator would who means it."""
+    """Kills a parameter server, as an operator would who means it: after six steps, or whenever this worker meets others."""
 
-    def __init__(self, folder: Path, server: int = 1) -> None:
+    def __init__(self, folder: Path, server: int = 1, meetings: bool = False) -> None:
         self.file = folder / "antdt" / f"ps{server}" / "server.json"
+        self.meetings = meetings
         self.killed: list[int] = []
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step >= 6 and not self.killed:
+        if trainer.global_step >= 6 and not self.killed and not self.meetings:
+            self.kill()
+
+    def on_validation_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.meetings and not trainer.sanity_checking:
+            self.kill()
+
+    on_train_epoch_end = on_validation_epoch_end
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
             self.killed.append(json.loads(self.file.read_text())["pid"])
-            os.kill(self.killed[0], signal.SIGKILL)
+            os.kill(self.killed[-1], signal.SIGKILL)
 
 
 def worker(
@@ -494,17 +505,17 @@ def worker(
     options: dict[str, Any],
     kill_at: int | None,
     kill_server: int | None = None,
+    meetings: bool = False,
 ) -> None:
     """The body of a process that somebody watches over, one by one."""
     os.environ.update(environment | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(60, exit=True)  # a worker that waits forever says where
+    faulthandler.dump_traceback_later(240, exit=True)  # a worker that waits forever says where
     module = Mortal(folder, kill_at)
     strategy = ParameterServerStrategy(**{"shard_steps": 2, **options})
     strategy.positions_log = Witness(folder / f"{rank}-{os.getpid()}.jsonl")
-    of = trainer(
-        folder, ranks, strategy, max_epochs=3, callbacks=[KillServer(folder, kill_server)] if kill_server is not None else []
-    )
+    killers = [] if kill_server is None else [KillServer(folder, kill_server, meetings)]
+    of = trainer(folder, ranks, strategy, max_epochs=3, callbacks=killers)
     of.fit(module, loader(), loader(shuffle=False))
     torch.save(module.state_dict(), folder / f"{rank}.pt")
 
@@ -587,6 +598,28 @@ def test_clock_that_is_killed_under_several_workers_goes_on_with_all_of_them(tmp
     assert len(missing) <= 15 * lost, "no sample is missing but of steps that the log calls lost"
     # Nobody's gradient was left out of a step because it came back a little later than the others.
     assert not [event for event in events if event["kind"] in ("dropped", "lost")]
+    weights = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"mode": "bsp", "backup": 1, "on_drop": "requeue"}, {"mode": "asp"}])
+def test_clock_that_is_killed_at_meeting_after_meeting_keeps_nobody_waiting(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Again and again: some workers have had an answer of a meeting then, and others have not."""
+    with services() as where:
+        where |= {"servers": 2, "save_every": 0.0, **options}
+        environment = {"ANTDT_TOKEN": os.environ["ANTDT_TOKEN"]}
+        processes = [start(rank, 3, tmp_path, environment, where, None, 0 if rank == 2 else None, True) for rank in range(3)]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+    events = [json.loads(line) for line in (tmp_path / "antdt" / "ps-events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "restored" for event in events) >= 3
+    lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    counted = Counter((epoch, position) for epoch, _, positions in lines for position in positions)
+    assert max(counted.values()) == 1
+    lost = sum(event["steps"] for event in events if event["kind"] == "lost steps")
+    assert 3 * ROWS - len(counted) <= 15 * lost
     weights = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
 
