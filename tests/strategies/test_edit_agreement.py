@@ -161,6 +161,22 @@ def test_all_save_the_end_if_one_has_to(pool: RankPool, tmp_path: Path, ending: 
     assert found == [steps for _, steps in runs]
 
 
+def broken_alone(folder: Path) -> int:
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                raise RuntimeError("a disk is full, say")
+
+    strategy = EDiTStrategy(sync_seconds=1e9, warmup_steps=1)
+    with pytest.raises(RuntimeError, match="a disk is full"):
+        saving_trainer(strategy, 20, RunCheckpoint(every_n_steps=100, folder=folder), Breaks()).fit(model_of(), loader(2))
+    return int(read_checkpoint(folder / "last.ckpt")["global_step"])
+
+
+def test_one_process_saves_in_the_middle_of_a_round(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(broken_alone, tmp_path, world_size=1) == [5]
+
+
 def within_budget(folder: Path, warmup: int) -> list[tuple[int, int]]:
     """A run, and the same continued twice after its end: steps and batches."""
     seen = []

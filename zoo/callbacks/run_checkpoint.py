@@ -188,7 +188,7 @@ def _any_rank(trainer: Trainer, due: bool) -> bool:
     Of ranks that step at different batches some may have saved in the middle of a step, and some after it.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, SupportsAgreement) and strategy.asynchronous:
+    if trainer.world_size > 1 and isinstance(strategy, SupportsAgreement) and strategy.asynchronous:
         return bool(strategy.reduce_boolean_decision(due, all=False))
     return due
 
