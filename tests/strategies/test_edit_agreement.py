@@ -125,7 +125,7 @@ def accumulating(folder: Path, kind: Callable[..., Any]) -> int:
 def test_all_save_before_they_validate(pool: RankPool, tmp_path: Path, kind: Callable[..., Any], ranks: int) -> None:
     steps = pool.run(accumulating, tmp_path, kind, world_size=ranks)
     replicas = ranks // (2 if kind is SHARDED else 1)
-    assert 40 * replicas <= sum(steps[:: ranks // replicas]) <= 42 * replicas
+    assert 40 * replicas <= sum(steps[:: ranks // replicas]) < 41 * replicas
 
 
 def saved_by_one(folder: Path, ending: str) -> tuple[int, int]:
@@ -193,7 +193,7 @@ def within_budget(folder: Path, warmup: int) -> list[tuple[int, int]]:
 def test_budget_holds_in_the_warm_up_and_for_a_run_that_has_ended(pool: RankPool, tmp_path: Path, warmup: int) -> None:
     ranks = pool.run(within_budget, tmp_path, warmup)
     total = sum(run[0][0] for run in ranks)
-    assert 12 <= total <= 14 and (warmup == 2 or total == 12)
+    assert 12 <= total < 14 and (warmup == 2 or total == 12)
     for run in ranks:
         assert [steps for steps, _ in run] == [run[0][0]] * 3 and [batches for _, batches in run[1:]] == [0, 0]
 

@@ -417,7 +417,7 @@ def asynchronous(budget: int) -> dict[str, Any]:
 def test_replicas_of_a_edit_stop_together_at_the_budget(pool: RankPool) -> None:
     first, second = pool.run(asynchronous, 40)
     total = first["steps"] + second["steps"]
-    assert 80 <= total <= 82 and first["max_steps"] == 40
+    assert 80 <= total < 82 and first["max_steps"] == 40
     assert equal(first["weights"], second["weights"])
     assert first["syncs"] == second["syncs"] and len(first["syncs"]) > 3
     assert first["validated"] == second["validated"] and len(first["validated"]) >= 2
