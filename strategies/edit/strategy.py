@@ -143,7 +143,7 @@ class EDiTStrategy(DDPStrategy):
         self._seen_step = 0
         self._together = True
         self._asked = 0
-        self._agreed = 0
+        self._agreed = self._coming = 0
 
     # What others may ask
 
@@ -217,7 +217,7 @@ class EDiTStrategy(DDPStrategy):
                 self.synchronizer.close()
             self.synchronizer = self._rounds = None
             self._fit = trainer
-            self._together, self._asked, self._agreed = True, 0, 0
+            self._together, self._asked, self._agreed, self._coming = True, 0, 0, 0
         self._set_up_network(trainer)
         if fitting and self.asynchronous and trainer.max_steps != -1:
             self._max_steps = trainer.max_steps
@@ -311,11 +311,10 @@ class EDiTStrategy(DDPStrategy):
             wanted = original(fetcher)
             if self.in_warmup or self._fit.should_stop:
                 return wanted
-            if self._is_last_step:  # ranks accumulate different numbers of batches for it: all validate when it is done
-                return False
             batch = self._fit.fit_loop.total_batch_idx
             if answered[0] != batch:
-                answered = batch, self.agree("validate", wanted and self.is_global_zero)
+                # Ranks accumulate different numbers of batches for their last step: all validate when it is done.
+                answered = batch, not self._is_last_step and self.agree("validate", wanted and self.is_global_zero)
             return answered[1]
 
         return should_validate
@@ -323,6 +322,8 @@ class EDiTStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step, which a synchronisation precedes if it is due (Lightning hook)."""
         self._before_step()
+        # What came with a save or a validation, of which some may have asked before it, counts from the next batch on.
+        self._agreed, self._coming = self._agreed | self._coming, 0
         assert self._fit is not None
         if self._is_last_step and not self._fit.fit_loop._should_accumulate():
             self._fit.should_stop = True
@@ -426,7 +427,7 @@ class EDiTStrategy(DDPStrategy):
         self._synced_step = self._seen_step = self._fit.global_step
         self._asked, self._together = 0, True
         for asked in report.requests:
-            self._agreed |= asked
+            self._coming |= asked
         self._heal([not all(map(math.isfinite, norms)) for norms in report.norms])
         if any(weights is None for weights in report.weights):
             rank_zero_warn(
