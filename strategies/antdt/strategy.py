@@ -805,6 +805,10 @@ class AntDTStrategy(DDPStrategy):
         self._stop_unheard = False
         return bool(flags & (STOP | RESTART))
 
+    def agree_at_end(self, wanted: bool) -> bool:
+        """What this rank wants where training ends: all have taken the same steps, and want the same."""
+        return wanted
+
     def _wish(self, flag: int) -> None:
         assert self._agent is not None
         if not self._asked & flag:

@@ -144,6 +144,7 @@ class EDiTStrategy(DDPStrategy):
         self._together = True
         self._asked = 0
         self._agreed = self._coming = 0
+        self._is_last_step = self._stops = False
 
     # What others may ask
 
@@ -196,7 +197,18 @@ class EDiTStrategy(DDPStrategy):
         self._agreed &= ~_BITS[request]
         if granted:
             self._asked &= ~_BITS[request]
+        self._stops |= granted and request == "stop"
         return granted
+
+    def agree_at_end(self, wanted: bool) -> bool:
+        """Whether any rank wants something, where all of them have stopped; a collective call if ranks step at their own paces.
+
+        Args:
+            wanted: whether this rank wants it.
+        """
+        if not self.asynchronous or self.world_size == 1:
+            return wanted
+        return bool(self.reduce_boolean_decision(wanted, all=False))
 
     # Set-up
 
@@ -218,6 +230,7 @@ class EDiTStrategy(DDPStrategy):
             self.synchronizer = self._rounds = None
             self._fit = trainer
             self._together, self._asked, self._agreed, self._coming = True, 0, 0, 0
+            self._is_last_step = self._stops = False
         self._set_up_network(trainer)
         if fitting and self.asynchronous and trainer.max_steps != -1:
             self._max_steps = trainer.max_steps
@@ -309,8 +322,11 @@ class EDiTStrategy(DDPStrategy):
             if self.in_warmup and self._max_steps is not None and self._fit.global_step >= self._max_steps:
                 self._fit.should_stop = True
             wanted = original(fetcher)
-            if self.in_warmup or self._fit.should_stop:
+            if self.in_warmup:
                 return wanted
+            # Ranks end in different epochs, and some in the middle of a step: the answer is the same for all of them.
+            if self._stops or self._fit.should_stop:
+                return self._fit.enable_validation and not self._stops
             batch = self._fit.fit_loop.total_batch_idx
             if answered[0] != batch:
                 # Ranks accumulate different numbers of batches for their last step: all validate when it is done.
@@ -325,6 +341,9 @@ class EDiTStrategy(DDPStrategy):
         # What came with a save or a validation, of which some may have asked before it, counts from the next batch on.
         self._agreed, self._coming = self._agreed | self._coming, 0
         assert self._fit is not None
+        # For the whole batch, since some ask before a save, with which others' steps are counted, and some after it.
+        self._is_last_step = self._rounds is not None and self._rounds.is_spent(self._rounds.taken + self._rounds.num_replicas)
+        self._stops = False
         if self._is_last_step and not self._fit.fit_loop._should_accumulate():
             self._fit.should_stop = True
         output = super().training_step(*args, **kwargs)
@@ -332,11 +351,6 @@ class EDiTStrategy(DDPStrategy):
             self.synchronizer.finish()
             self._check_logged()
         return output
-
-    @property
-    def _is_last_step(self) -> bool:
-        """Whether one step more of each replica uses up A-EDiT's budget."""
-        return self._rounds is not None and self._rounds.is_spent(self._rounds.taken + self._rounds.num_replicas)
 
     def _check_logged(self) -> None:
         """Refuse what would be summed up over ranks at the end of an epoch, where they do not come together."""

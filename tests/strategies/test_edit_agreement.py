@@ -182,6 +182,50 @@ def test_wish_that_travels_with_a_save_is_granted_in_the_next_batch(pool: RankPo
     assert pool.run(asked_around_a_save, tmp_path, world_size=1) == [[False, False, True]]
 
 
+class Validations(Callback):
+    """Steps after which the run was validated; wishes and saves at others, in which one process is all of them."""
+
+    def __init__(self, wishes: dict[int, str], saves: tuple[int, ...] = (), path: Path = Path()) -> None:
+        self.wishes, self.saves, self.path = wishes, saves, path
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in self.wishes:
+            trainer.strategy.agree(self.wishes[trainer.global_step], True)  # type: ignore[attr-defined]
+        if trainer.global_step in self.saves:
+            trainer.save_checkpoint(self.path / "middle.ckpt")
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.steps.append(_[0].global_step)
+
+
+def validated(folder: Path, watch: Validations, **options: Any) -> tuple[list[int], int, bool]:
+    trainer = saving_trainer(
+        EDiTStrategy(sync_seconds=1e9, warmup_steps=1), 8, RunCheckpoint(every_n_steps=100, folder=folder), watch,
+        limit_val_batches=1, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    watch.path, stopped = folder, False
+    try:
+        trainer.fit(model_of(), loader(2, 400), loader(2))
+    except SIGTERMException:
+        stopped = True
+    return watch.steps, int(read_checkpoint(folder / "last.ckpt")["global_step"]), stopped
+
+
+@pytest.mark.parametrize(("wishes", "saves", "options", "steps", "stops"), [
+    # A save, with which the seventh step is counted, makes the next one the last: not this one, before or after the save.
+    ({6: "validate"}, (6, 7), {}, [7, 8], False),
+    # Some are in the middle of their last step when all are told to stop: nobody validates.
+    ({7: "stop"}, (7,), {}, [], True),
+    # Ranks end in different epochs.
+    ({}, (), {"check_val_every_n_epoch": 2}, [8], False),
+])  # fmt: skip
+def test_all_validate_alike_at_the_end(
+    pool: RankPool, tmp_path: Path, wishes: Any, saves: Any, options: Any, steps: list[int], stops: bool
+) -> None:
+    assert pool.run(validated, tmp_path, Validations(wishes, saves), world_size=1, **options) == [(steps, 8, stops)]
+
+
 def broken_alone(folder: Path) -> int:
     class Breaks(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -30,6 +30,10 @@ class SupportsAgreement(Protocol):
         """Say what this rank wants; true, on all ranks after the same batch, once any wanted it."""
         ...
 
+    def agree_at_end(self, wanted: bool) -> bool:
+        """Whether to save where training ends or stops; ranks that save together must give the same answer."""
+        ...
+
 
 class RunCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` of a run current, so that whatever stops it, the run continues exactly.
@@ -74,7 +78,7 @@ class RunCheckpoint(Checkpoint):
         """Remember where the run starts (Lightning hook)."""
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
-        self._boundary = None
+        self._boundary, self._boundary_step = copy.deepcopy(trainer.fit_loop.state_dict()), trainer.global_step
         self._told_to_stop = False
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             # Lightning's handler speaks to the other processes wherever it interrupts this one, in the middle of a gradient's
@@ -130,7 +134,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training (Lightning hook)."""
-        if _any_rank(trainer, trainer.global_step != self._saved_step):
+        if _agreed_at_end(trainer, trainer.global_step != self._saved_step):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -139,7 +143,7 @@ class RunCheckpoint(Checkpoint):
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
             return
-        if not _any_rank(trainer, self._seen_step > self._saved_step):
+        if not _agreed_at_end(trainer, self._seen_step > self._saved_step):
             return
         self._save(trainer)
         rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
@@ -182,15 +186,10 @@ def _state_after_batch(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def _any_rank(trainer: Trainer, due: bool) -> bool:
-    """Whether the last save is out of date, for all ranks alike, because saving is a collective call.
-
-    Of ranks that step at different batches some may have saved in the middle of a step, and some after it.
-    """
+def _agreed_at_end(trainer: Trainer, due: bool) -> bool:
+    """Whether the last save is out of date: of ranks that step at different batches it may be for some only."""
     strategy = trainer.strategy
-    if trainer.world_size > 1 and isinstance(strategy, SupportsAgreement) and strategy.asynchronous:
-        return bool(strategy.reduce_boolean_decision(due, all=False))
-    return due
+    return strategy.agree_at_end(due) if isinstance(strategy, SupportsAgreement) else due
 
 
 def _is_agreed_stop(exception: BaseException) -> bool:

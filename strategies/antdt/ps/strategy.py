@@ -217,6 +217,10 @@ class ParameterServerStrategy(DDPStrategy):
         assert self._agreement is not None
         return self._agreement.grant(request, wanted)
 
+    def agree_at_end(self, wanted: bool) -> bool:
+        """What this worker wants where it stops: nobody waits for it, and others may be in a save, or gone."""
+        return wanted
+
     # ---- a run begins -------------------------------------------------------------------------------------------------
 
     def setup_distributed(self) -> None:
