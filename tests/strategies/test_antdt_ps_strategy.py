@@ -8,7 +8,7 @@ import runpy
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,37 @@ def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
     # A worker may train a batch after the last save, before it hears that it is to stop: that is undone in weights and ledger.
     assert done <= first and max(first.values()) == 1
     assert done + second == EVERYTHING
+
+
+class Apart(Callback):
+    """One worker stops after a batch, in which the other, that has not heard of it, saves."""
+
+    def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) != (0, 2):
+            return
+        if trainer.global_rank == 1:
+            raise SIGTERMException
+        trainer.save_checkpoint(self.checkpoint.path(trainer).with_name("middle.ckpt"))
+
+
+def parting(folder: Path, options: dict[str, Any]) -> int:
+    checkpoint = RunCheckpoint(every_n_steps=100, minutes=None)
+    strategy = ParameterServerStrategy(shard_steps=1, **options)
+    of = trainer(folder, 2, strategy, enable_checkpointing=True, callbacks=[checkpoint, Apart(checkpoint)])
+    with pytest.raises(SIGTERMException) if of.global_rank == 1 else nullcontext():
+        of.fit(Regression(), loader(3))
+    return of.global_step
+
+
+def test_worker_that_stops_meets_one_that_saves(pool: RankPool, tmp_path: Path) -> None:
+    with services() as where:
+        steps, few = pool.run(parting, tmp_path, {**where, "mode": "asp"}, world_size=2)
+    middle, last = (torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("middle", "last"))
+    assert few == 3 and steps > 3 and middle["global_step"] == 3 and last["global_step"] == steps
+    assert middle["antdt_ps"]["ledger"]["todo"] and not last["antdt_ps"]["ledger"]["todo"]
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------
