@@ -232,9 +232,12 @@ class EDiTStrategy(DDPStrategy):
             self._together, self._asked, self._agreed, self._coming = True, 0, 0, 0
             self._is_last_step = self._stops = False
         self._set_up_network(trainer)
-        if fitting and self.asynchronous and trainer.max_steps != -1:
-            self._max_steps = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps = -1  # not each rank by its own count
+        if fitting and self.asynchronous:
+            loop = trainer.fit_loop.epoch_loop
+            self._max_steps, loop.max_steps = trainer.max_steps, -1  # not each rank by its own count
+            # Before it trains, Lightning loads validation data, all ranks together, if an epoch is to be validated: of ranks
+            # that go on in different ones all do.
+            loop._should_check_val_epoch = lambda: trainer.enable_validation  # type: ignore[method-assign]
 
     def _set_up_network(self, trainer: Trainer) -> None:
         super().setup(trainer)
@@ -296,6 +299,7 @@ class EDiTStrategy(DDPStrategy):
         # Lightning asks rank 0 for a SIGTERM before each batch, and all ranks would wait for it there.
         loop._broadcast_sigterm_tensor = self._agreed_sigterm(loop._broadcast_sigterm_tensor)  # type: ignore[method-assign]
         if self.asynchronous:
+            vars(loop).pop("_should_check_val_epoch", None)
             loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore
         if self._fit.global_step >= self.warmup_steps:
             self._end_warmup()
@@ -507,7 +511,7 @@ class EDiTStrategy(DDPStrategy):
         """Give the loop its own ways back (Lightning hook)."""
         if self._fit is not None:
             loop = self._fit.fit_loop.epoch_loop
-            for name in ("_broadcast_sigterm_tensor", "_should_check_val_fx"):
+            for name in ("_broadcast_sigterm_tensor", "_should_check_val_epoch", "_should_check_val_fx"):
                 vars(loop).pop(name, None)
             if self._max_steps is not None:
                 loop.max_steps, self._max_steps = self._max_steps, None

@@ -226,6 +226,22 @@ def test_all_validate_alike_at_the_end(
     assert pool.run(validated, tmp_path, Validations(wishes, saves), world_size=1, **options) == [(steps, 8, stops)]
 
 
+def in_different_epochs() -> int:
+    """Ranks begin, as after a checkpoint, in epochs of which one is to be validated and the other is not."""
+    trainer = trainer_of(
+        EDiTStrategy(sync_seconds=0.0, min_total_steps=2, warmup_steps=0), 6, limit_val_batches=1, check_val_every_n_epoch=2,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    epochs = trainer.fit_loop.epoch_progress.current
+    epochs.processed = epochs.completed = dist.get_rank()
+    trainer.fit(model_of(), loader(2, 400), loader(2))
+    return trainer.global_step
+
+
+def test_ranks_in_different_epochs_begin_together(pool: RankPool) -> None:
+    assert 12 <= sum(pool.run(in_different_epochs)) < 14
+
+
 def broken_alone(folder: Path) -> int:
     class Breaks(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
