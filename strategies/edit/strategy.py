@@ -342,9 +342,10 @@ class EDiTStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step, which a synchronisation precedes if it is due (Lightning hook)."""
         self._before_step()
-        # What came with a save or a validation, of which some may have asked before it, counts from the next batch on.
-        self._agreed, self._coming = self._agreed | self._coming, 0
         assert self._fit is not None
+        # What came with a save or a validation, of which some may have asked before it, counts from the next batch on; in the
+        # last step some have no next one.
+        self._agreed, self._coming = self._agreed | (0 if self._is_last_step else self._coming), 0
         # For the whole batch, since some ask before a save, with which others' steps are counted, and some after it.
         self._is_last_step = self._rounds is not None and self._rounds.is_spent(self._rounds.taken + self._rounds.num_replicas)
         self._stops = False
