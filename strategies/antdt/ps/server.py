@@ -8,6 +8,7 @@ model (``slice.safetensors``) and how often it was started (``starts``), until t
 import argparse
 import asyncio
 import json
+import math
 import os
 import secrets
 import signal
@@ -94,7 +95,8 @@ class ServerThread:
 
         def run() -> None:
             try:
-                asyncio.run(serve(self.server, port=port, ready=ready, tick_every=0.02))
+                # Who has started it stops it, however long workers take to come.
+                asyncio.run(serve(self.server, port=port, idle_timeout=math.inf, ready=ready, tick_every=0.02))
             except BaseException as failure:
                 failures.append(failure)
             finally:
