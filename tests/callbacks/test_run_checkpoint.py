@@ -1,4 +1,4 @@
-"""What a checkpoint says of a run that has not taken a step yet."""
+"""`RunCheckpoint`: what a checkpoint says that is saved before the run, or its continuation, has taken a step."""
 
 from pathlib import Path
 from typing import Any

@@ -39,6 +39,19 @@ from strategies.antdt.ps.worker import ParameterClient, unflatten
 from strategies.antdt.server import ServerThread as DataServer
 
 
+def one_worker(
+    folder: Path, optimizer: str, settings: dict[str, Any], **options: Any
+) -> tuple[ServerThread, ParameterClient, Layout, OptimizerSpec]:
+    """A server that keeps a file in this folder, and the only worker of a run, in its first epoch."""
+    values = parameters()
+    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS[optimizer](in_groups(values)))
+    server = ServerThread(0, slice_file=folder / "slice.safetensors", **options)
+    worker = client([server])
+    worker.configure(layout, spec, settings, list(values.values()))
+    worker.enter(0)
+    return server, worker, layout, spec
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_meeting_whose_answers_were_lost_with_the_clock_is_over_for_all(tmp_path: Path, first: int) -> None:
     """Killed when one worker had its answer and the other had not; the file is from before that, as it may be."""
@@ -138,12 +151,7 @@ def test_server_that_is_started_again_goes_on_from_its_file_and_counts_what_is_l
 
 
 def test_clock_that_is_started_again_knows_its_workers(tmp_path: Path) -> None:
-    values = parameters()
-    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))
-    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
-    worker = client([server])
-    worker.configure(layout, spec, {"mode": "ssp", "staleness": 2}, list(values.values()))
-    worker.enter(0)
+    server, worker, layout, spec = one_worker(tmp_path, "adam", {"mode": "ssp", "staleness": 2})
     train(worker, layout, spec.groups, [random(4, 3, seed=step) for step in range(3)], "ssp")
     server.server.save(wait=True)
     train(worker, layout, spec.groups, [random(4, 3, seed=step) for step in range(2)], "ssp")
@@ -257,12 +265,7 @@ def test_synchronous_step_whose_answers_were_lost_with_the_clock_counts(tmp_path
 
 def test_step_that_is_decided_and_not_applied_is_not_in_the_file(tmp_path: Path) -> None:
     """A server applies a synchronous step when it is told of it: until then a copy of its part does not say that it has."""
-    values = parameters()
-    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
-    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors")
-    worker = client([server])
-    worker.configure(layout, spec, {"mode": "bsp", "save_every": 1e9}, list(values.values()))
-    worker.enter(0)
+    server, worker, layout, spec = one_worker(tmp_path, "sgd", {"mode": "bsp", "save_every": 1e9})
     assert train(worker, layout, spec.groups, [random(4, 3, seed=step) for step in range(2)], "bsp") == [True, True]
     server.server.save(wait=True)  # the second step waits to be told
     server.stop()
@@ -275,8 +278,6 @@ def test_step_that_is_decided_and_not_applied_is_not_in_the_file(tmp_path: Path)
 
 
 def test_full_disk_is_told_and_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = parameters()
-    layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["adam"](in_groups(values)))
     events: list[dict[str, Any]] = []
     told = threading.Event()
 
@@ -290,10 +291,7 @@ def test_full_disk_is_told_and_does_not_end_training(tmp_path: Path, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    server = ServerThread(0, slice_file=tmp_path / "slice.safetensors", event=event)
-    worker = client([server])
-    worker.configure(layout, spec, {"mode": "asp", "save_every": 0.0}, list(values.values()))
-    worker.enter(0)
+    server, worker, layout, spec = one_worker(tmp_path, "adam", {"mode": "asp", "save_every": 0.0}, event=event)
     monkeypatch.setattr(Slices, "write_file", full)
     assert train(worker, layout, spec.groups, [random(4, 3, seed=0)], "asp") == [True]
     assert told.wait(20)

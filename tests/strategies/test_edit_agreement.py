@@ -183,9 +183,9 @@ def test_wish_that_travels_with_a_save_is_granted_in_the_next_batch(pool: RankPo
 
 
 class Validations(Callback):
-    """Steps after which the run was validated; wishes and saves after some batches, in which one process is all of them."""
+    """Asks and saves after batches of these numbers, in a run of one process; keeps the steps after which it was validated."""
 
-    def __init__(self, wishes: dict[int, str], saves: tuple[int, ...] = (), path: Path = Path()) -> None:
+    def __init__(self, wishes: dict[int, str], saves: tuple[int, ...], path: Path) -> None:
         self.wishes, self.saves, self.path = wishes, saves, path
         self.steps: list[int] = []
 
@@ -194,18 +194,18 @@ class Validations(Callback):
         if batch in self.wishes:
             trainer.strategy.agree(self.wishes[batch], True)  # type: ignore[attr-defined]
         if batch in self.saves:
-            trainer.save_checkpoint(self.path / "middle.ckpt")
+            trainer.save_checkpoint(self.path)
 
-    def on_validation_start(self, *_: Any) -> None:
-        self.steps.append(_[0].global_step)
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
 
 
-def validated(folder: Path, watch: Validations, **options: Any) -> tuple[list[int], int, bool]:
+def validated(folder: Path, wishes: dict[int, str], saves: tuple[int, ...], **options: Any) -> tuple[list[int], int, bool]:
+    watch, stopped = Validations(wishes, saves, folder / "middle.ckpt"), False
     trainer = saving_trainer(
         EDiTStrategy(sync_seconds=1e9, warmup_steps=1), 8, RunCheckpoint(every_n_steps=100, folder=folder), watch,
         limit_val_batches=1, num_sanity_val_steps=0, **options,
     )  # fmt: skip
-    watch.path, stopped = folder, False
     try:
         trainer.fit(model_of(), loader(2, 400), loader(2))
     except SIGTERMException:
@@ -226,7 +226,7 @@ def validated(folder: Path, watch: Validations, **options: Any) -> tuple[list[in
 def test_all_validate_alike_at_the_end(
     pool: RankPool, tmp_path: Path, wishes: Any, saves: Any, options: Any, steps: list[int], stops: bool
 ) -> None:
-    assert pool.run(validated, tmp_path, Validations(wishes, saves), world_size=1, **options) == [(steps, 8, stops)]
+    assert pool.run(validated, tmp_path, wishes, saves, world_size=1, **options) == [(steps, 8, stops)]
 
 
 def in_different_epochs() -> int:
