@@ -42,15 +42,16 @@ from benchmarks.character_ngram import CharacterNgram
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
-from datamodules.text_files import encode
+from datamodules.text.letters import encode
+from zoo.base.random import SampleRandom
+from zoo.base.samples import as_sampled, to_uint8
 from zoo.bfn import ODE2M
-from zoo.cli import ZooCLI, packaged_configs
+from zoo.cli.command import ZooCLI
+from zoo.cli.configs import packaged_configs
 from zoo.metrics import NUM_SAMPLES, feature_distances, real_data_floor
 from zoo.metrics.mean_and_error import MeanAndError
 from zoo.metrics.spelling import text_scores, vocabulary
 from zoo.module import ZooModule
-from zoo.random import SampleRandom
-from zoo.sampling import as_sampled, to_uint8
 
 SAMPLERS = ("ancestral", "sde1", "sde_euler", "sde2m", "ode1", "ode_euler", "ode2m", "ode2s", "ode3m")
 NFES = (5, 10, 20, 50, 100)

@@ -18,7 +18,7 @@ import zoo
 from benchmarks.bfn_solvers import FLOOR, HELD_OUT, ImageScores, TextScores, data_of, draw, mean_and_error
 from benchmarks.record import Record
 from benchmarks.tables import Table
-from zoo.random import SampleRandom
+from zoo.base.random import SampleRandom
 
 CONFIGS = {
     "bfn-digits": "bfn/digits",

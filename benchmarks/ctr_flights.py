@@ -22,7 +22,7 @@ from benchmarks.hashed_regression import HashedRegression
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from datamodules import Flights
-from zoo.cli import ZooCLI
+from zoo.cli.command import ZooCLI
 
 CONFIG = "ctr/flights"
 OURS = {"xDeepFM": [], "without CIN": ["--model.cin", "[]"], "without DNN": ["--model.dnn", "[]"]}

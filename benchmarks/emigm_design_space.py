@@ -54,14 +54,14 @@ from benchmarks.bfn_solvers import data_of, now, train
 from benchmarks.plots import Plot
 from benchmarks.record import ROOT, Record, commit
 from benchmarks.tables import Table
-from zoo.checkpoint import is_pretrained_folder
-from zoo.cli import find_config
+from zoo.base.checkpoint import is_pretrained_folder
+from zoo.base.random import SampleRandom
+from zoo.base.samples import as_sampled, to_uint8
+from zoo.cli.configs import find_config
 from zoo.emigm import EMIGM, Guidance, MaskSampler, sample_tokens
 from zoo.emigm.patches import unpatchify
 from zoo.metrics import NUM_SAMPLES, classifier_agreement, feature_distances, real_data_floor
 from zoo.module import ZooModule
-from zoo.random import SampleRandom
-from zoo.sampling import as_sampled, to_uint8
 
 RECIPE, MDM = "eMIGM", "MDM, fair"
 FLOOR = "real data (floor)"

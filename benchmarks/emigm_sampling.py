@@ -35,6 +35,7 @@ from benchmarks.emigm_design_space import FLOOR, Judge, judge_of, read_model
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
+from zoo.base.random import SampleRandom
 from zoo.emigm import (
     Architecture,
     DPMSolver,
@@ -48,7 +49,6 @@ from zoo.emigm import (
 )
 from zoo.emigm.sizes import architecture
 from zoo.metrics import NUM_SAMPLES
-from zoo.random import SampleRandom
 
 TOLERANCE = 1e-4
 PUBLISHED = {

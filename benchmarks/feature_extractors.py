@@ -17,10 +17,10 @@ import torch
 from benchmarks.record import Record, command
 from benchmarks.tables import Table
 from datamodules import MNIST, Digits, FashionMNIST, ImageDataModule
-from zoo.cli import ZooCLI
+from zoo.base.samples import to_uint8
+from zoo.cli.command import ZooCLI
 from zoo.metrics import NUM_SAMPLES, SHIPPED_EXTRACTORS, classifier_agreement, load_classifier, real_data_floor
 from zoo.metrics.extractors import WEIGHTS_FOLDER
-from zoo.sampling import to_uint8
 
 DATA: dict[str, type[ImageDataModule]] = {"fd_digits_mlp": Digits, "fd_mnist_cnn": MNIST, "fd_fashion_cnn": FashionMNIST}
 

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.record import ROOT, Record
 from benchmarks.tables import Table
+from zoo.base.samples import to_uint8
 from zoo.metrics import classifier_agreement
 from zoo.module import ZooModule
-from zoo.sampling import to_uint8
 
 
 def run_in_fresh_clone(target: str, folder: Path) -> tuple[float, int, str]:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.record import ROOT, Record
 from benchmarks.tables import Table
-from zoo.checkpoint import read_checkpoint
+from zoo.base.checkpoint import read_checkpoint
 
 PICTURE = ROOT / "docs" / "pictures" / "resume.png"
 

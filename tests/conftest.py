@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from zoo.process import tune_process
+from zoo.cli.process import tune_process
 
 tune_process()  # before torch is imported
 

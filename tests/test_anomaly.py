@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.anomaly import EWMADetector
+from zoo.base.anomaly import EWMADetector
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60)
 

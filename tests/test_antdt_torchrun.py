@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.checkpoint import read_checkpoint
+from zoo.base.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,9 +17,10 @@ from tiny import MLP, Tiny
 
 import zoo
 from zoo.__main__ import main
-from zoo.checkpoint import read_checkpoint
-from zoo.cli import ZooArgumentParser, find_config, packaged_configs
-from zoo.runs import archive_run, last_checkpoint
+from zoo.base.checkpoint import read_checkpoint
+from zoo.cli.configs import find_config, packaged_configs
+from zoo.cli.parser import ZooArgumentParser
+from zoo.cli.runs import archive_run, last_checkpoint
 
 CONFIG = {
     "model": {"class_path": "tiny.Tiny", "init_args": {"net": {"class_path": "tiny.MLP", "init_args": {"width": 6}}}},

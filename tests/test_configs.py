@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from datamodules.assets import list_assets
+from datamodules.assets.fetch import list_assets
 from zoo.__main__ import main
+from zoo.base.hyperparameters import build
 from zoo.callbacks import BatchSizeWarmup
-from zoo.cli import packaged_configs
-from zoo.hyperparameters import build
+from zoo.cli.configs import packaged_configs
 from zoo.ling import WSD, Ling, LingForCausalLM, preset, save_hf
 from zoo.module import ZooModule
 

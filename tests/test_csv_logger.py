@@ -2,7 +2,7 @@
 
 import csv
 
-from zoo.csv_logger import ResumableCSVLogger
+from zoo.cli.csv_logger import ResumableCSVLogger
 
 
 def write(folder, rows, resume_step=None) -> list[dict]:

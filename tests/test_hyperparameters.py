@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.cli import OptimizerCallable
 from tiny import MLP, Deep, Net, Tiny, Wider
 
-from zoo.hyperparameters import Configurable, build, check_config, class_path, find_class, plain
+from zoo.base.hyperparameters import Configurable, build, check_config, class_path, find_class, plain
 
 
 class Colour(enum.Enum):

@@ -15,8 +15,8 @@ from lightning import Trainer
 from tiny import MLP, Net, Renamed, Tiny, TinyData, Wider
 
 from zoo import ZooModule
-from zoo.checkpoint import check_weights, read_checkpoint
-from zoo.hyperparameters import build
+from zoo.base.checkpoint import check_weights, read_checkpoint
+from zoo.base.hyperparameters import build
 
 
 def train(module: ZooModule, folder, **kwargs) -> Trainer:

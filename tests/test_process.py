@@ -9,7 +9,7 @@ import pytest
 
 CHILD = """
 import ctypes, os, sys
-from zoo.process import tune_process
+from zoo.cli.process import tune_process
 if sys.argv[1] == "tuned":
     tune_process()
 libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Random numbers of `zoo.random`: published values, laws, and independence of everything but the sample."""
+"""Random numbers of `zoo.base.random`: published values, laws, and independence of everything but the sample."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.random import _FACTORS, _SHIFTS, SampleRandom, _halves, _mix_halves_, splitmix64
+from zoo.base.random import _FACTORS, _SHIFTS, SampleRandom, _halves, _mix_halves_, splitmix64
 
 GOLDEN = 0x9E3779B97F4A7C15
 

@@ -13,7 +13,7 @@ import yaml
 from test_cli import CONFIG
 
 from zoo.__main__ import main
-from zoo.checkpoint import read_checkpoint
+from zoo.base.checkpoint import read_checkpoint
 
 INTERRUPT = """
 import os

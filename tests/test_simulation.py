@@ -11,8 +11,8 @@ from PIL import Image
 
 from strategies.antdt.solutions import AntDTND
 from zoo.__main__ import main
-from zoo.cli import packaged_configs
-from zoo.simulation import Arm
+from zoo.cli.configs import packaged_configs
+from zoo.cli.simulate import Arm
 
 SMALL = """
 cluster: {workers: 20, local_batch: 10, steps: 100, cost: 0.1}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo.checkpoint import read_checkpoint
+from zoo.base.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -82,9 +82,9 @@ import time
 from pathlib import Path
 
 import tiny
-import zoo.cli
+import zoo.cli.command
 
-archive_run = zoo.cli.archive_run
+archive_run = zoo.cli.command.archive_run
 
 
 def slowly(folder):
@@ -92,7 +92,7 @@ def slowly(folder):
     return archive_run(folder)
 
 
-zoo.cli.archive_run = slowly
+zoo.cli.command.archive_run = slowly
 
 
 class Observed(tiny.Tiny):

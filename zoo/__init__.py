@@ -6,13 +6,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zoo import bfn, callbacks, emigm, ling, metrics
-    from zoo.hub import list_models, load
-    from zoo.hyperparameters import Configurable
-    from zoo.module import ZooModule
+    from zoo.base.hyperparameters import Configurable
+    from zoo.hub import list_models
+    from zoo.module import ZooModule, load
 
 __all__ = ["Configurable", "ZooModule", "__version__", "bfn", "callbacks", "emigm", "ling", "list_models", "load", "metrics"]
 
-_HOME = {"Configurable": "hyperparameters", "ZooModule": "module", "list_models": "hub", "load": "hub"}
+_HOME = {"Configurable": "base.hyperparameters", "ZooModule": "module", "list_models": "hub", "load": "module"}
 _PACKAGES = ("bfn", "callbacks", "emigm", "ling", "metrics")
 
 

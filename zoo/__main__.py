@@ -5,7 +5,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from zoo.process import tune_process
+from zoo.cli.process import tune_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # classes of the user's folder are found by name
     if argv[:1] == ["serve-data"]:  # a server of its own, without torch and Lightning
-        from zoo.serving import serve_data
+        from strategies.antdt import server
 
-        return serve_data(argv[1:])
+        return server.main(argv[1:])
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
@@ -50,27 +50,27 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> None:
     verb = argv[0] if argv else "--help"
     if verb == "list":
-        from zoo.cli import list_everything
+        from zoo.cli.listing import list_everything
 
         list_everything(argv[1:])
     elif verb == "assets":
-        from zoo.verbs import assets
+        from zoo.cli.assets import assets
 
         assets(argv[1:])
     elif verb == "convert":
-        from zoo.verbs import convert
+        from zoo.cli.convert import convert
 
         convert(argv[1:])
     elif verb == "plan":
-        from zoo.planning import plan
+        from zoo.cli.plan import plan
 
         plan(argv[1:])
     elif verb == "simulate":
-        from zoo.simulation import simulate
+        from zoo.cli.simulate import simulate
 
         simulate(argv[1:])
     else:
-        from zoo.cli import ZooCLI
+        from zoo.cli.command import ZooCLI
 
         ZooCLI(argv)
 

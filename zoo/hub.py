@@ -9,10 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoint import CONFIG_FILE, fetch_repository, is_pretrained_folder
-from zoo.module import ZooModule
+from zoo.base.checkpoint import CONFIG_FILE, fetch_repository, is_pretrained_folder
 
-__all__ = ["ShippedModel", "import_methods", "list_models", "load", "resolve"]
+__all__ = ["ShippedModel", "import_methods", "list_models", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -49,26 +48,13 @@ def import_methods() -> None:
     """Import every method of the zoo, so that its classes are found by their names."""
     for module in Path(str(files("zoo"))).glob("*/module.py"):
         importlib.import_module(f"zoo.{module.parent.name}")
+    for room in ("callbacks", "metrics"):
+        importlib.import_module(f"zoo.{room}")
 
 
 def list_models() -> list[ShippedModel]:
     """The models shipped with this package, by name."""
     return list(_manifest().values())
-
-
-def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
-    """Load a pretrained module.
-
-    Args:
-        name_or_folder: a name of `list_models` (``"bfn-digits"``), a folder written by ``save_pretrained``, or a repository
-            of the Hugging Face hub (``"organisation/name"``).
-        overrides: constructor arguments to replace.
-
-    Raises:
-        FileNotFoundError: nothing is found under that name; the nearest names are given.
-        ValueError: the files are damaged or do not fit.
-    """
-    return ZooModule.from_pretrained(name_or_folder, **overrides).eval()
 
 
 def resolve(name: str) -> Path:

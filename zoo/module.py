@@ -17,7 +17,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 import zoo
-from zoo.checkpoint import (
+from zoo.base.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     as_new_files_are,
@@ -26,10 +26,11 @@ from zoo.checkpoint import (
     read_checkpoint,
     read_pretrained,
 )
-from zoo.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
-from zoo.random import SampleRandom
+from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
+from zoo.base.random import SampleRandom
+from zoo.hub import import_methods, resolve
 
-__all__ = ["ZooModule", "infer_official"]
+__all__ = ["ZooModule", "infer_official", "load"]
 
 
 class ZooModule(Configurable, LightningModule):
@@ -337,8 +338,6 @@ class ZooModule(Configurable, LightningModule):
         """
         folder = Path(name_or_folder)
         if not is_pretrained_folder(folder):
-            from zoo.hub import resolve  # the hub knows every method, a method's base class must not
-
             folder = resolve(str(name_or_folder))
         config, weights = read_pretrained(folder)
         module = cls._build(config, overrides)
@@ -483,8 +482,6 @@ class ZooModule(Configurable, LightningModule):
     @classmethod
     def _official_model(cls, config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         """The module that a configuration describes, as ``{"class_path", "init_args"}``."""
-        from zoo.hub import import_methods  # the hub knows every method, a method's base class must not
-
         import_methods()
         parsed = config if isinstance(config, Mapping) else read_config(config)
         model = parsed.get("model")
@@ -535,6 +532,21 @@ class ZooModule(Configurable, LightningModule):
         return build(cls, {"class_path": class_path(target), "init_args": {**arguments, **overrides}})
 
 
+def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
+    """Load a pretrained module.
+
+    Args:
+        name_or_folder: a name of `zoo.list_models` (``"bfn-digits"``), a folder written by ``save_pretrained``, or a repository
+            of the Hugging Face hub (``"organisation/name"``).
+        overrides: constructor arguments to replace.
+
+    Raises:
+        FileNotFoundError: nothing is found under that name; the nearest names are given.
+        ValueError: the files are damaged or do not fit.
+    """
+    return ZooModule.from_pretrained(name_or_folder, **overrides).eval()
+
+
 def infer_official(path: str | Path, base: type[ZooModule] = ZooModule) -> dict[str, Any] | None:
     """The module that a file of official weights is of, told from it alone; see `ZooModule.infer_official_config`.
 
@@ -546,8 +558,6 @@ def infer_official(path: str | Path, base: type[ZooModule] = ZooModule) -> dict[
         FileNotFoundError: there is no such file.
         ValueError: the file is unsafe or damaged, or no module can be told from its weights.
     """
-    from zoo.hub import import_methods  # see above
-
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no file {path} of official weights.")
     import_methods()

@@ -11,16 +11,11 @@ from strategies.antdt.client import Client
 from strategies.antdt.launch import find_or_start, revive
 from strategies.antdt.server import TOKEN_VARIABLE, ServerThread
 from strategies.antdt.wire import ServiceError
+from zoo.base.torchrun import is_restarted, is_torchrun, local_world_size
 
-__all__ = ["Connection", "restarts_left"]
+__all__ = ["Connection"]
 
 _FIRST_PATIENCE = 20.0  # seconds for a server that was named; one that runs answers at once
-
-
-def restarts_left() -> int:
-    """How often torch elastic would start this group of processes again."""
-    most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return max(0, most - used)
 
 
 class Connection:
@@ -42,7 +37,7 @@ class Connection:
     def __init__(
         self, server: str, folder: Path, rank: int, world_size: int, num_nodes: int = 1, patience: float = 120.0
     ) -> None:
-        own_process = server == "auto" and "TORCHELASTIC_RUN_ID" in os.environ
+        own_process = server == "auto" and is_torchrun()
         if own_process and num_nodes > 1:
             raise ValueError(
                 "AntDT: server=auto starts the data-sharding server on this machine, where others do not find it: start it once"
@@ -88,7 +83,7 @@ class Connection:
             return
         if self.rank == 0:
             # Ranks of other machines must reach it.
-            alone = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) == self.world_size
+            alone = local_world_size(self.world_size) == self.world_size
             self._thread = ServerThread(host="127.0.0.1" if alone else "0.0.0.0", event=event)
             address = self._thread.address
             if not alone:
@@ -109,7 +104,7 @@ class Connection:
             RuntimeError: the group was started again after an error that no restart cures.
         """
         failure = self.client.status().get("failure")
-        if failure and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if failure and is_restarted():
             raise RuntimeError(f"AntDT: {failure}")
         try:
             self.joined = self.client.join(self.world_size, barrier=True, device=device, survived=survived)

@@ -15,7 +15,7 @@ from strategies.antdt.cluster_view import ClusterView, NodeView, step_seconds
 from strategies.antdt.monitor import Windows
 from strategies.antdt.restart_gate import server_restarts, worker_restarts
 from strategies.antdt.solvers import balance, balance_micro
-from zoo.hyperparameters import Configurable
+from zoo.base.hyperparameters import Configurable
 
 __all__ = ["LBBSP", "AntDTDD", "AntDTND", "BackupWorkersSolution", "Oracle", "Solution", "StaticBSP"]
 

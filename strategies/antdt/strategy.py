@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from strategies.antdt.actions import AdjustLR
 from strategies.antdt.agent import Agent
-from strategies.antdt.connection import Connection, restarts_left
+from strategies.antdt.connection import Connection
 from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
 from strategies.antdt.hot_restart import HotRestart, newest
 from strategies.antdt.inject import Injector
@@ -41,6 +41,7 @@ from strategies.antdt.step_log import StepLog
 from strategies.antdt.step_timer import StepTimer
 from strategies.antdt.train_order import Shuffle, train_order
 from strategies.antdt.weighting import GradientReduction, WeighsBatches, Weighting, loss_scale, reduce_gradients
+from zoo.base.torchrun import has_agent_store, is_restarted, restart_count, restarts_left
 
 __all__ = ["AntDTStrategy", "WeighsBatches"]
 
@@ -206,7 +207,7 @@ class AntDTStrategy(DDPStrategy):
         super()._configure_launcher()
         if self.restart == "group":
             return
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not sys.platform.startswith("linux"):
+        if not has_agent_store() or not sys.platform.startswith("linux"):
             raise ValueError("AntDTStrategy: restart=hot needs Linux, and torchrun to start the processes.")
         if self.world_size < 2:
             raise ValueError("AntDTStrategy: restart=hot needs one that survives: start at least two processes.")
@@ -233,7 +234,7 @@ class AntDTStrategy(DDPStrategy):
             self._check_trainer(trainer)
             self._last_snapshot = None
             self._folder = Path(trainer.default_root_dir) / KEY
-            if self._hot is None and (dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+            if self._hot is None and (dist.is_initialized() or not has_agent_store()):
                 self._make_groups(fitting)
                 self._connect_together()
                 return
@@ -278,7 +279,7 @@ class AntDTStrategy(DDPStrategy):
         generation = None
         if self._connection.kind != "thread":
             generation = self._connection.try_join(self._device_name(), survived)
-        attempt = f"gen{generation}" if generation is not None else f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        attempt = f"gen{generation}" if generation is not None else f"start{restart_count()}"
         address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
         store = dist.TCPStore(address, port, is_master=False)
         device: dict[str, Any] = {"device_id": self.root_device} if self.root_device.type != "cpu" else {}
@@ -481,7 +482,7 @@ class AntDTStrategy(DDPStrategy):
         agent.peers = PeerWatch(addresses, self.global_rank, self.heartbeat_timeout)
         agent.start()
         if self.injector is not None:
-            anew = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            anew = is_restarted()
             self.injector.begin(self.global_rank, restarted=anew or (self._hot is not None and self._hot.keeper.number > 0))
         if self.world_size > 1 and threading.current_thread() is threading.main_thread():
             self._former_handler = signal.getsignal(signal.SIGTERM)
@@ -836,7 +837,7 @@ class AntDTStrategy(DDPStrategy):
             state |= {
                 "batch": list(allocation.batch),
                 "version": allocation.version,
-                "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + (self._hot.restarts if self._hot else 0),
+                "restarts": restart_count() + (self._hot.restarts if self._hot else 0),
                 "agent_seconds": self._agent.seconds + self._loader.planning,
             }
             if self._connection is not None and self._connection.joined is not None:

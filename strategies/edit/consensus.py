@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.random import SampleRandom
+from zoo.base.random import SampleRandom
 
 __all__ = ["Consensus", "ballot", "elect", "kept_at_random", "magnitude_limit"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from strategies.edit.consensus import Consensus
-from zoo.anomaly import EWMADetector
+from zoo.base.anomaly import EWMADetector
 
 __all__ = ["Detectors", "Outer", "Penalty", "clip_factor", "replica_weights"]
 

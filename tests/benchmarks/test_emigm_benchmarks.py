@@ -29,9 +29,9 @@ from benchmarks.emigm_design_space import (
     settings_of,
 )
 from benchmarks.record import Record
-from zoo.cli import ZooCLI
+from zoo.base.random import SampleRandom
+from zoo.cli.command import ZooCLI
 from zoo.emigm import EMIGM, Architecture, Guidance, Masking, MaskSampler, PixelCodec, sample_tokens
-from zoo.random import SampleRandom
 
 TINY = Architecture(width=16, encoder_depth=1, decoder_depth=2, num_heads=2, head_depth=1, head_width=16)
 

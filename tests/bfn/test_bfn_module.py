@@ -9,10 +9,10 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from zoo.base.random import SampleRandom
+from zoo.base.samples import SupportsSampling
 from zoo.bfn import BFN, SDE1, BFNSampler, ContinuousFlow, DeltaHead, ImageCodec, Network, ResidualMLP
 from zoo.bfn.bins import bin_centre
-from zoo.random import SampleRandom
-from zoo.sampling import SupportsSampling
 
 
 def make(seed=0, width=16, **options):

@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import Digits
+from zoo.base.random import SampleRandom
 from zoo.bfn import (
     BFN,
     ODE2M,
@@ -18,6 +19,7 @@ from zoo.bfn import (
     CategoricalHead,
     ContinuousFlow,
     DataStatistics,
+    DataStatisticsWriter,
     DeltaHead,
     DiscreteFlow,
     ImageCodec,
@@ -29,9 +31,7 @@ from zoo.bfn.bins import truncated_normal
 from zoo.bfn.heads.categorical import Categorical
 from zoo.bfn.heads.discretized_normal import DiscretizedNormal
 from zoo.bfn.losses import discrete_time_loss
-from zoo.callbacks import DataStatisticsWriter
 from zoo.metrics.mean_and_error import Mean, MeanAndError
-from zoo.random import SampleRandom
 
 
 def trainer(folder: Path, **options) -> Trainer:

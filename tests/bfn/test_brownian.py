@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.base.random import SampleRandom
 from zoo.bfn import ODE2M, SDE1, SDE2M, BFNSampler, BrownianNoise, ContinuousFlow, DeltaHead, Denoiser, DiscreteFlow, SDEEuler
 from zoo.bfn.solvers import Solver
-from zoo.random import SampleRandom
 
 FLOWS = [ContinuousFlow(1e-3), ContinuousFlow(1e-6), DiscreteFlow(5, 1.5)]
 STOCHASTIC = [SDE1, SDE2M, SDEEuler, BFNSampler]

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from zoo.base.random import SampleRandom
+from zoo.base.samples import Samples, TextSamples, as_sampled
 from zoo.bfn import (
     BFN,
     SDE1,
@@ -22,8 +24,6 @@ from zoo.bfn import (
     ResidualMLP,
     TextCodec,
 )
-from zoo.random import SampleRandom
-from zoo.sampling import Samples, TextSamples, as_sampled
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
+from zoo.base.random import SampleRandom
 from zoo.bfn import (
     ODE1,
     ODE2M,
@@ -28,7 +29,6 @@ from zoo.bfn import (
     SDEEuler,
 )
 from zoo.bfn.solvers import random_noise
-from zoo.random import SampleRandom
 
 K, LENGTH = 5, 6
 FLOW = DiscreteFlow(K, 0.75)

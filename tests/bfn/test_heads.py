@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from zoo.base.hyperparameters import build
+from zoo.base.random import SampleRandom
 from zoo.bfn import bins
 from zoo.bfn.bins import bin_centre, bin_index, bin_log_probs, bin_mean, normal_log_mass
 from zoo.bfn.continuous_flow import ContinuousFlow
@@ -19,8 +21,6 @@ from zoo.bfn.heads import (
     DiscretizedNormalHead,
     Head,
 )
-from zoo.hyperparameters import build
-from zoo.random import SampleRandom
 
 LEVELS = [2, 16, 256]
 STDS = [1e-3, 0.05, 0.5, 10.0]

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.bins import bin_centre, bin_index
 from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.heads import BernoulliHead, Categorical, CategoricalHead, Delta, DeltaHead, DiscretizedNormal, DiscretizedNormalHead
 from zoo.bfn.losses import bits, continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
-from zoo.random import SampleRandom
 
 FLOW = ContinuousFlow(1e-3)
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import zoo.bfn
+from zoo.base.hyperparameters import build
 from zoo.bfn import Flow, Network, Solver, read_official_config
-from zoo.hyperparameters import build
 
 VDM = "{embedding_dim: 128, n_blocks: 32, n_attention_heads: 1, dropout_prob: 0.1, norm_groups: 32, input_channels: 3,\
  use_fourier_features: True, attention_everywhere: False, image_size: 32}"

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.denoiser import Denoiser, InPainting
 from zoo.bfn.heads import DeltaHead
@@ -28,7 +29,6 @@ from zoo.bfn.solvers import (
     solver_names,
 )
 from zoo.bfn.statistics import DataStatistics
-from zoo.random import SampleRandom
 
 S2 = 1e-3
 FLOW = ContinuousFlow(S2)

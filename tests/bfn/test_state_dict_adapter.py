@@ -16,6 +16,7 @@ from tiny import MLP, Tiny
 from torch import Tensor
 
 from zoo.__main__ import main
+from zoo.base.hyperparameters import build
 from zoo.bfn import (
     BFN,
     BFNTransformer,
@@ -29,7 +30,6 @@ from zoo.bfn import (
     to_official,
 )
 from zoo.bfn.state_dict_adapter import published_files
-from zoo.hyperparameters import build
 from zoo.module import ZooModule
 
 UNET = {"image_shape": [1, 8, 8], "width": 32, "multipliers": [1, 2], "num_res_blocks": 1, "num_heads": 2}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from datamodules import ZooDataModule
 from zoo import ZooModule
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import BatchSizeWarmup, RunCheckpoint
-from zoo.checkpoint import read_checkpoint
 
 TOKENS = 5
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from datamodules import Digits
+from zoo.base.samples import Samples, labels_of_samples, to_uint8
 from zoo.callbacks import ClassAgreementWriter, ImageGridWriter, SampleQuality
 from zoo.metrics import classifier_agreement, feature_distances, folder_distances, statistics_distances, write_statistics
-from zoo.sampling import Samples, labels_of_samples, to_uint8
 
 CLASSIFIER = "fd_digits_mlp"
 

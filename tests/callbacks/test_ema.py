@@ -6,8 +6,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from tiny import MLP, Tiny, TinyData
 
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA
-from zoo.checkpoint import read_checkpoint
 
 
 class Record(Callback):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from datamodules import CachedLatents, ZooDataModule
-from zoo.callbacks import LatentCacheWriter
+from zoo.emigm import LatentCacheWriter
 from zoo.emigm.codecs import LatentCodec, PixelCodec
 from zoo.emigm.latent_encoder import LatentEncoder
 

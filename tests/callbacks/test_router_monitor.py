@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from zoo.callbacks import RouterMonitor
+from zoo.ling import RouterMonitor
 
 LAYERS, EXPERTS, K = 2, 4, 2
 

@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from zoo.base.samples import Samples, to_uint8
 from zoo.bfn import BFN, CategoricalHead, DiscreteFlow, ResidualMLP, TextCodec, TextConvNet
 from zoo.callbacks import EMA, SampleGridLogger, SampleQuality
 from zoo.callbacks.picture import picture_grid
 from zoo.metrics import feature_distances, real_data_floor
-from zoo.sampling import Samples, to_uint8
 
 
 def stripes(index_B: Tensor) -> Tensor:

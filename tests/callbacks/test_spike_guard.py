@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo import ZooModule
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA, RunCheckpoint, SpikeGuard
-from zoo.checkpoint import read_checkpoint
 
 VOCAB, LENGTH, SAMPLES = 11, 6, 400
 QUICK = {"alpha": 0.1, "warmup": 8, "threshold": 6.0}

@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from zoo.base.samples import Samples, TextSamples
 from zoo.callbacks import JSONLWriter, SampleQuality, TextQuality, TextWriter
 from zoo.metrics import TextScores, text_scores, vocabulary
-from zoo.sampling import Samples, TextSamples
 
 RIGHT = ["the", "house", "of", "the", "king", "is", "old", "and", "full", "of", "light", "and", "there", "we", "sit"]
 WRONG = ["thx", "huose", "ov", "qing", "lihgt", "xq"]
@@ -187,7 +187,7 @@ def test_mistakes_are_found_with_their_cause(tmp_path: Path, monkeypatch: pytest
             return torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
 
     images = SampleQuality(["late"], [1], num_samples=10, kid_subset_size=5)
-    with pytest.raises(TypeError, match="Images are wanted, and the module's `sample` gave TextSamples"):
+    with pytest.raises(TypeError, match="Images are needed, but the module's `sample` gave TextSamples"):
         trainer_of(tmp_path, images).test(Writer(), Both(), verbose=False)
     for options, message in (
         ({"samplers": []}, "TextQuality wants at least one sampler"),

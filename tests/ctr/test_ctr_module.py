@@ -13,7 +13,7 @@ from torch.distributed import get_world_size, is_initialized
 from torchmetrics.functional.classification import binary_auroc
 
 from datamodules import ZooDataModule
-from datamodules.click_table import ClickRows
+from datamodules.clicks.click_table import ClickRows
 from zoo.ctr import XDeepFM
 
 DIMS = [6, 4, 9]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zoo.base.random import SampleRandom
 from zoo.ctr import CompressedInteraction, DeepLayers, FieldEmbedding, XDeepFMNetwork
-from zoo.random import SampleRandom
 
 
 def vectors(batch: int, fields: int, size: int, seed: int = 0) -> torch.Tensor:

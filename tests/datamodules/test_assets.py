@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import assets
-from datamodules.assets import MANIFEST, Asset, AssetError, fetch, list_assets
+from datamodules.assets import fetch as assets
+from datamodules.assets.fetch import MANIFEST, Asset, AssetError, fetch, list_assets
 
 MEMBERS = {"toy/data/a.txt": b"first", "toy/data/deep/b.txt": b"second", "toy/code.py": b"raise SystemExit(1)"}
 

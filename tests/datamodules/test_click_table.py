@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datamodules import ClickData
-from datamodules.click_table import SPLITS, ClickColumns, ClickRows, TableWriter, open_table
-from datamodules.feature_ids import Categories, Ranges
+from datamodules.clicks.click_table import SPLITS, ClickColumns, ClickRows, TableWriter, open_table
+from datamodules.clicks.feature_ids import Categories, Ranges
 
 COLUMNS = ClickColumns(("colour", "shape"), (50, 3), ("weight",))
 SIZES = {"train": 40, "val": 5, "test": 7}

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import Criteo
-from datamodules.criteo import integer_ids
-from datamodules.criteo_rows import MISSING, parse_block, read_blocks
+from datamodules.clicks.criteo import integer_ids
+from datamodules.clicks.criteo_rows import MISSING, parse_block, read_blocks
 
 Row = tuple[int, list[int | None], list[int | None]]
 

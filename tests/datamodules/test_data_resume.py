@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import distributed, nn
 from torch.utils.data import Dataset
 
-from datamodules.datamodule import ZooDataModule
+from datamodules.base.datamodule import ZooDataModule
 from zoo.callbacks import RunCheckpoint
 
 

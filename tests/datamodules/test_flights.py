@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules import Flights
-from datamodules.flights import FlightEncoder, _features, _join_weather, _read_asset
+from datamodules.clicks.flights import FlightEncoder, _features, _join_weather, _read_asset
 
 HEAD = ["year", "month", "day", "sched_dep_time", "sched_arr_time", "carrier", "flight", "tailnum", "origin", "dest", "distance",
         "time_hour"]  # fmt: skip

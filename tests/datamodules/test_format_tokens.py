@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from datamodules import Preferences
-from datamodules.format_tokens import FormatTokens
-from datamodules.preferences import Pair
-from datamodules.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from datamodules.conversations.format_tokens import FormatTokens
+from datamodules.conversations.preferences import Pair
+from datamodules.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
 TAGS = ["</?b>"]

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import distributed, nn
 
 from datamodules import ImageFolder, ImageNet
-from datamodules.center_crop import center_crop
-from datamodules.picture_files import read_rgb
-from zoo.hyperparameters import build
+from datamodules.images.center_crop import center_crop
+from datamodules.images.labelled_files import read_rgb
+from zoo.base.hyperparameters import build
 
 
 def random_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules import CIFAR10, MNIST, Digits, FashionMNIST, ImageDataModule, ZooDataModule
-from datamodules.images import stratified_split
-from zoo.hyperparameters import build, class_path
+from datamodules.images.in_memory import stratified_split
+from zoo.base.hyperparameters import build, class_path
 
 
 def row_set(images: torch.Tensor) -> set[bytes]:

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from datamodules import SFT, Preferences, Text
-from datamodules.chat import Conversation, ConversationRows, pack
-from datamodules.chat_template import LING_SYSTEM, LingTemplate, chat_template
-from datamodules.json_lines import MalformedRow
-from datamodules.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from datamodules.base.json_lines import MalformedRow
+from datamodules.conversations.sft import Conversation, ConversationRows, pack
+from datamodules.text.chat_template import LING_SYSTEM, LingTemplate, chat_template
+from datamodules.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from zoo.ling import Ling, LingConfig
 
 BYTES = ByteTokenizer()

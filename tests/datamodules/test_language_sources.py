@@ -19,13 +19,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.assets import cache_folder
-from datamodules.corpus import read_corpora
-from datamodules.deduplication import Deduplicator, minhash
-from datamodules.documents import Bible, PythonFiles, text_source
-from datamodules.held_out import held_out
-from datamodules.token_files import open_token_file, write_token_file
-from datamodules.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from datamodules.assets.fetch import cache_folder
+from datamodules.base.held_out import held_out
+from datamodules.text.corpus import read_corpora
+from datamodules.text.deduplication import Deduplicator, minhash
+from datamodules.text.documents import Bible, PythonFiles, text_source
+from datamodules.text.token_files import open_token_file, write_token_file
+from datamodules.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
 

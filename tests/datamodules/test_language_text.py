@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import Text
-from datamodules.datamodule import ZooDataModule
-from datamodules.mixture import Mixture, apportion
-from datamodules.prompts import DEFAULT_PROMPTS
-from datamodules.token_files import write_token_file
-from datamodules.token_windows import TokenWindows
-from datamodules.tokenizer import ByteTokenizer
-from zoo.hyperparameters import build
+from datamodules.base.datamodule import ZooDataModule
+from datamodules.base.mixture import Mixture, apportion
+from datamodules.text.prompts import DEFAULT_PROMPTS
+from datamodules.text.token_files import write_token_file
+from datamodules.text.token_windows import TokenWindows
+from datamodules.text.tokenizer import ByteTokenizer
+from zoo.base.hyperparameters import build
 
 BYTES = ByteTokenizer()
 

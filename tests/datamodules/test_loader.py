@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.datamodule import ZooDataModule
-from datamodules.images import LabelledImages
-from datamodules.loader import EpochOrder, ResumableLoader
+from datamodules.base.datamodule import ZooDataModule
+from datamodules.base.loader import EpochOrder, ResumableLoader
+from datamodules.images.in_memory import LabelledImages
 
 
 class Places(Dataset):

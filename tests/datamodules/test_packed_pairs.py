@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datamodules import Preferences
-from datamodules.preferences import PackedPairs, Pairs
+from datamodules.conversations.preferences import PackedPairs, Pairs
 
 SIDES = ("chosen", "rejected")
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from datamodules import CIFAR10, Digits, ImageFolder
+from zoo.base.hyperparameters import build
 from zoo.bfn import BFN
-from zoo.hyperparameters import build
 
 
 def batches(data) -> list[dict]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
-from datamodules.datamodule import ZooDataModule
-from datamodules.loader import ResumableLoader, epoch_generator
-from datamodules.retry_queue import RetryQueue
+from datamodules.base.datamodule import ZooDataModule
+from datamodules.base.loader import ResumableLoader, epoch_generator
+from datamodules.base.retry_queue import RetryQueue
 
 
 class Rows(Dataset):

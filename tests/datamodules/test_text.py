@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import CharacterText, Shakespeare, Text8
-from datamodules.text import TextSplits, Windows, _hold_out
-from datamodules.text_files import ALPHABET, decode, encode
+from datamodules.text.characters import TextSplits, Windows, _hold_out
+from datamodules.text.letters import ALPHABET, decode, encode
 
 PROSE = st.text(ALPHABET, min_size=1)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from zoo.base.hyperparameters import build
 from zoo.emigm.codecs import DCAE, KLVAE, LatentCodec, PixelCodec
 from zoo.emigm.latent_encoder import LatentEncoder
-from zoo.hyperparameters import build
 
 
 def grey(levels: int, shape: tuple[int, ...]) -> Tensor:

@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import Digits
+from zoo.base.checkpoint import read_checkpoint
+from zoo.base.hyperparameters import build
+from zoo.base.random import SampleRandom
+from zoo.base.samples import ChecksSampling, SupportsSampling
 from zoo.callbacks import EMA
-from zoo.checkpoint import read_checkpoint
 from zoo.emigm import EMIGM, Architecture, Guidance, Masking, MaskSampler, PixelCodec, WarmUp
 from zoo.emigm.mask_schedule import elbo_weight, gamma
 from zoo.emigm.patches import patchify
-from zoo.hyperparameters import build
-from zoo.random import SampleRandom
-from zoo.sampling import ChecksSampling, SupportsSampling
 
 TABLE_1 = {
     "MaskGIT": {"masking": Masking(law="fixed_count", schedule="cosine", t_min=0.0), "cfg_with_mask": False},

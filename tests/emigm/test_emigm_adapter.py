@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 from zoo.__main__ import main
+from zoo.base.hyperparameters import build
 from zoo.emigm import (
     EMIGM,
     KLVAE,
@@ -26,7 +27,6 @@ from zoo.emigm import (
     to_official,
 )
 from zoo.emigm.sizes import SizeName, architecture
-from zoo.hyperparameters import build
 from zoo.module import ZooModule
 
 PUBLISHED = [*((size, 256, 16) for size in get_args(SizeName)), *((size, 512, 32) for size in get_args(SizeName)[:4])]

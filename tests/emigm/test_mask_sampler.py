@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from zoo.base.random import SampleRandom
 from zoo.emigm.guidance import Guidance
 from zoo.emigm.mask_schedule import expected_reveals, gamma, step_times
 from zoo.emigm.network import MaskedTransformer
 from zoo.emigm.sampler import MaskSampler, equal_groups, reveal_counts, sample_tokens
-from zoo.random import SampleRandom
 
 N, C, D, S, B = 12, 2, 8, 2, 3
 PLAIN = Guidance(scale=1.0)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from zoo.base.random import SampleRandom
 from zoo.emigm.mask_schedule import gamma
 from zoo.emigm.masking import Masking
-from zoo.random import SampleRandom
 
 
 def batch_random(number, size=8, seed=0):

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.base.random import SampleRandom
 from zoo.ling import Engine, LingConfig, LingForCausalLM
 from zoo.ling.decode_step import CPUStep
-from zoo.random import SampleRandom
 
 CONFIG = LingConfig(
     vocab_size=37, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=4,

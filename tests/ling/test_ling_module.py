@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
+from zoo.base.random import SampleRandom
 from zoo.callbacks import EMA
 from zoo.ling import (
     Generation,
@@ -31,7 +32,6 @@ from zoo.ling import (
     save_hf,
     z_loss,
 )
-from zoo.random import SampleRandom
 
 SMALL = LingConfig(
     vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from datamodules import Text
 from strategies import EDiTShardedStrategy, ExpertParallelStrategy, PaROStrategy
 from zoo.callbacks import JSONLWriter
-from zoo.collective_forward import forwards_are_collective
 from zoo.ling import Ling, LingConfig
 from zoo.ling.config import Generation
+from zoo.strategy_contract import forwards_are_collective
 
 CONFIG = LingConfig(
     vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,

@@ -11,7 +11,7 @@ from torch_fidelity import FeatureExtractorInceptionV3
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 
 from datamodules import MNIST, Digits, FashionMNIST, ImageDataModule
-from datamodules.assets import list_assets
+from datamodules.assets.fetch import list_assets
 from zoo.metrics import (
     SHIPPED_EXTRACTORS,
     FeatureClassifier,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
+from zoo.base.samples import to_uint8
 from zoo.metrics import FeatureDistance, feature_distances, real_data_floor
 from zoo.metrics import feature_distance as module
-from zoo.sampling import to_uint8
 
 
 class Pixels(FeatureExtractorBase):

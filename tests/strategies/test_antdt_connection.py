@@ -13,7 +13,8 @@ from distributed import RankError, RankPool
 from strategies import AntDTStrategy
 from strategies.antdt import connection
 from strategies.antdt.client import ServerUnreachable
-from strategies.antdt.connection import Connection, restarts_left
+from strategies.antdt.connection import Connection
+from zoo.base.torchrun import restarts_left
 
 
 def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

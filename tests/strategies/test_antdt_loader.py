@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from datamodules.loader import EpochOrder, WholeBatches
+from datamodules.base.loader import EpochOrder, WholeBatches
 from strategies.antdt.exchange import Exchange
 from strategies.antdt.ledger import DatasetSpec, DataShardingService
 from strategies.antdt.loader import Order, SamplerOrder, StepLoader

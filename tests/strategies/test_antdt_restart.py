@@ -10,7 +10,7 @@ import torch
 from antdt_job import Plans, Restart, Run, diary, job, wait_for_end
 from distributed import RankError, RankPool
 
-from zoo.checkpoint import read_checkpoint
+from zoo.base.checkpoint import read_checkpoint
 
 ROWS = 45  # six steps of 8 an epoch, the last of 5
 EXACT: dict[str, Any] = {"shard_steps": 1, "global_batch_size": 8, "shuffle": "global"}

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from strategies import EDiTShardedStrategy, EDiTStrategy
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import RunCheckpoint
-from zoo.checkpoint import read_checkpoint
 from zoo.ling import Ling, LingConfig
 
 WHOLE = partial(EDiTStrategy, 4, warmup_steps=1, **FULL)

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from strategies import EDiTShardedStrategy, EDiTStrategy
 from strategies.traffic import Traffic
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import BatchSizeWarmup, SpikeGuard
-from zoo.checkpoint import read_checkpoint
 
 # What it computes
 

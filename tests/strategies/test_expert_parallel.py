@@ -17,10 +17,10 @@ from torch.distributed import get_rank, get_world_size
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
-from datamodules.datamodule import ZooDataModule
+from datamodules.base.datamodule import ZooDataModule
 from strategies import ExpertParallelStrategy
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA, RunCheckpoint
-from zoo.checkpoint import read_checkpoint
 from zoo.ling import Ling, LingConfig, LingDPO
 from zoo.ling.multiple_choice import loglikelihoods
 from zoo.module import ZooModule

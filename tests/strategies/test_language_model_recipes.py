@@ -15,8 +15,8 @@ from torch.distributed import get_rank, get_world_size
 
 from datamodules import ZooDataModule
 from strategies import EDiTShardedStrategy, ExpertParallelStrategy
-from zoo.callbacks import BatchSizeWarmup, RouterMonitor, SpikeGuard
-from zoo.ling import Ling, LingConfig
+from zoo.callbacks import BatchSizeWarmup, SpikeGuard
+from zoo.ling import Ling, LingConfig, RouterMonitor
 
 CONFIG = LingConfig(
     vocab_size=24, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, num_experts=4,

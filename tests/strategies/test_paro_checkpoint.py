@@ -21,8 +21,8 @@ from strategies.paro.collectives import Collectives
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
 from strategies.paro.partition import Partition
+from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA, RunCheckpoint
-from zoo.checkpoint import read_checkpoint
 from zoo.module import ZooModule
 
 STEPS = 6

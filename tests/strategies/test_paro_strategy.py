@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from datamodules import Digits, Flights
-from datamodules.datamodule import ZooDataModule
+from datamodules.base.datamodule import ZooDataModule
 from strategies import PaROStrategy
 from zoo.bfn.module import BFN
 from zoo.bfn.networks import ResidualMLP

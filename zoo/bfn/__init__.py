@@ -2,6 +2,7 @@
 
 from zoo.bfn.codecs import Codec, ImageCodec, TextCodec
 from zoo.bfn.continuous_flow import ContinuousFlow
+from zoo.bfn.data_statistics_writer import DataStatisticsWriter
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow
@@ -43,6 +44,7 @@ __all__ = [
     "Codec",
     "ContinuousFlow",
     "DataStatistics",
+    "DataStatisticsWriter",
     "DeltaHead",
     "Denoiser",
     "DiscreteFlow",

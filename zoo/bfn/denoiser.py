@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.flow import Flow
 from zoo.bfn.heads import Head, Statistic
-from zoo.random import SampleRandom
 
 __all__ = ["Denoiser", "Guide", "InPainting"]
 

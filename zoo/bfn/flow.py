@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zoo.hyperparameters import Configurable
+from zoo.base.hyperparameters import Configurable
 
 __all__ = ["Flow", "Time", "expand_time", "quadratic_weights"]
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.continuous_flow import ContinuousFlow
 from zoo.bfn.flow import Flow, expand_time
 from zoo.bfn.heads import Head, OutputDistribution
-from zoo.random import SampleRandom
 
 __all__ = ["bits", "continuous_time_loss", "discrete_time_loss", "predict_from_data", "reconstruction_loss"]
 

@@ -8,8 +8,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from zoo.base.random import SampleRandom
+from zoo.base.samples import Samples, TextSamples, to_uint8
 from zoo.bfn.codecs import Codec, ImageCodec
 from zoo.bfn.continuous_flow import ContinuousFlow, Flow
+from zoo.bfn.data_statistics_writer import DataStatisticsWriter
 from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
@@ -17,12 +20,9 @@ from zoo.bfn.networks import Network
 from zoo.bfn.solvers import ODE2M, Noise, Observer, Solver, solver_names
 from zoo.bfn.state_dict_adapter import from_official_config, load_official, official_leftovers, to_official
 from zoo.bfn.statistics import DataStatistics
-from zoo.callbacks import DataStatisticsWriter
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.nn import evaluation_mode
-from zoo.random import SampleRandom
-from zoo.sampling import Samples, TextSamples, to_uint8
 
 __all__ = ["BFN"]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from zoo.base.hyperparameters import class_path
 from zoo.bfn.config_section import ConfigSection
 from zoo.bfn.solvers import Solver, find_solver
-from zoo.hyperparameters import class_path
 
 __all__ = ["OfficialConfig", "read_official_config"]
 

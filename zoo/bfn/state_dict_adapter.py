@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.base.checkpoint import check_weights, read_plain
+from zoo.base.hyperparameters import class_path
 from zoo.bfn.networks import BFNTransformer, ImprovedUNet, Network, UNetVDM
 from zoo.bfn.official_config import read_official_config
-from zoo.checkpoint import check_weights, read_plain
-from zoo.hyperparameters import class_path
 
 __all__ = [
     "from_official",

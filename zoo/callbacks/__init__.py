@@ -4,12 +4,9 @@ from zoo.callbacks.antdt_monitor import AntDTMonitor
 from zoo.callbacks.batch_size_warmup import BatchSizeWarmup
 from zoo.callbacks.choice_eval import ChoiceEval
 from zoo.callbacks.class_agreement import ClassAgreementWriter
-from zoo.callbacks.data_statistics import DataStatisticsWriter
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.jsonl import JSONLWriter
-from zoo.callbacks.latent_cache_writer import LatentCacheWriter
 from zoo.callbacks.picture_writers import ImageGridWriter, TrajectoryWriter
-from zoo.callbacks.router_monitor import RouterMonitor
 from zoo.callbacks.run_checkpoint import RunCheckpoint
 from zoo.callbacks.sample_grid_logger import SampleGridLogger
 from zoo.callbacks.sample_quality import SampleQuality
@@ -25,11 +22,8 @@ __all__ = [
     "BatchSizeWarmup",
     "ChoiceEval",
     "ClassAgreementWriter",
-    "DataStatisticsWriter",
     "ImageGridWriter",
     "JSONLWriter",
-    "LatentCacheWriter",
-    "RouterMonitor",
     "RunCheckpoint",
     "SampleGridLogger",
     "SampleQuality",

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from zoo.base.samples import to_uint8
 from zoo.callbacks.rank_merge import RankMergingWriter
 from zoo.metrics.agreement import check_labels
 from zoo.metrics.extractors import INCEPTION, OWN_CLASSIFIER, SHIPPED_EXTRACTORS, load_classifier
 from zoo.metrics.feature_network import FeatureNetwork
-from zoo.sampling import to_uint8
 
 _COLUMNS = ("index", "label", "seen", "probability")
 

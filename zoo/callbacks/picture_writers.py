@@ -14,9 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from zoo.base.samples import to_uint8
 from zoo.callbacks.picture import as_picture, evenly_spaced, picture_grid
 from zoo.callbacks.rank_merge import RankMergingWriter
-from zoo.sampling import to_uint8
 
 
 class FirstSamplesWriter(RankMergingWriter):

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from zoo.base.samples import Samples
 from zoo.callbacks.picture import picture_grid
 from zoo.callbacks.sampling import check_cadence, check_sampling, draw_images, is_due
-from zoo.sampling import Samples
 
 
 class SampleGridLogger(Callback):

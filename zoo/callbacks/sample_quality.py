@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.table import Table
 from torch import Tensor
 
+from zoo.base.samples import Samples, as_sampled, labels_of_samples
 from zoo.callbacks.sampler_comparison import SamplerComparison
 from zoo.callbacks.sampling import draw_features, draw_images
 from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement, logits_agreement
@@ -17,7 +18,6 @@ from zoo.metrics.extractors import OWN_CLASSIFIER, SHIPPED_EXTRACTORS, check_ext
 from zoo.metrics.feature_distance import NUM_SAMPLES, FeatureDistances, feature_distances, real_data_floor
 from zoo.metrics.feature_statistics import FeatureStatistics, FeatureStream, read_statistics
 from zoo.metrics.streamed_distance import streamed_distances
-from zoo.sampling import Samples, as_sampled, labels_of_samples
 
 _NOT_MEASURED = "–"
 
@@ -30,7 +30,7 @@ class SampleQuality(SamplerComparison):
     sure it is of the samples and which classes it sees. The real images are given the levels that samples have (four
     grey levels, say), if the module can (`quantize`).
 
-    If the module's samples are meant to show classes (`zoo.sampling.LabelsSamples`), one of our classifiers also says in how
+    If the module's samples are meant to show classes (`zoo.base.samples.LabelsSamples`), one of our classifiers also says in how
     many of them it sees the class meant: `class_accuracy`.
 
     With `statistics` of the real images in a file, these are not needed. The samples are then measured as they are drawn, and

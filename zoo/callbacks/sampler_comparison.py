@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 import zoo
+from zoo.base.samples import Samples, TextSamples
 from zoo.callbacks.sampling import check_cadence, check_sampling, is_due
-from zoo.sampling import Samples, TextSamples
 
 
 class SamplerComparison(Callback, ABC):

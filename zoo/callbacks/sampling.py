@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from zoo.base.option_errors import nearest
+from zoo.base.samples import ChecksSampling, Samples, SupportsSampling, TextSamples, to_uint8
 from zoo.metrics.feature_statistics import FeatureStream
-from zoo.option_errors import nearest
-from zoo.sampling import ChecksSampling, Samples, SupportsSampling, TextSamples, to_uint8
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def check_sampling(
     """
     if not isinstance(pl_module, SupportsSampling):
         raise TypeError(
-            f"{user} draws samples, but {type(pl_module).__name__} does not offer zoo.sampling.SupportsSampling "
+            f"{user} draws samples, but {type(pl_module).__name__} does not offer zoo.base.samples.SupportsSampling "
             "(`sample` and `sampler_names`): add these, or remove the callback."
         )
     known = pl_module.sampler_names
@@ -201,13 +201,15 @@ def _gather(trainer: Trainer, share: Tensor, num_samples: int) -> Tensor:
 
 def _pixels(samples: Samples | TextSamples) -> Tensor:
     if not isinstance(samples, Samples):
-        raise TypeError(f"Images are wanted, and the module's `sample` gave {type(samples).__name__}, not zoo.sampling.Samples.")
+        raise TypeError(
+            f"Images are needed, but the module's `sample` gave {type(samples).__name__}, not a zoo.base.samples.Samples."
+        )
     return to_uint8(samples.images)
 
 
 def _texts(samples: Samples | TextSamples) -> list[str]:
     if not isinstance(samples, TextSamples):
         raise TypeError(
-            f"Texts are wanted, and the module's `sample` gave {type(samples).__name__}, not zoo.sampling.TextSamples."
+            f"Texts are wanted, and the module's `sample` gave {type(samples).__name__}, not zoo.base.samples.TextSamples."
         )
     return samples.texts

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from zoo.anomaly import EWMADetector
+from zoo.base.anomaly import EWMADetector
 
 __all__ = ["PEAK_FLOPS", "CountsFlops", "SpeedMonitor", "peak_flops_of"]
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
-from zoo.anomaly import EWMADetector, Init
+from zoo.base.anomaly import EWMADetector, Init
 
 __all__ = ["DescribesSamples", "ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule, Trainer
 from rich.table import Table
 
+from zoo.base.samples import TextSamples
 from zoo.callbacks.sampler_comparison import SamplerComparison
 from zoo.callbacks.sampling import draw_texts
 from zoo.metrics.spelling import english_dictionary, text_scores, vocabulary
-from zoo.sampling import TextSamples
 
 
 class RealText(NamedTuple):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from zoo.random import SampleRandom
+from zoo.base.random import SampleRandom
 
 __all__ = ["DeepLayers"]
 

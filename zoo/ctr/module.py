@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
+from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.xdeepfm import XDeepFMNetwork
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.random import SampleRandom
 
 __all__ = ["ClickModule", "XDeepFM"]
 

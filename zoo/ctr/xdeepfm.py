@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.compressed_interaction import CompressedInteraction
 from zoo.ctr.deep_layers import DeepLayers
 from zoo.ctr.field_embedding import FieldEmbedding
-from zoo.random import SampleRandom
 
 __all__ = ["XDeepFMNetwork"]
 

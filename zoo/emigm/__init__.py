@@ -4,6 +4,7 @@ from zoo.emigm.codecs import DCAE, KLVAE, LatentCodec, PixelCodec
 from zoo.emigm.dpm_solver import DPMSolver
 from zoo.emigm.guidance import Guidance, nfe_of, num_iter_of
 from zoo.emigm.head import DiffLossHead
+from zoo.emigm.latent_cache_writer import LatentCacheWriter
 from zoo.emigm.latent_encoder import LatentEncoder
 from zoo.emigm.lr_schedule import WarmUp
 from zoo.emigm.mask_schedule import elbo_weight, expected_reveals, gamma, reveal_probability, step_times
@@ -23,6 +24,7 @@ __all__ = [
     "DiffLossHead",
     "Drawn",
     "Guidance",
+    "LatentCacheWriter",
     "LatentCodec",
     "LatentEncoder",
     "MaskDraw",

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.emigm.mask_schedule import ScheduleName, check_schedule, gamma
-from zoo.random import SampleRandom
 
 __all__ = ["MaskDraw", "Masking", "MaskingLaw"]
 

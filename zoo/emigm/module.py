@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from zoo.base.random import SampleRandom
+from zoo.base.samples import Samples
 from zoo.emigm.codecs import LatentCodec
 from zoo.emigm.guidance import Guidance, nfe_of, num_iter_of
 from zoo.emigm.head import HeadSampler
@@ -22,8 +24,6 @@ from zoo.emigm.state_dict_adapter import TiedTokenSource, Which, infer_official_
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.nn import evaluation_mode
-from zoo.random import SampleRandom
-from zoo.sampling import Samples
 
 __all__ = ["EMIGM"]
 

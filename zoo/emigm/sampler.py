@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.emigm.guidance import Guidance, nfe_of
 from zoo.emigm.head import HeadSampler, check_head_steps
 from zoo.emigm.mask_schedule import ScheduleName, check_schedule, reveal_probabilities, step_times
 from zoo.emigm.network import MaskedTransformer
-from zoo.random import SampleRandom
 
 __all__ = ["Drawn", "MaskSampler", "reveal_counts", "sample_tokens"]
 

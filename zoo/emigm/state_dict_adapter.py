@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from zoo.checkpoint import check_weights, read_plain
+from zoo.base.checkpoint import check_weights, read_plain
+from zoo.base.hyperparameters import class_path
 from zoo.emigm.network import MaskedTransformer
 from zoo.emigm.sizes import Architecture, SizeName, architecture
-from zoo.hyperparameters import class_path
 
 __all__ = [
     "OfficialConfig",

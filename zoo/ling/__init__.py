@@ -13,6 +13,7 @@ from zoo.ling.norm import RMSNorm
 from zoo.ling.preference import LingDPO
 from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router, Routing, balance_loss, z_loss
+from zoo.ling.router_monitor import RouterMonitor
 from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
 from zoo.ling.state_dict_adapter import load_hf, read_hf_config, save_hf
@@ -37,6 +38,7 @@ __all__ = [
     "RopeScaling",
     "RotaryEmbedding",
     "Router",
+    "RouterMonitor",
     "Routing",
     "TokenChoice",
     "balance_loss",

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.ling.decode_step import Attend, CPUStep
 from zoo.ling.generation import cache_dtype, check_ids, check_number, check_scores, stop_tokens, token_uniforms
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
 from zoo.ling.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
-from zoo.random import SampleRandom
 
 if TYPE_CHECKING:
     from zoo.ling.network import LingForCausalLM

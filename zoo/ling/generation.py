@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.ling.cache import KVCache
 from zoo.ling.decode_step import CPUStep, StaticStep, lockstep, static_step
 from zoo.ling.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
-from zoo.random import SampleRandom
 
 if TYPE_CHECKING:
     from zoo.ling.network import LingForCausalLM

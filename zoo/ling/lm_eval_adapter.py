@@ -2,7 +2,7 @@
 
 ``LingLM`` is one of its models, also known to it as ``ling`` once it is imported from here::
 
-    from datamodules.tokenizer import load_tokenizer
+    from datamodules.text.tokenizer import load_tokenizer
     from zoo.ling.lm_eval_adapter import LingLM
 
     model = LingLM("ling-tiny", load_tokenizer("byte"))
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from zoo.base.random import SampleRandom
 from zoo.ling.config import Generation
 from zoo.ling.generation import stream
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
 from zoo.ling.network import LingForCausalLM
 from zoo.module import ZooModule
-from zoo.random import SampleRandom
 
 __all__ = ["Conversation", "LingLM", "Tokenizer"]
 
@@ -61,7 +61,7 @@ class _Answers:
         device: where to compute; None: where the model is.
         dtype: type of the weights, such as ``bfloat16``; None: as they are.
         seed: seed of sampled generations.
-        chat: writes conversations, such as ``datamodules.chat_template.chat_template("ling", tokenizer, None)``; needed for
+        chat: writes conversations, such as ``datamodules.text.chat_template.chat_template("ling", tokenizer, None)``; needed for
             ``apply_chat_template``.
 
     Raises:
@@ -92,7 +92,7 @@ class _Answers:
         if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "eos_id")):
             raise TypeError(
                 f"LingLM: tokenizer={tokenizer!r} has no encode, decode and eos_id: make one with"
-                " datamodules.tokenizer.load_tokenizer(name)."
+                " datamodules.text.tokenizer.load_tokenizer(name)."
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"LingLM: batch_size={batch_size!r} must be a number of at least 1.")

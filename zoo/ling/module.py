@@ -19,8 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from zoo.collective_forward import forwards_are_collective
-from zoo.hyperparameters import build
+from zoo.base.hyperparameters import build
+from zoo.base.random import SampleRandom
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
@@ -30,7 +30,7 @@ from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_h
 from zoo.ling.step_mean import StepMean
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.random import SampleRandom
+from zoo.strategy_contract import forwards_are_collective
 
 __all__ = ["Ling", "Tokenizer"]
 

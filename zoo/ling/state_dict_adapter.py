@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
-from zoo.hyperparameters import class_path
+from zoo.base.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
+from zoo.base.hyperparameters import class_path
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
 from zoo.ling.network import LingForCausalLM

@@ -49,7 +49,7 @@ def classifier_agreement(
         1
     """
     if images.dtype != torch.uint8:
-        raise TypeError(f"`images` must be uint8, got {images.dtype}; round them with zoo.sampling.to_uint8.")
+        raise TypeError(f"`images` must be uint8, got {images.dtype}; round them with zoo.base.samples.to_uint8.")
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(
             f"classifier_agreement wants at least one image and one label per image, got {len(images)} images"

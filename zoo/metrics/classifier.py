@@ -8,10 +8,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from zoo.base.samples import to_uint8
 from zoo.metrics.feature_network import FeatureNetwork, random_affine
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.sampling import to_uint8
 
 
 class FeatureClassifier(ZooModule):

@@ -94,7 +94,7 @@ def feature_distances(
     name = registered_name(extractor)
     for argument, images in (("samples", samples), ("reference", reference)):
         if images.dtype != torch.uint8:
-            raise TypeError(f"`{argument}` must be uint8 images, got {images.dtype}; round them with zoo.sampling.to_uint8.")
+            raise TypeError(f"`{argument}` must be uint8 images, got {images.dtype}; round them with zoo.base.samples.to_uint8.")
         if images.ndim != 4 or images.shape[1:] != reference.shape[1:]:
             raise ValueError(
                 f"`{argument}` must have shape (N, C, H, W) and the reference's C, H, W, got {tuple(images.shape)} "

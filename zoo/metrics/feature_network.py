@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.hyperparameters import Configurable
+from zoo.base.hyperparameters import Configurable
 
 
 class Features(NamedTuple):

@@ -208,7 +208,7 @@ class FeatureStream:
             ValueError: If they are not (B, C, H, W).
         """
         if image_BCHW.dtype != torch.uint8:
-            raise TypeError(f"`images` must be uint8, got {image_BCHW.dtype}; round them with zoo.sampling.to_uint8.")
+            raise TypeError(f"`images` must be uint8, got {image_BCHW.dtype}; round them with zoo.base.samples.to_uint8.")
         if image_BCHW.ndim != 4:
             raise ValueError(f"`images` must have shape (B, C, H, W), got {tuple(image_BCHW.shape)}.")
         found = self._network.convert_features_tuple_to_dict(self._network(image_BCHW.to(self.device)))

@@ -18,6 +18,7 @@ from strategies.antdt.ps.collectives import Collectives
 from strategies.antdt.ps.launch import find_or_start_server, find_server
 from strategies.antdt.ps.worker import ParameterClient
 from strategies.antdt.wire import ServiceError
+from zoo.base.torchrun import is_torchrun, restart_count, run_id
 
 __all__ = ["Rendezvous", "begin_anew", "leave", "num_restarts", "run_to_join", "unless_over"]
 
@@ -100,9 +101,9 @@ class Rendezvous:
 
     def _group(self) -> str:
         """Names the processes that were started together: when torchrun starts all again, the former ones are dead."""
-        if self.num_nodes > 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        if self.num_nodes > 1 or not is_torchrun():
             return ""
-        return f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return f"{run_id()}/{restart_count()}"
 
     def come_to_data(self, server: str, may_start: Callable[[], bool], job: Mapping[str, Any]) -> Client:
         """Come to the data-sharding server, and say what the job is.

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.hyperparameters import Configurable
-from zoo.random import SampleRandom
-from zoo.sampling import Samples, TextSamples
+from zoo.base.hyperparameters import Configurable
+from zoo.base.random import SampleRandom
+from zoo.base.samples import Samples, TextSamples
 
 __all__ = ["Codec"]
 

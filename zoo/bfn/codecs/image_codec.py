@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
+from zoo.base.samples import Samples, TextSamples
 from zoo.bfn.bins import bin_index
 from zoo.bfn.codecs.codec import Codec
-from zoo.random import SampleRandom
-from zoo.sampling import Samples, TextSamples
 
 __all__ = ["ImageCodec"]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.discrete_flow import DiscreteFlow
 from zoo.bfn.flow import Flow, expand_time
 from zoo.bfn.heads.head import Head, OutputDistribution
 from zoo.bfn.heads.messages import check_message_samples, mean_over_messages, require_random
-from zoo.random import SampleRandom
 
 __all__ = ["Categorical", "CategoricalHead", "Receiver"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.bins import bin_log_prob, check_num_bins
 from zoo.bfn.continuous_flow import ContinuousFlow, noise_to_data
 from zoo.bfn.flow import Flow, expand_time
 from zoo.bfn.heads.head import Head, OutputDistribution, Statistic
-from zoo.random import SampleRandom
 
 __all__ = ["Delta", "DeltaHead"]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.bins import (
     bin_centre,
     bin_index,
@@ -20,7 +21,6 @@ from zoo.bfn.continuous_flow import MIN_TIME, ContinuousFlow, noise_to_data
 from zoo.bfn.flow import Flow, expand_time
 from zoo.bfn.heads.head import Head, OutputDistribution
 from zoo.bfn.heads.messages import check_message_samples, mean_over_messages, require_random
-from zoo.random import SampleRandom
 
 __all__ = ["DiscretizedNormal", "DiscretizedNormalHead"]
 

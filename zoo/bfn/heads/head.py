@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from zoo.base.hyperparameters import Configurable
+from zoo.base.random import SampleRandom
 from zoo.bfn.flow import Flow
-from zoo.hyperparameters import Configurable
-from zoo.random import SampleRandom
 
 __all__ = ["Head", "OutputDistribution", "Statistic"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zoo.random import SampleRandom
+from zoo.base.random import SampleRandom
 
 __all__ = ["check_message_samples", "mean_over_messages", "require_random"]
 

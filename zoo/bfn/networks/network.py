@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.hyperparameters import Configurable
+from zoo.base.hyperparameters import Configurable
 
 __all__ = ["Network"]
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from zoo.base.random import SampleRandom
 from zoo.bfn.flow import Flow
-from zoo.random import SampleRandom
 
 __all__ = ["BrownianNoise"]
 

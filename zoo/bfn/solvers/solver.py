@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from zoo.base.hyperparameters import Configurable
+from zoo.base.random import SampleRandom
 from zoo.bfn.denoiser import Denoiser
 from zoo.bfn.flow import Flow
 from zoo.bfn.heads import Statistic
 from zoo.bfn.solvers.brownian import BrownianNoise
 from zoo.bfn.statistics import DataStatistics
-from zoo.hyperparameters import Configurable
-from zoo.random import SampleRandom
 
 __all__ = ["Coefficients", "Noise", "Sample", "Solver", "find_solver", "random_noise", "solver_names"]
 

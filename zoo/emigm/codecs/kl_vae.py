@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.checkpoint import check_weights, read_plain
+from zoo.base.checkpoint import check_weights, read_plain
 from zoo.emigm.codecs.codec import LatentCodec, check_scale
 
 __all__ = ["KLVAE", "KLAutoencoder"]

@@ -1,0 +1,1 @@
+"""Real data and pretrained weights that package registries carry: manifest, fetching, cache."""

@@ -1,0 +1,1 @@
+"""Foundation of every DataModule: loaders, exact resumption, held-out sets, files."""

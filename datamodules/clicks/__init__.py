@@ -1,0 +1,1 @@
+"""Tables of clicks and other binary outcomes."""

@@ -1,0 +1,1 @@
+"""Conversations and preferences for language models."""

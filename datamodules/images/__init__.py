@@ -1,0 +1,1 @@
+"""Images: in memory, in folders, as cached latents."""
