@@ -30,7 +30,6 @@ WIRING = (
     "data_statistics_writer",
     "latent_cache_writer",
     "router_monitor",
-    "open_loop",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn")
@@ -45,6 +44,7 @@ class Import(NamedTuple):
     target: str
     place: str
     at_top: bool
+    for_types: bool
 
     def within(self, *names: str) -> bool:
         return any(self.target == name or self.target.startswith(name + ".") for name in names)
@@ -62,17 +62,17 @@ def files(root: Path, *folders: str) -> list[Path]:
 def imports(path: Path, root: Path) -> Iterator[Import]:
     """Every import of a file, for type checkers too; ``from a import b`` names ``a.b`` where that is a module, else ``a``."""
 
-    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    def visit(node: ast.AST, at_top: bool, for_types: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool, bool]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import | ast.ImportFrom):
-                yield child, at_top
+                yield child, at_top, for_types
             else:
                 inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                inside |= isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-                yield from visit(child, at_top and not inside)
+                checked = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+                yield from visit(child, at_top and not inside and not checked, for_types or checked)
 
     importer = module_name(path, root)
-    for node, at_top in visit(ast.parse(path.read_text()), True):
+    for node, at_top, for_types in visit(ast.parse(path.read_text()), True, False):
         place = f"{path.relative_to(root)}:{node.lineno}"
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -82,7 +82,7 @@ def imports(path: Path, root: Path) -> Iterator[Import]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             targets = [f"{source}.{alias.name}" if is_module(f"{source}.{alias.name}", root) else source
                        for alias in node.names]  # fmt: skip
-        yield from (Import(importer, target, place, at_top) for target in dict.fromkeys(targets))
+        yield from (Import(importer, target, place, at_top, for_types) for target in dict.fromkeys(targets))
 
 
 def is_module(name: str, root: Path) -> bool:
@@ -112,7 +112,7 @@ def science_knows_torch_only(root: Path) -> list[str]:
             library = found.target.partition(".")[0] in {"torch", "safetensors", *sys.stdlib_module_names} | WRAPPED.get(
                 path.stem, set()
             )
-            if not (own or library or found.within(*FOUNDATION_OF_SCIENCE)):
+            if not (own or library or found.within(*FOUNDATION_OF_SCIENCE) or found.for_types):
                 breaches.append(f"{found.place} science imports {found.target}")
     return breaches
 
