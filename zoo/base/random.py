@@ -90,7 +90,7 @@ class SampleRandom:
         return _mix_(self._counter(num_words) + (self._key_B + _hash(name))[:, None])
 
     def _counter(self, num_words: int) -> Tensor:
-        """What tells a sample's words apart, (num_words,)."""
+        """Counters of a sample's words, (num_words,)."""
         if num_words not in self._counters:
             counter_N = torch.arange(1, num_words + 1, device=self.index_B.device)
             self._counters[num_words] = counter_N.mul_(_signed(_GOLDEN))

@@ -1,4 +1,4 @@
-"""What a generating module offers to callbacks and metrics: sampling by id; images as 8-bit pixels, or texts.
+"""Interface of a generating module for callbacks and metrics: samples by id, as 8-bit pixels or texts.
 
 Shape suffixes: B samples, C channels, H height, W width, T time steps of a trajectory.
 """
@@ -66,7 +66,7 @@ class SupportsSampling(Protocol):
 
 @runtime_checkable
 class ChecksSampling(Protocol):
-    """What a module may offer beside `SupportsSampling`, so that callbacks find mistakes before the run starts."""
+    """Optional check beside `SupportsSampling`, by which callbacks find mistakes before the run starts."""
 
     @property
     def sample_type(self) -> type[Samples] | type[TextSamples]:
@@ -86,7 +86,7 @@ class ChecksSampling(Protocol):
 
 @runtime_checkable
 class LabelsSamples(Protocol):
-    """What a module may offer beside `SupportsSampling` if its samples are meant to show classes."""
+    """Optional interface beside `SupportsSampling` for samples that are meant to show classes."""
 
     def sample_labels(self, index_B: Tensor) -> Tensor | None:
         """The class that each sample is meant to show, as `sample` draws it by itself.

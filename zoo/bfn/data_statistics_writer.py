@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 
 class DataStatisticsWriter(Callback):
@@ -24,8 +25,9 @@ class DataStatisticsWriter(Callback):
         super().__init__()
         self.path = Path(path)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make sure that module and data can give the moments (Lightning hook).
+        """Make sure that module and data can give the moments.
 
         Raises:
             TypeError: the module has no ``data_statistics``, or the run no DataModule.
@@ -35,20 +37,24 @@ class DataStatisticsWriter(Callback):
         if getattr(trainer, "datamodule", None) is None:
             raise TypeError("DataStatisticsWriter reads the training data of a DataModule, and this run has none.")
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file unless it is there (Lightning hook)."""
+        """Write the file unless it is there."""
         self._write(trainer, pl_module)
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file unless it is there (Lightning hook)."""
+        """Write the file unless it is there."""
         self._write(trainer, pl_module)
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file unless it is there (Lightning hook)."""
+        """Write the file unless it is there."""
         self._write(trainer, pl_module)
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file unless it is there (Lightning hook)."""
+        """Write the file unless it is there."""
         self._write(trainer, pl_module)
 
     @torch.no_grad()

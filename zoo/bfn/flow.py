@@ -136,7 +136,7 @@ class Flow(Configurable, ABC):
         return self.beta(step / num_steps) - self.beta((step - 1) / num_steps)
 
     def embed(self, estimate: Tensor) -> Tensor:
-        """What messages are centred at: e(x)."""
+        """The centre of the messages: e(x)."""
         return self.embed_gain * estimate + self.embed_offset
 
     def prior(self, shape: tuple[int, ...], **options: object) -> Tensor:

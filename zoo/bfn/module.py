@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.base.samples import Samples, TextSamples, to_uint8
@@ -179,8 +180,9 @@ class BFN(ZooModule):
     def _batch_size(batch: Any) -> int:
         return len(batch["input_ids"] if isinstance(batch, dict) else batch[0])
 
+    @override
     def setup(self, stage: str) -> None:
-        """Refuse data and statistics that do not fit the model, before the first step (Lightning hook).
+        """Refuse data and statistics that do not fit the model, before the first step.
 
         Raises:
             ValueError: some of the model's levels never occur in the data, or the statistics are of other data.
@@ -210,7 +212,7 @@ class BFN(ZooModule):
     # Losses
 
     def predict_data(self, x: Tensor, t: Tensor, noise: Tensor) -> OutputDistribution:
-        """What the network says of data x (B, *data shape) that the flow shows at times t (B,) under standard normal noise."""
+        """Output of the network for data x (B, *data shape), shown by the flow at times t (B,) under standard normal noise."""
         return predict_from_data(self.network, self.flow, self.head, x, t, noise)
 
     def loss(
@@ -255,8 +257,9 @@ class BFN(ZooModule):
         """All parameters, except from weight decay those that the network exempts."""
         return self.network.parameter_groups()
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of a batch; see `encode` (Lightning hook)."""
+        """Loss of a batch; see `encode`."""
         random = self.train_random(self._batch_size(batch))
         x = self.encode(batch, random)
         options = {"clip": self.clip_in_loss, "min_variance": self.min_loss_variance}
@@ -264,8 +267,9 @@ class BFN(ZooModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
+    @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss in nats and the likelihood's bound in bits, per element (Lightning hook)."""
+        """Log the loss in nats and the likelihood's bound in bits, per element."""
         random = self.eval_random(self._batch_size(batch))
         x = self.encode(batch, random)
         loss = self.loss(x, random)
@@ -275,8 +279,9 @@ class BFN(ZooModule):
             mean.update(values)
             self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
+    @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log bounds of the negative log-likelihood with their standard errors (Lightning hook).
+        """Log bounds of the negative log-likelihood with their standard errors.
 
         The error is that of the mean over the test samples, each one's bound being the mean of its repeats.
         """
@@ -295,8 +300,9 @@ class BFN(ZooModule):
             for part, bound in bounds.items():
                 cast(MeanAndError, self.test_bounds[self._test_name(unit, part)]).update(bound * factor)
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """Log what `test_step` gathered (Lightning hook)."""
+        """Log what `test_step` gathered."""
         for name, bound in self.test_bounds.items():
             mean, error = cast(MeanAndError, bound).compute()
             self.log(f"test/{name}", mean)
@@ -311,8 +317,9 @@ class BFN(ZooModule):
         """Name of a bound; None stands for the part of it that the reconstruction has."""
         return f"{unit}/{'reconstruction' if num_steps is None else f'n={num_steps}' if num_steps else 'continuous'}"
 
+    @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Draw samples, or fill in what is unknown of the user's images or texts (Lightning hook).
+        """Draw samples, or fill in what is unknown of the user's images or texts.
 
         Args:
             batch: ``index`` (B,), the samples' numbers, which are their seeds. For in-painting also ``image``
@@ -345,7 +352,7 @@ class BFN(ZooModule):
 
     @classmethod
     def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
-        """What a configuration of the published code says of data, training and sampling, and what has no counterpart."""
+        """Lines of a published configuration on data, training and sampling, and those without a counterpart."""
         return official_leftovers(config)
 
     # Sampling
@@ -357,7 +364,7 @@ class BFN(ZooModule):
 
     @property
     def sample_type(self) -> type[Samples] | type[TextSamples]:
-        """What `sample` gives, as the codec makes it."""
+        """The result of `sample`, as the codec makes it."""
         return type(self.codec.samples(torch.zeros(1, *self.data_shape), 0, None, self.num_levels))
 
     def check_sampler(self, sampler: str | None = None, nfe: int | None = None) -> None:

@@ -19,7 +19,7 @@ __all__ = ["OfficialConfig", "read_official_config"]
 
 @dataclass(frozen=True)
 class OfficialConfig:
-    """What a configuration of the published code says.
+    """Content of a configuration of the published code.
 
     Args:
         hyperparameters: arguments of `BFN` as plain data: ``network``, ``flow``, ``head``, ``codec``; ``solver`` if the
@@ -56,7 +56,7 @@ class _Parts(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What flow and head make of the data: numbers per element that networks see and give, and bins or classes."""
+    """Numbers per element that networks take and give, and bins or classes, for a flow and a head."""
 
     num_inputs: int
     num_outputs: int
@@ -404,7 +404,7 @@ def _network_calls(solver: type[Solver], steps: int, arguments: dict[str, Any]) 
 
 
 def _start(options: ConfigSection) -> tuple[str, str | None]:
-    """How the first state is drawn, and the file of the data's moments."""
+    """The draw of the first state, and the file of the data's moments."""
     names = {"zero_mean_and_std": "zero", "optimal_mean_and_std": "optimal"}
     name = options.take("initial_dist", "zero_mean_and_std")
     if name not in names:
@@ -428,7 +428,7 @@ def _optimizer(options: ConfigSection) -> dict[str, Any]:
 
 
 def _training(root: ConfigSection) -> dict[str, Any]:
-    """What `train_loader`, `val_loader` and `training` say."""
+    """The sections `train_loader`, `val_loader` and `training`."""
     found: dict[str, Any] = {}
     for key, name in (("train_loader", "batch_size"), ("val_loader", "val_batch_size")):
         loader = root.section(key)

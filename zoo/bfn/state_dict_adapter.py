@@ -78,7 +78,7 @@ def to_official(network: Network) -> dict[str, Tensor]:
 
 
 def _unpublished(network: Network) -> str:
-    """What the published code cannot build in this network, though the names agree; empty if it can build it."""
+    """Parts of this network that the published code cannot build although the names agree; empty if there are none."""
     if isinstance(network, BFNTransformer):
         return ""
     if not isinstance(network, UNetVDM | ImprovedUNet):
@@ -148,7 +148,7 @@ def load_official(network: Network, path: str | Path) -> None:
 
 
 def published_files(weights: Mapping[str, Tensor]) -> str | None:
-    """Which published files hold weights of these names and shapes; None if none does.
+    """Published files that hold weights of these names and shapes; None if there are none.
 
     Args:
         weights: as from `from_official`.
@@ -181,7 +181,7 @@ def from_official_config(cls: type, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def official_leftovers(config: Mapping[str, Any]) -> list[str]:
-    """What a configuration of the published code says beside the model, a line each; nothing if it is another file.
+    """Entries of a published configuration beside the model, a line each; none for another file.
 
     Args:
         config: the file, parsed.

@@ -1,9 +1,10 @@
-"""How evenly a step is shared: batches and times of all ranks, and the time in which nobody computes."""
+"""Balance of a step: batches and times of all ranks, and the time in which no rank computes."""
 
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
 
 __all__ = ["AntDTMonitor", "BalancesRanks"]
 
@@ -56,22 +57,25 @@ class AntDTMonitor(Callback):
         self._seen_step = 0
         self._seconds = 0.0
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that does not balance (Lightning hook)."""
+        """Refuse a strategy that does not balance."""
         if stage == "fit" and not isinstance(trainer.strategy, BalancesRanks):
             raise ValueError(
                 f"AntDTMonitor: {type(trainer.strategy).__name__} gives all ranks equal batches; take AntDTStrategy, or remove"
                 " AntDTMonitor."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin (Lightning hook)."""
+        """Begin."""
         self._seen_step, self._seconds = trainer.global_step, 0.0
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Log, if it is time (Lightning hook)."""
+        """Log, if it is time."""
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step

@@ -8,6 +8,7 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.metrics.choice_questions import ChoicePrompt, ChoiceQuestion, Normalization, Target, choose, read_questions
 
@@ -87,8 +88,9 @@ class ChoiceEval(Callback):
         self._questions: list[ChoiceQuestion] = []
         self._examples: list[ChoiceQuestion] = []
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the questions, and check that the module can answer them (Lightning hook).
+        """Read the questions, and check that the module can answer them.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -122,8 +124,9 @@ class ChoiceEval(Callback):
             )
         self._questions = questions[: self.limit]
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answer, and log the share of right answers (Lightning hook)."""
+        """Answer, and log the share of right answers."""
         if trainer.sanity_checking:
             return
         self.result = self.measure(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""How many predicted images show, to a classifier of real ones, the class that they were asked to show.
+"""Share of predicted images in which a classifier of real images sees the requested class.
 
 Shape suffixes: B images, C channels, H height, W width.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.base.samples import to_uint8
 from zoo.callbacks.rank_merge import RankMergingWriter
@@ -44,8 +45,9 @@ class ClassAgreementWriter(RankMergingWriter):
         self._network: FeatureNetwork | None = None
         self._found: dict[str, list[Tensor]] = {}
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Load the classifier (Lightning hook).
+        """Load the classifier.
 
         Raises:
             TypeError: If none was given, and the DataModule names none.
@@ -55,8 +57,9 @@ class ClassAgreementWriter(RankMergingWriter):
         if stage == "predict":
             self._network = load_classifier(self._name(trainer)).double()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the classifier (Lightning hook)."""
+        """Let go of the classifier."""
         self._network = None
 
     def open(self, trainer: Trainer) -> None:

@@ -83,7 +83,7 @@ class FirstSamplesWriter(RankMergingWriter):
         self._pixels = {}
 
     def remarks(self) -> dict[str, Any]:
-        """What else rank 0 needs to know of this rank, as arrays."""
+        """Further arrays of this rank for rank 0."""
         return {}
 
     def merge(self, trainer: Trainer, parts: list[Path]) -> list[Path]:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+from typing_extensions import override
 
 
 class RankMergingWriter(BasePredictionWriter, ABC):
@@ -36,15 +37,16 @@ class RankMergingWriter(BasePredictionWriter, ABC):
 
     @staticmethod
     def folder(trainer: Trainer) -> Path:
-        """Where predictions are written."""
+        """Folder of the predictions."""
         return Path(trainer.default_root_dir) / "predictions"
 
     def part(self, trainer: Trainer, rank: int) -> Path:
         """The part of one rank."""
         return self.folder(trainer) / f".{self.filename}.rank{rank}"
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what an interrupted run left behind (Lightning hook).
+        """Remove what an interrupted run left behind.
 
         Raises:
             ValueError: If there are several predict loaders, whose sample ids would clash.
@@ -60,6 +62,7 @@ class RankMergingWriter(BasePredictionWriter, ABC):
         trainer.strategy.barrier("prediction writer: parts removed")
         self.open(trainer)
 
+    @override
     def write_on_batch_end(
         self,
         trainer: Trainer,
@@ -70,7 +73,7 @@ class RankMergingWriter(BasePredictionWriter, ABC):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Check a prediction and hand it to `add` (Lightning hook).
+        """Check a prediction and hand it to `add`.
 
         Raises:
             TypeError: If the prediction is no dictionary with sample ids.
@@ -83,8 +86,9 @@ class RankMergingWriter(BasePredictionWriter, ABC):
             )
         self.add(trainer, pl_module, prediction)
 
+    @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the part of this rank; once all are closed, merge them on rank 0 (Lightning hook).
+        """Close the part of this rank; once all are closed, merge them on rank 0.
 
         Raises:
             FileNotFoundError: If rank 0 does not see the part of another rank.

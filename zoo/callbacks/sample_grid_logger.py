@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from zoo.base.samples import Samples
 from zoo.callbacks.picture import picture_grid
@@ -51,17 +52,20 @@ class SampleGridLogger(Callback):
         self.seed = seed
         self.tag = tag
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check sampler and NFE, and that the module draws images (Lightning hook)."""
+        """Check sampler and NFE, and that the module draws images."""
         if stage == "fit":
             check_sampling(pl_module, [self.sampler], [self.nfe], "SampleGridLogger", Samples)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that there is a validation to act in (Lightning hook)."""
+        """Make sure that there is a validation to act in."""
         check_cadence(trainer, self.every_n_epochs, "SampleGridLogger")
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the samples and log them (Lightning hook)."""
+        """Draw the samples and log them."""
         if not is_due(trainer, self.every_n_epochs):
             return
         images, _ = draw_images(

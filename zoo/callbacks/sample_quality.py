@@ -210,7 +210,7 @@ def _judges(extractor: str) -> bool:
 
 
 def _view(agreement: ClassifierAgreement) -> dict[str, Any]:
-    """What a classifier makes of images, as it is kept."""
+    """Stored outputs of a classifier for images."""
     view = {"mean_max_probability": agreement.mean_max_probability, "classes": list(agreement.classes)}
     return view if agreement.accuracy is None else {**view, "class_accuracy": agreement.accuracy}
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 import zoo
 from zoo.base.samples import Samples, TextSamples
@@ -73,8 +74,9 @@ class SamplerComparison(Callback, ABC):
         self.result: dict[str, Any] | None = None
         self._loaded: tuple[int, int] | None = None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check samplers and NFEs, and what the subclass needs (Lightning hook).
+        """Check samplers and NFEs, and what the subclass needs.
 
         Raises:
             TypeError: If the module offers no samples of the kind, or the DataModule nothing real to compare them with.
@@ -85,23 +87,27 @@ class SamplerComparison(Callback, ABC):
             check_sampling(pl_module, self.samplers, self.nfes, type(self).__name__, self.kind)
             self.check(trainer)
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the age of the weights that are tested, for Lightning restores its own counts in `fit` only (Lightning hook)."""
+        """Note the age of the weights that are tested, for Lightning restores its own counts in `fit` only."""
         if trainer.testing:
             self._loaded = checkpoint["epoch"], checkpoint["global_step"]
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that there is a validation to act in (Lightning hook)."""
+        """Make sure that there is a validation to act in."""
         check_cadence(trainer, self.every_n_epochs, type(self).__name__)
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log in the validation of every n-th epoch of `fit` (Lightning hook)."""
+        """Measure and log in the validation of every n-th epoch of `fit`."""
         if is_due(trainer, self.every_n_epochs):
             for name, value in self._scalars("val", self.measure(trainer, pl_module)).items():
                 pl_module.log(name, value)  # all ranks log the same
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, log, print and write (Lightning hook)."""
+        """Measure, log, print and write."""
         self.result = result = self.measure(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_metrics(self._scalars("test", result), step=result["global_step"])
@@ -214,7 +220,7 @@ class SamplerComparison(Callback, ABC):
 
     @abstractmethod
     def conditions(self, trainer: Trainer, reference: Any) -> dict[str, Any]:
-        """What else the figures depend on."""
+        """Further settings on which the figures depend."""
 
     @abstractmethod
     def table(self, result: dict[str, Any]) -> Table:

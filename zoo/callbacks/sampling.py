@@ -161,7 +161,7 @@ def draw_features(trainer: Trainer, pl_module: LightningModule, num_samples: int
 def _draw_share(
     trainer: Trainer, pl_module: LightningModule, num_samples: int, content: Callable[[Samples | TextSamples], T], **options: Any
 ) -> tuple[list[T], int]:
-    """What this rank draws, batch by batch, and the evaluations each sample really cost."""
+    """Draw this rank's samples, batch by batch, with the evaluations that each sample really cost."""
     share, spent = [], 0
     for found, nfe in _draw_batches(trainer, pl_module, num_samples, content, **options):
         share.append(found)

@@ -14,7 +14,7 @@ from zoo.metrics.spelling import english_dictionary, text_scores, vocabulary
 
 
 class RealText(NamedTuple):
-    """What generated text is compared with.
+    """Reference for generated text.
 
     Attributes:
         lines: Held-out lines, as many as the samples where the data hold that many.

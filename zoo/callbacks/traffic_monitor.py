@@ -1,9 +1,10 @@
-"""How many bytes a training step sends, and how many a rank keeps."""
+"""Bytes that a training step sends and a rank keeps."""
 
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
 
 __all__ = ["CountsTraffic", "TrafficMonitor"]
 
@@ -48,23 +49,26 @@ class TrafficMonitor(Callback):
         self._seen_step = self._logged_step = 0
         self._sent: dict[str, int] = {}
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that does not count (Lightning hook)."""
+        """Refuse a strategy that does not count."""
         if stage == "fit" and not isinstance(trainer.strategy, CountsTraffic):
             raise ValueError(
                 f"TrafficMonitor: {type(trainer.strategy).__name__} does not count what it sends; take PaROStrategy (NNN is DDP),"
                 " or remove TrafficMonitor."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count (Lightning hook)."""
+        """Begin to count."""
         self._seen_step = self._logged_step = trainer.global_step
         self._sent = self._strategy(trainer).comm_stats()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Log, if it is time (Lightning hook)."""
+        """Log, if it is time."""
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step

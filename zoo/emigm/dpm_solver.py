@@ -60,7 +60,7 @@ class NoiseSchedule:
         return _interpolate(log_alpha, self.log_alphas.flip(0), self.ts.flip(0))
 
     def network_time(self, t: Tensor) -> float:
-        """What the network is told at time t."""
+        """Time t as the network takes it."""
         return float((t - 1.0 / self.num_steps) * 1000.0)
 
 

@@ -16,7 +16,7 @@ Ramp = Literal["constant", "linear", "power", "cubic", "exp", "cosine"]
 
 @dataclass
 class Guidance:
-    """Where and how strongly samples are guided towards their class.
+    """Interval and strength of guidance towards a class.
 
     Args:
         scale: 1 is no guidance; published: 4 for all models, in a late window.

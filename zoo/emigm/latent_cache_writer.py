@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["EncodesLatents", "LatentCacheWriter"]
 
@@ -41,7 +42,7 @@ class EncodesLatents(Protocol):
     finished: Callable[[Mapping[str, Any]], Tensor] | None
 
     def cache_description(self) -> dict[str, Any]:
-        """What one must know to read the latents, as plain data; ``flip`` among it."""
+        """Plain data needed to read the latents; it includes ``flip``."""
 
 
 class LatentCacheWriter(BasePredictionWriter):
@@ -92,8 +93,9 @@ class LatentCacheWriter(BasePredictionWriter):
 
     # Lightning hooks
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the cache, see what it holds, and tell the module what it need not encode (Lightning hook).
+        """Open the cache, see what it holds, and tell the module what it need not encode.
 
         Raises:
             TypeError: the module's predictions are not latents.
@@ -138,6 +140,7 @@ class LatentCacheWriter(BasePredictionWriter):
         pl_module.finished = self.finished
         trainer.predict_loop.return_predictions = False  # a data set's latents do not fit into memory
 
+    @override
     def write_on_batch_end(
         self,
         trainer: Trainer,
@@ -148,7 +151,7 @@ class LatentCacheWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the latents of a batch, or keep them until a shard is full (Lightning hook).
+        """Write the latents of a batch, or keep them until a shard is full.
 
         Raises:
             TypeError: the prediction is no dictionary with ``index``.
@@ -173,8 +176,9 @@ class LatentCacheWriter(BasePredictionWriter):
         while sum(map(len, self._waiting["index"])) >= self.shard_size:
             self._write_shard(trainer.global_rank, self.shard_size)
 
+    @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last shard; when all processes have, rank 0 completes the manifest (Lightning hook)."""
+        """Write the last shard; when all processes have, rank 0 completes the manifest."""
         if self._waiting.get("index"):
             self._write_shard(trainer.global_rank, self.shard_size)
         trainer.strategy.barrier("latent cache: written")
@@ -186,14 +190,15 @@ class LatentCacheWriter(BasePredictionWriter):
         finally:
             trainer.strategy.barrier("latent cache: complete")
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the module (Lightning hook)."""
+        """Let go of the module."""
         pl_module.finished = None  # type: ignore[assignment]
 
     # What is there
 
     def finished(self, batch: Mapping[str, Any]) -> Tensor:
-        """Which samples of a batch, bool (B,), are in the cache."""
+        """Mask, bool (B,), of the samples of a batch that are in the cache."""
         if self.layout == "npz":
             return torch.tensor([self._file(path, label).exists() for path, label in self._names(batch)], dtype=torch.bool)
         return torch.tensor([index in self._done for index in batch["index"].tolist()], dtype=torch.bool)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.emigm.codecs import LatentCodec
 from zoo.module import ZooModule
@@ -31,7 +32,7 @@ class LatentEncoder(ZooModule):
         self.finished: Callable[[Mapping[str, Any]], Tensor] | None = None
 
     def cache_description(self) -> dict[str, Any]:
-        """What one must know to read the latents, and what tells them from those of another codec, as plain data.
+        """Plain data needed to read the latents and to tell them from those of another codec.
 
         Returns:
             ``kind`` ("moments" or "latent"), ``shape`` of what is stored of a sample, ``latent_shape``, ``image_shape``,
@@ -51,12 +52,14 @@ class LatentEncoder(ZooModule):
             "weights": self.codec.fingerprint(),
         }
 
+    @override
     def on_predict_start(self) -> None:
-        """Refuse a codec without weights before anything is read (Lightning hook)."""
+        """Refuse a codec without weights before anything is read."""
         self.codec.require_weights()
 
+    @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """What a cache stores of a batch (Lightning hook).
+        """Entries of a batch for a cache.
 
         Returns:
             ``index``, ``moments`` (B, *shape), with ``flip`` also ``moments_flip`` of the mirrored images, and ``label`` and

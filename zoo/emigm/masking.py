@@ -27,7 +27,7 @@ _MAR_MEAN, _MAR_STD, _MAR_LOW = 1.0, 0.25, 0.7
 
 @dataclass
 class MaskDraw:
-    """Which tokens of a batch are masked.
+    """Masked tokens of a batch.
 
     Attributes:
         time: the times p, float64: (1,) if the batch shares one, else (B,).

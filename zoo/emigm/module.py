@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.base.samples import Samples
@@ -209,8 +210,9 @@ class EMIGM(ZooModule):
         """Float type of data, noise and losses."""
         return torch.float64 if self.network.diffloss.dtype == torch.float64 else torch.float32
 
+    @override
     def setup(self, stage: str) -> None:
-        """Refuse data that do not fit the model, before the first step (Lightning hook).
+        """Refuse data that do not fit the model, before the first step.
 
         Raises:
             ValueError: the data have another number of classes, shape or scale than the model.
@@ -236,7 +238,7 @@ class EMIGM(ZooModule):
     def token_losses(
         self, x_BCHW: Tensor, label_B: Tensor | None, draw: MaskDraw, random: SampleRandom, weighted: bool = True
     ) -> dict[str, Tensor]:
-        """What each sample contributes to the losses ``loss``, ``mse`` and ``vb``, (B,) each: their mean is the batch's.
+        """Share of each sample in the losses ``loss``, ``mse`` and ``vb``, (B,) each; their mean is the batch's.
 
         Only masked tokens go through the head, which changes nothing but the time it takes.
 
@@ -301,8 +303,9 @@ class EMIGM(ZooModule):
                 (free if exempt else decayed).append(parameter)
         return [{"params": free, "weight_decay": 0.0}, {"params": decayed}]
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of a batch; see `latents` (Lightning hook)."""
+        """Loss of a batch; see `latents`."""
         random = self.train_random(_batch_size(batch))
         x_BCHW, label_B = self.latents(batch, random)
         self._check_scale(x_BCHW)
@@ -337,29 +340,33 @@ class EMIGM(ZooModule):
             found[_time_name(time)] = [losses["loss"]]
         return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
+    @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss, whole and by mask time (Lightning hook)."""
+        """Log the loss, whole and by mask time."""
         for name, value in self._evaluate(batch).items():
             mean = cast(Mean, self.val_losses[name])
             mean.update(value)
             self.log(f"val_{name}", mean, prog_bar=name == "loss")
 
+    @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss with its standard error (Lightning hook)."""
+        """Log the loss with its standard error."""
         losses = self._evaluate(batch)
         for name, metric in self.test_losses.items():
             cast(MeanAndError, metric).update(losses[name])
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """Log the test's means (Lightning hook)."""
+        """Log the test's means."""
         for name, metric in self.test_losses.items():
             mean, error = cast(MeanAndError, metric).compute()
             self.log(f"test/{name}", mean)
             self.log(f"test/{name}/standard_error", error)
             cast(MeanAndError, metric).reset()
 
+    @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Draw samples, or fill in what is unknown of the user's images (Lightning hook).
+        """Draw samples, or fill in what is unknown of the user's images.
 
         Args:
             batch: ``index`` (B,), the samples' numbers, which are their seeds; ``label`` (B,), their classes, if chosen. For

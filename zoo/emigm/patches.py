@@ -20,7 +20,7 @@ def unpatchify(x_BND: Tensor, latent_shape: tuple[int, int, int], patch_size: in
 
 
 def token_mask(known_BHW: Tensor, patch_size: int) -> Tensor:
-    """Which tokens are known (B, N): those of which every pixel is.
+    """Mask of known tokens (B, N): those with every pixel known.
 
     Args:
         known_BHW: bool, true where known.
@@ -30,7 +30,7 @@ def token_mask(known_BHW: Tensor, patch_size: int) -> Tensor:
 
 
 def known_positions(known_BHW: Tensor, height: int, width: int) -> Tensor:
-    """Which latent positions are known (B, height, width), of known pixels.
+    """Mask of known latent positions (B, height, width) for known pixels.
 
     Where a position stands for several pixels, all of them must be known. Where the latents are larger than the image, they are
     the image with a border, which is known.

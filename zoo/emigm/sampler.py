@@ -27,7 +27,7 @@ CountLaw = Literal["binomial", "mar"]
 
 @dataclass
 class MaskSampler:
-    """How images are drawn.
+    """Options of the sampler.
 
     Args:
         num_iter: mask-prediction steps K.
@@ -122,7 +122,7 @@ def reveal_counts(sampler: MaskSampler, num_masked: int, num_known: int, random:
 
 @dataclass
 class Drawn:
-    """What `sample_tokens` gives.
+    """Result of `sample_tokens`.
 
     Attributes:
         tokens: (B, N, C).

@@ -53,7 +53,7 @@ _MAR_SCALES = {"base": 2.9, "large": 3.0, "huge": 3.2}
 
 @dataclass
 class OfficialConfig:
-    """What the shapes of a state dict say of the network.
+    """Sizes of the network, read from the shapes of a state dict.
 
     Attributes:
         architecture: sizes of transformer and head.
@@ -248,7 +248,7 @@ def load_official(
 
 
 def _differences(weights: Mapping[str, Tensor], network: MaskedTransformer) -> str:
-    """How the sizes differ, in words; empty if nothing is to be said."""
+    """Differences between the sizes, in words; empty if there are none."""
     try:
         theirs, ours = (_flat(infer_config(found, num_heads=1)) for found in (weights, network.state_dict()))
     except ValueError:

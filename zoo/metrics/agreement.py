@@ -1,4 +1,4 @@
-"""What a classifier of real images makes of generated ones: how sure it is, and which classes it sees.
+"""View of a classifier of real images on generated ones: its confidence, and the classes that it sees.
 
 Shape suffixes: B images, K classes.
 """

@@ -97,7 +97,7 @@ def _question(row: Any) -> ChoiceQuestion:
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """How a question becomes texts to score.
+    """Texts to score, made from a question.
 
     Attributes:
         target: whether an option's ``content`` is scored, which then stands nowhere else, or its ``label``, a letter; the options

@@ -141,7 +141,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
 
 
 def _download_inception() -> Path:
-    """Where torch-fidelity keeps its Inception weights, downloaded and verified on the first call."""
+    """Path of torch-fidelity's Inception weights, downloaded and verified on the first call."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

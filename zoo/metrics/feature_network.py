@@ -16,7 +16,7 @@ from zoo.base.hyperparameters import Configurable
 
 
 class Features(NamedTuple):
-    """What a feature network says about a batch of images.
+    """Output of a feature network for a batch of images.
 
     Attributes:
         features: (B, D), the penultimate activations.

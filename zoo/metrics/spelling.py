@@ -39,7 +39,7 @@ _REMEMBERED_WORDS = 2**18  # a language's words, with room for what an untrained
 
 @dataclass(frozen=True)
 class TextScores:
-    """What lines of text look like from outside.
+    """Scores of lines of text.
 
     Attributes:
         num_lines: Number of lines.

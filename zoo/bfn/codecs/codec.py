@@ -1,4 +1,4 @@
-"""What every codec is: the bridge between batches and a flow's data."""
+"""Base class of codecs, which turn batches into a flow's data and back."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -48,7 +48,7 @@ class Codec(Configurable, ABC):
 
     @abstractmethod
     def known(self, batch: Any, num_levels: int) -> tuple[Tensor, Tensor] | None:
-        """What the user's input tells of the samples: levels and a bool mask, both (B, *data shape); None without input."""
+        """Elements given by the user's input: levels and a bool mask, both (B, *data shape); None without input."""
 
     @abstractmethod
     def samples(self, levels: Tensor, nfe: int, trajectory: Tensor | None, num_levels: int) -> Samples | TextSamples:
@@ -63,4 +63,4 @@ class Codec(Configurable, ABC):
 
     @abstractmethod
     def prediction(self, samples: Samples | TextSamples, batch: dict[str, Any]) -> dict[str, Any]:
-        """What ``predict_step`` returns for samples, the user's known elements put back as they were given."""
+        """Result of ``predict_step`` for samples, with the user's known elements put back as given."""

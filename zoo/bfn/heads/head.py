@@ -1,4 +1,4 @@
-"""What every head is: how it reads the network's output, and what losses and samplers ask of the distribution."""
+"""Base class of heads, which read the network's output, and of distributions, which losses and samplers use."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
@@ -56,7 +56,7 @@ class OutputDistribution(ABC):
         """
 
     def take(self, statistic: Statistic, random: SampleRandom, name: str) -> Tensor:
-        """What a sampler takes, as an estimate (B, ...); its memory may be the distribution's, which is used up by it.
+        """Estimate (B, ...) for a sampler; it may reuse the memory of the distribution, which is then spent.
 
         Args:
             statistic: mean, mode, or a draw.

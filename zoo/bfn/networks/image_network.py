@@ -1,4 +1,4 @@
-"""What the networks for images share: the check of the input's shape."""
+"""Base of the networks for images: checks the input's shape."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What every network of a Bayesian flow network is."""
+"""Base class of the networks of a Bayesian flow network."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -27,7 +27,7 @@ class Network(Configurable, nn.Module, ABC):
         """
 
     def parameter_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """What the optimizer gets: one group, all of it decayed; networks whose recipe spares some weights override it.
+        """Parameter groups for the optimizer: one, decayed; networks whose recipe spares some weights override it.
 
         Args:
             weight_decay: that of the decayed group; None leaves it to the optimizer.

@@ -97,6 +97,6 @@ class _Block(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, h_BW: Tensor, gain_BW: Tensor, shift_BW: Tensor) -> Tensor:
-        """What the block adds to the residual stream; gain and shift depend on time."""
+        """The block's addition to the residual stream; gain and shift depend on time."""
         x_BW = torch.addcmul(shift_BW, self.norm(h_BW), gain_BW)
         return self.output(nn.functional.silu(self.hidden(x_BW)))

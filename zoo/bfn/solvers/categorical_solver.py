@@ -1,4 +1,4 @@
-"""What solvers share whose steps may take a drawn class instead of the mean estimate."""
+"""Base of solvers whose steps may take a drawn class instead of the mean estimate."""
 
 from pathlib import Path
 

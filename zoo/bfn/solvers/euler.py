@@ -1,4 +1,4 @@
-"""What Euler's methods for ODE and SDE share."""
+"""Base of Euler's methods for ODE and SDE."""
 
 from pathlib import Path
 

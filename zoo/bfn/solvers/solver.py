@@ -1,4 +1,4 @@
-"""What all solvers share: the times of the steps, the start, the loop, and how they are found by name."""
+"""Base of all solvers: the times of the steps, the start, the loop, and the table of names."""
 
 import difflib
 import inspect
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Sample:
-    """What a solver returns.
+    """Result of a solver.
 
     Args:
         x: data (B, ...).

@@ -1,4 +1,4 @@
-"""What every latent codec is: the bridge between images and the latents that the model sees.
+"""Base class of latent codecs, which turn images into the latents that the model sees and back.
 
 Shape suffixes: B samples, C channels, H height, W width.
 """
@@ -74,7 +74,7 @@ class LatentCodec(Configurable, nn.Module, ABC):
 
     @abstractmethod
     def moments(self, image_BCHW: Tensor) -> Tensor:
-        """What a cache of latents stores of images: (B, *moments_shape); see `cache_kind`.
+        """Entries of images for a cache of latents: (B, *moments_shape); see `cache_kind`.
 
         Raises:
             ValueError: as for `encode`.
