@@ -205,6 +205,21 @@ def canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+def strategies_are_asked_by_function(root: Path) -> list[str]:
+    """Modules and callbacks ask strategies, and strategies ask callbacks, through `zoo.strategy_contract`, never by a string."""
+    asked = {"zoo": "strategy|engine", "datamodules": "strategy", "strategies": "callback"}
+    return [
+        f"{path.relative_to(root)}:{node.lineno} {ast.unparse(node)}"
+        for package, subject in asked.items()
+        for path in files(root, package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("getattr", "hasattr")
+        and isinstance(node.args[1], ast.Constant)
+        and re.search(rf"(^|[._])({subject})$", ast.unparse(node.args[0]))
+    ]
+
+
 def nothing_is_unpickled(root: Path) -> list[str]:
     """No file can run code by being read: weights_only=True, and an unpickler only with a find_class of its own."""
     breaches = []
@@ -289,6 +304,11 @@ BREACHES: dict[Callable[[Path], list[str]], dict[str, str]] = {
         "zoo/fourth.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import zoo.third",
     },
     needs_no_extra: {"zoo/spelling.py": "import hypothesis", "zoo/plan.py": "import no_such_package"},
+    strategies_are_asked_by_function: {
+        "zoo/one/module.py": "group = getattr(self.trainer.strategy, 'step_group', None)",
+        "zoo/callbacks/guard.py": "def f(strategy):\n    return hasattr(strategy, 'gradient_norm')",
+        "strategies/shard/strategy.py": "averages = getattr(callback, 'averages_shards', False)",
+    },
     nothing_is_unpickled: {
         "zoo/one/reader.py": "import torch\ntorch.load('x', weights_only=False)",
         "zoo/two/reader.py": "import torch\ntorch.load('x')",

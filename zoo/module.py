@@ -29,6 +29,7 @@ from zoo.base.checkpoint import (
 from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
 from zoo.base.random import SampleRandom
 from zoo.hub import import_methods, resolve
+from zoo.strategy_contract import data_replicas, sample_positions, step_was_applied
 
 __all__ = ["ZooModule", "infer_official", "load"]
 
@@ -132,10 +133,8 @@ class ZooModule(Configurable, LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place (Lightning hook)."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if not hasattr(self.trainer.optimizers[0], "register_step_post_hook"):
-            engine: Any = self.trainer.model
-            if not hasattr(engine, "was_step_applied") or engine.was_step_applied():
-                self.on_applied_step()
+        if not hasattr(self.trainer.optimizers[0], "register_step_post_hook") and step_was_applied(self.trainer.strategy):
+            self.on_applied_step()
 
     def on_applied_step(self) -> None:
         """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
@@ -221,12 +220,11 @@ class ZooModule(Configurable, LightningModule):
         if self._trainer is None:
             return batch_idx * nominal + within
         # A strategy that deals out samples in another way says which ones these are.
-        if hasattr(self.trainer.strategy, "sample_positions"):
-            positions = self.trainer.strategy.sample_positions(batch_size)
-            if positions is not None:  # as it is outside of training
-                return positions.to(self.device)
-        sampler = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return (batch_idx * nominal + within) * sampler["num_replicas"] + sampler["rank"]
+        positions = sample_positions(self.trainer.strategy, batch_size)
+        if positions is not None:
+            return positions.to(self.device)
+        num_replicas, rank = data_replicas(self.trainer.strategy)
+        return (batch_idx * nominal + within) * num_replicas + rank
 
     def configure_callbacks(self) -> list[Callback]:
         """Callbacks that each run of this module needs (Lightning hook); extend the list of ``super()``."""

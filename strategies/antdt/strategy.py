@@ -40,17 +40,18 @@ from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
 from strategies.antdt.step_log import StepLog
 from strategies.antdt.step_timer import StepTimer
 from strategies.antdt.train_order import Shuffle, train_order
-from strategies.antdt.weighting import GradientReduction, WeighsBatches, Weighting, loss_scale, reduce_gradients
+from strategies.antdt.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients
 from zoo.base.torchrun import has_agent_store, is_restarted, restart_count, restarts_left
+from zoo.strategy_contract import HasLossDenominator, Request, StrategyContract, loss_denominator
 
-__all__ = ["AntDTStrategy", "WeighsBatches"]
+__all__ = ["AntDTStrategy"]
 
 KEY = "antdt"
 RESTART_EXIT_CODE = 75  # of sysexits.h: try again
 """Exit code of processes that the launcher is to start again."""
 
 
-class AntDTStrategy(DDPStrategy):
+class AntDTStrategy(StrategyContract, DDPStrategy):
     """Data parallelism in which slow processes get smaller batches, and no sample is lost or repeated (AntDT).
 
     A service hands out ranges of the epoch's order of samples, a controller in it watches how long each process takes for a
@@ -107,11 +108,6 @@ class AntDTStrategy(DDPStrategy):
     Raises:
         ValueError: numbers out of range, or what belongs to another way of reducing gradients.
     """
-
-    #: Tells `RunCheckpoint` that a step's number means the same on all ranks.
-    asynchronous = False
-    #: Tells a module that losses are weighed here, by its ``antdt_weight``.
-    weighs_batches = True
 
     def __init__(
         self,
@@ -676,10 +672,10 @@ class AntDTStrategy(DDPStrategy):
     def _exchange_weights(self, batch: Any) -> tuple[list[float], Callable[[], float]]:
         """Weights of the micro-batches, and what tells that of all ranks' together."""
         step, module = self._step, self.lightning_module
-        if not isinstance(module, WeighsBatches):
+        if not isinstance(module, HasLossDenominator):
             return [float(count) for count in step.counts], lambda: float(step.reading.total)
         micros = [batch, *step.micros[1:]]
-        own = [0.0 if step.is_shadow else float(module.antdt_weight(micro)) for micro in micros]
+        own = [0.0 if step.is_shadow else loss_denominator(module, micro, 0) for micro in micros]
         if self._control is None:
             return own, lambda: sum(own)
         total = torch.tensor(sum(own), dtype=torch.float64)
@@ -789,7 +785,15 @@ class AntDTStrategy(DDPStrategy):
 
     # What others may ask
 
-    def agree(self, request: Literal["stop", "save"], wanted: bool) -> bool:
+    def weighs_batches(self) -> bool:
+        """Yes, by the module's `loss_denominator`."""
+        return True
+
+    def agrees_without_waiting(self) -> bool:
+        """Yes: a request travels with the step's exchange."""
+        return True
+
+    def agree(self, request: Request, wanted: bool) -> bool:
         """Ask all ranks for something, without waiting for them: true, on all after the same step, some steps later.
 
         Args:
@@ -805,10 +809,6 @@ class AntDTStrategy(DDPStrategy):
             return bool(flags & SAVE)
         self._stop_unheard = False
         return bool(flags & (STOP | RESTART))
-
-    def agree_at_end(self, wanted: bool) -> bool:
-        """What this rank wants where training ends: all have taken the same steps, and want the same."""
-        return wanted
 
     def _wish(self, flag: int) -> None:
         assert self._agent is not None

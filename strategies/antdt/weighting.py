@@ -12,24 +12,16 @@ samples, such as tokens, ``n`` counts that.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-__all__ = ["GradientReduction", "WeighsBatches", "Weighting", "loss_scale", "reduce_gradients", "split_evenly"]
+__all__ = ["GradientReduction", "Weighting", "loss_scale", "reduce_gradients", "split_evenly"]
 
 Weighting = Literal["loss", "hook"]
-
-
-@runtime_checkable
-class WeighsBatches(Protocol):
-    """A module whose losses are means over something else than samples."""
-
-    def antdt_weight(self, batch: Any) -> int:
-        """Over how many tokens, boxes, ... the loss of a micro-batch is a mean."""
 
 
 def split_evenly(count: int, cap: int | None) -> list[int]:

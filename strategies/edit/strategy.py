@@ -25,16 +25,17 @@ from strategies.edit.penalty import ClipScope, DetectorUpdate, Granularity, Oute
 from strategies.edit.round_clock import RoundClock
 from strategies.edit.synchronizer import Synchronizer, SyncReport
 from strategies.mesh import axis_group, named_mesh
+from zoo.strategy_contract import StrategyContract
 
 __all__ = ["EDiTStrategy"]
 
 KEY = "edit"
 REPLICATE, SHARD = "replicate", "shard"
 Request = Literal["stop", "save", "validate"]
-_BITS: dict[str, int] = {"stop": 1, "save": 2, "validate": 4}
+_BITS: dict[Request, int] = {"stop": 1, "save": 2, "validate": 4}
 
 
-class EDiTStrategy(DDPStrategy):
+class EDiTStrategy(StrategyContract, DDPStrategy):
     """Each process trains a replica of its own; every few steps the replicas meet (EDiT, arXiv 2412.07210).
 
     The first ``warmup_steps`` are plain data parallelism. Afterwards no gradient is exchanged: after ``sync_interval`` optimizer
@@ -148,8 +149,7 @@ class EDiTStrategy(DDPStrategy):
 
     # What others may ask
 
-    @property
-    def asynchronous(self) -> bool:
+    def is_asynchronous(self) -> bool:
         """Whether ranks take different numbers of steps (A-EDiT)."""
         return self.sync_seconds is not None
 
@@ -168,7 +168,11 @@ class EDiTStrategy(DDPStrategy):
         """Optimizer steps of this replica since the last synchronisation."""
         return self._fit.global_step - self._synced_step if self._fit is not None else 0
 
-    def spike_group(self) -> dist.ProcessGroup | None:
+    def replicas_diverge(self) -> bool:
+        """Yes, after the warm-up."""
+        return True
+
+    def step_group(self) -> dist.ProcessGroup | None:
         """The ranks that must decide alike on a step, and that share statistics of one: reduce over these only.
 
         Returns:
@@ -179,6 +183,10 @@ class EDiTStrategy(DDPStrategy):
             return None
         assert self.mesh is not None
         return axis_group(self.mesh, SHARD)
+
+    def agrees_without_waiting(self) -> bool:
+        """Yes, after the warm-up."""
+        return True
 
     def agree(self, request: Request, wanted: bool) -> bool:
         """Ask all ranks for something without waiting for them.
@@ -206,7 +214,7 @@ class EDiTStrategy(DDPStrategy):
         Args:
             wanted: whether this rank wants it.
         """
-        if not self.asynchronous or self.world_size == 1:
+        if not self.is_asynchronous() or self.world_size == 1:
             return wanted
         return bool(self.reduce_boolean_decision(wanted, all=False))
 
@@ -232,7 +240,7 @@ class EDiTStrategy(DDPStrategy):
             self._together, self._asked, self._agreed, self._coming = True, 0, 0, 0
             self._is_last_step = self._stops = False
         self._set_up_network(trainer)
-        if fitting and self.asynchronous:
+        if fitting and self.is_asynchronous():
             loop = trainer.fit_loop.epoch_loop
             self._max_steps, loop.max_steps = trainer.max_steps, -1  # not each rank by its own count
             # Before it trains, Lightning loads validation data, all ranks together, if an epoch is to be validated: of ranks
@@ -250,7 +258,7 @@ class EDiTStrategy(DDPStrategy):
             )
         if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
-        if self.asynchronous and (trainer.min_steps is not None or trainer.min_epochs):
+        if self.is_asynchronous() and (trainer.min_steps is not None or trainer.min_epochs):
             raise ValueError(
                 f"{name} with sync_seconds: min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs} would let each rank"
                 " end by its own count, and the others wait: leave them out; max_steps is a budget."
@@ -262,12 +270,12 @@ class EDiTStrategy(DDPStrategy):
                     f"{name}: {which} would average each replica's own weights, which differ between synchronisations: remove it;"
                     " the anchor, which is validated and saved, is an average already."
                 )
-            if self.asynchronous and isinstance(callback, ModelCheckpoint | Timer):
+            if self.is_asynchronous() and isinstance(callback, ModelCheckpoint | Timer):
                 raise ValueError(
                     f"{name} with sync_seconds: {which} acts at each rank's own count of steps: remove it; RunCheckpoint saves"
                     " where all ranks meet, and max_steps is a budget."
                 )
-        if self.asynchronous:
+        if self.is_asynchronous():
             reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
             if trainer.max_epochs not in (None, -1) or trainer.max_steps == -1 or reloads:
                 raise ValueError(
@@ -298,7 +306,7 @@ class EDiTStrategy(DDPStrategy):
         loop = self._fit.fit_loop.epoch_loop
         # Lightning asks rank 0 for a SIGTERM before each batch, and all ranks would wait for it there.
         loop._broadcast_sigterm_tensor = self._agreed_sigterm(loop._broadcast_sigterm_tensor)  # type: ignore[method-assign]
-        if self.asynchronous:
+        if self.is_asynchronous():
             vars(loop).pop("_should_check_val_epoch", None)
             loop._should_check_val_fx = self._agreed_validation(loop._should_check_val_fx)  # type: ignore
         if self._fit.global_step >= self.warmup_steps:
@@ -359,7 +367,7 @@ class EDiTStrategy(DDPStrategy):
 
     def _check_logged(self) -> None:
         """Refuse what would be summed up over ranks at the end of an epoch, where they do not come together."""
-        results = self._fit.fit_loop.epoch_loop._results.values() if self._fit is not None and self.asynchronous else ()
+        results = self._fit.fit_loop.epoch_loop._results.values() if self._fit is not None and self.is_asynchronous() else ()
         for result in results:
             if result.meta.on_epoch and not result.is_tensor and self.world_size > 1:
                 raise RuntimeError(
@@ -413,7 +421,7 @@ class EDiTStrategy(DDPStrategy):
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
-        if self.asynchronous:
+        if self.is_asynchronous():
             budget = None if self._max_steps is None else self._max_steps * self.synchronizer.num_replicas
             name = self.broadcast(f"{KEY}/{time.time_ns()}")
             store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
@@ -494,7 +502,7 @@ class EDiTStrategy(DDPStrategy):
             self._spread_from_first(self.lightning_module.buffers())
             return
         self.synchronizer.finish()
-        if self.asynchronous or self.local_steps:
+        if self.is_asynchronous() or self.local_steps:
             self._synchronize(finish=True)
 
     def on_validation_start(self) -> None:
@@ -603,7 +611,7 @@ class EDiTStrategy(DDPStrategy):
         self._restored = checkpoint.pop(KEY, None)
         if self._restored is not None and self.mesh is not None:
             ranks, shards = self._restored.pop("ranks"), self._restored["shards"]
-            if not self.asynchronous and len({_position(own) for own in ranks}) > 1:
+            if not self.is_asynchronous() and len({_position(own) for own in ranks}) > 1:
                 rank_zero_warn(
                     f"EDiT: the checkpoint is of A-EDiT, whose ranks had taken {min(own['global_step'] for own in ranks)} to"
                     f" {max(own['global_step'] for own in ranks)} steps: without sync_seconds all go on from where rank 0 was,"

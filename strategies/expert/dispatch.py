@@ -6,13 +6,15 @@ E experts, P ranks of the group, G = E / P experts of a rank.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Dispatcher", "ExpertLayer"]
+from zoo.nn.sorted_rows import ExpertOrder, permute_rows, sort_by_expert
+
+__all__ = ["Dispatcher", "ExpertLayer", "SortedExpertLayer"]
 
 _IDLE, _DONE = -1, -2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,6 +36,15 @@ class ExpertLayer(Protocol):
 
     def forward(self, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """``sum_j weights[n, j] expert_{ids[n, j]}(x[n])``, (N, D); any k, and weights of float32 or more."""
+
+
+@runtime_checkable
+class SortedExpertLayer(Protocol):
+    """A layer of experts that need not sort rows whose order is known."""
+
+    def forward_sorted(self, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, order: ExpertOrder | None) -> Tensor:
+        """`ExpertLayer.forward`, with the order of the assignments by expert, then token."""
+        ...
 
 
 class _Plan(NamedTuple):
@@ -120,13 +131,14 @@ class Dispatcher:
         if autocast:
             dtype = torch.get_autocast_dtype(device)
         (N, k), D = ids_Nk.shape, x_ND.shape[-1]
-        order_M, inverse_M, count_E = _sort_by_expert(ids_Nk, self.size * self._layers[number].num_experts)
+        order_M, inverse_M, offset_E = sort_by_expert(ids_Nk, self.size * self._layers[number].num_experts)
+        count_E = offset_E.long().diff(prepend=offset_E.new_zeros(1))
         mode = _mode(dtype, autocast)
         plan = self._announce(count_E, number, mode)
         self._check(plan, number, mode)
-        x_MD = _Permute.apply(x_ND.to(dtype)[:, None].expand(N, k, D).reshape(N * k, D), order_M, inverse_M)
+        x_MD = permute_rows(x_ND.to(dtype)[:, None].expand(N, k, D).reshape(N * k, D), order_M, inverse_M)
         y_MD = self._there_and_back(number, x_MD, plan)
-        y_NkD = _Permute.apply(y_MD, inverse_M, order_M).view(N, k, D)
+        y_NkD = permute_rows(y_MD, inverse_M, order_M).view(N, k, D)
         with torch.autocast(device, enabled=False):
             return (y_NkD.to(torch.promote_types(dtype, torch.float32)) * weights_Nk[..., None]).sum(1).to(dtype)
 
@@ -192,7 +204,11 @@ class Dispatcher:
             expert_PG = torch.arange(self._most_experts, device=x_RD.device).repeat(self.size)
             ids_R = expert_PG.repeat_interleave(plan.count_PG.reshape(-1), output_size=R)
             ones_R1 = torch.ones(R, 1, dtype=torch.promote_types(x_RD.dtype, torch.float32), device=x_RD.device)
-            y_RD = type(layer).forward(layer, x_RD, ids_R[:, None], ones_R1).to(x_RD.dtype)
+            if isinstance(layer, SortedExpertLayer):
+                order = _merged(plan.count_PG, layer.num_experts, R)
+                y_RD = layer.forward_sorted(x_RD, ids_R[:, None], ones_R1, order).to(x_RD.dtype)
+            else:
+                y_RD = type(layer).forward(layer, x_RD, ids_R[:, None], ones_R1).to(x_RD.dtype)
         else:
             y_RD = _NoRows.apply(x_RD, layer.gate_up_proj, layer.down_proj)
         result: Tensor = _Exchange.apply(y_RD, plan.received, plan.sent, self.group)
@@ -230,28 +246,21 @@ def _described(mode: int) -> str:
     return f"{_dtype(mode)}{' by autocast' if mode & _AUTOCAST else ''} with{'' if mode & _GRADIENTS else 'out'} gradients"
 
 
-def _sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the assignments by expert, then token, its inverse, both (M,), and how many each expert has, (E,)."""
-    flat_M = ids_Nk.reshape(-1)
-    order_M = flat_M.argsort(stable=True)
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    count_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_M.device)
-    return order_M, inverse_M, count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
+def _merged(count_PG: Tensor, num_experts: int, num_rows: int) -> ExpertOrder:
+    """Order by expert, then rank, of rows that came from each rank sorted by expert.
 
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; its gradient is the inverse permutation, which unlike that of indexing needs no atomic sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(grads[0], inverse, order), None, None
+    Args:
+        count_PG: rows of each rank and expert; 0 for experts that the layer has not.
+        num_experts: of the layer.
+        num_rows: R.
+    """
+    count_GP = count_PG.t().reshape(-1)
+    first_GP = (count_PG.reshape(-1).cumsum(0).view_as(count_PG) - count_PG).t().reshape(-1)
+    end_GP = count_GP.cumsum(0)
+    place_R = torch.arange(num_rows, device=count_PG.device)
+    order_R = place_R + (first_GP - end_GP + count_GP).repeat_interleave(count_GP, output_size=num_rows)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, place_R)
+    return ExpertOrder(order_R, inverse_R, end_GP.view(-1, len(count_PG))[:num_experts, -1].int())
 
 
 class _Exchange(torch.autograd.Function):

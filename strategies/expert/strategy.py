@@ -22,11 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from strategies.expert.shards import ExpertShards
 from strategies.mesh import axis_group, named_mesh
+from zoo.strategy_contract import StrategyContract
 
 __all__ = ["ExpertParallelStrategy"]
 
 
-class ExpertParallelStrategy(DDPStrategy):
+class ExpertParallelStrategy(StrategyContract, DDPStrategy):
     """Data parallelism in which groups of ranks divide the routed experts of each layer among them.
 
     The ranks form a mesh, data x expert; an expert group is ``expert_parallel_size`` consecutive ranks, so that with one group

@@ -40,6 +40,7 @@ from strategies.paro.partition import Partition
 from strategies.paro.precision import FloatName, StatePrecision
 from strategies.paro.probe import measure_cluster
 from strategies.paro.units import find_blocks, plan_units
+from zoo.strategy_contract import StrategyContract, averages_shards
 
 __all__ = ["PaROStrategy"]
 
@@ -47,7 +48,7 @@ AUTO = "auto"
 _OPTIMIZED = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
-class PaROStrategy(DDPStrategy):
+class PaROStrategy(StrategyContract, DDPStrategy):
     """Data parallelism in which parameters, gradients and optimizer state are each whole, shared in a group, or by all (PaRO-DP).
 
     A code such as ``IIG`` says for parameters, gradients and optimizer state whether every rank holds all (N), the ranks of a
@@ -150,20 +151,19 @@ class PaROStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._averages: list[ShardAverage] = []
 
-    @property
+    # What modules and callbacks ask
+
     def keeps_float32_weights(self) -> bool:
-        """Whether updates are added to float32 weights, whatever the precision that is computed in."""
+        """Yes, the masters."""
         return True
 
-    @property
     def shards_parameters(self) -> bool:
-        """Whether a rank holds a part of the parameters only; callbacks that keep weights ask."""
+        """Whether a rank holds a part of the parameters only: with any code but N.."""
         return self.partition is None or self.partition.parameters != "N"
 
-    @property
-    def collective_forwards(self) -> bool:
-        """Whether, without gradients, all ranks must run the network equally often; modules ask."""
-        return self.shards_parameters and not self.gather_for_evaluation
+    def forwards_are_collective(self) -> bool:
+        """Whether weights are gathered for each pass in evaluation."""
+        return self.shards_parameters() and not self.gather_for_evaluation
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -257,9 +257,9 @@ class PaROStrategy(DDPStrategy):
             raise ValueError(f"PaROStrategy does not go with {type(plugin).__name__}: use bf16-mixed, bf16-true or 32-true.")
 
     def _check_callbacks(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks if self.shards_parameters else ():  # type: ignore[attr-defined]
+        for callback in trainer.callbacks if self.shards_parameters() else ():  # type: ignore[attr-defined]
             averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-            if averages and not getattr(callback, "averages_shards", False):
+            if averages and not averages_shards(callback):
                 raise ValueError(
                     f"PaROStrategy: {type(callback).__name__} reads whole weights, of which a rank holds a part only under"
                     f" {self.partition or AUTO}: use EMA of the zoo, or a code with whole parameters such as NIG."

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from zoo.ling import RouterMonitor
+from zoo.strategy_contract import StrategyContract
 
 LAYERS, EXPERTS, K = 2, 4, 2
 
@@ -109,12 +111,15 @@ def test_ranks_are_counted_together(pool):
     assert both[0] == both[1] == pytest.approx(expected(everything), rel=1e-5)
 
 
-class Alone(Callback):
-    """Gives the strategy replicas of one rank each, which train on their own."""
+class Alone(StrategyContract, DDPStrategy):
+    """Replicas of one rank each, which train on their own."""
 
-    def on_fit_start(self, trainer, module):
-        groups = [torch.distributed.new_group([rank]) for rank in range(trainer.world_size)]
-        trainer.strategy.spike_group = lambda: groups[trainer.global_rank]
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.groups = [torch.distributed.new_group([rank]) for rank in range(self.world_size)]
+
+    def step_group(self):
+        return self.groups[self.global_rank]
 
 
 def on_replicas() -> dict[str, float]:
@@ -122,7 +127,7 @@ def on_replicas() -> dict[str, float]:
     rank = torch.distributed.get_rank()
     every = 2 if rank == 0 else 1
     batches = [logits(2 * step + rank, 6 + rank) for step in range(2)]
-    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "callbacks": [Alone()]}
+    options = {"devices": 2, "strategy": Alone(), "use_distributed_sampler": False}
     return monitored(batches, every=every, **options)[0].latest
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from zoo import ZooModule
 from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA, RunCheckpoint, SpikeGuard
+from zoo.strategy_contract import StrategyContract
 
 VOCAB, LENGTH, SAMPLES = 11, 6, 400
 QUICK = {"alpha": 0.1, "warmup": 8, "threshold": 6.0}
@@ -488,20 +489,26 @@ def test_scalers_manual_optimization_and_lbfgs_are_refused():
         fit(Loader(), SpikeGuard(), module=quasi_newton, steps=1)
 
 
-class Scoped(Callback):
-    """Gives the strategy the methods by which one says how its steps are judged: each rank alone, always or from a batch on."""
+class Scoped(StrategyContract, DDPStrategy):
+    """Says how its steps are judged: by each rank alone, always or from a batch on."""
 
     def __init__(self, alone: bool | int) -> None:
-        self.alone = alone is True
-        self.since = alone
+        super().__init__()
+        self.since = 0 if alone is True else alone
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.alone = self.alone or (self.since is not False and batch_idx >= self.since)
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.groups = [torch.distributed.new_group([rank]) for rank in range(self.world_size)]
 
-    def on_fit_start(self, trainer, module):
-        groups = [torch.distributed.new_group([rank]) for rank in range(trainer.world_size)]
-        trainer.strategy.spike_group = lambda: groups[trainer.global_rank] if self.alone else None
-        trainer.strategy.gradient_norm = lambda: torch.tensor(2.0)
+    def replicas_diverge(self):
+        return True
+
+    def step_group(self):
+        alone = self.since is not False and self.lightning_module.trainer.fit_loop.epoch_loop.total_batch_idx >= self.since
+        return self.groups[self.global_rank] if alone else None
+
+    def gradient_norm(self):
+        return torch.tensor(2.0)
 
 
 def on_ranks(planted, ranks, options, scoped=None):
@@ -509,10 +516,8 @@ def on_ranks(planted, ranks, options, scoped=None):
     rank = torch.distributed.get_rank() if ranks > 1 else 0
     loader = Loader(batch_size=8 // ranks, rank=rank, ranks=ranks, at_sample=planted)
     guard = SpikeGuard(**QUICK | options)
-    callbacks = [guard] if scoped is None else [guard, Scoped(scoped)]
-    module, watch, _ = fit(
-        loader, *callbacks, devices=ranks, strategy="ddp" if ranks > 1 else "auto", use_distributed_sampler=False
-    )
+    strategy = Scoped(scoped) if scoped is not None else "ddp" if ranks > 1 else "auto"
+    module, watch, _ = fit(loader, guard, devices=ranks, strategy=strategy, use_distributed_sampler=False)
     weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     same_after = [same(a, b) for a, b in zip(watch.states, watch.states[1:], strict=False)]
     return {

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ling import experts as module
-from zoo.ling.experts import Backend, Experts, choose_backend, sort_by_expert
+from zoo.ling.experts import Backend, Experts, choose_backend
+from zoo.nn.sorted_rows import sort_by_expert
 
 BACKENDS: list[Backend] = ["grouped", "loop", "batched", "auto"]
 D, WIDTH, E, K = 16, 8, 6, 3

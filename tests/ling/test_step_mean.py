@@ -25,6 +25,7 @@ from strategies import AntDTStrategy, EDiTShardedStrategy, EDiTStrategy, ExpertP
 from zoo.callbacks import BatchSizeWarmup, SpikeGuard
 from zoo.ling import Ling, LingConfig, LingDPO
 from zoo.ling.step_mean import StepMean
+from zoo.strategy_contract import gradient_norm
 
 SMALL = LingConfig(
     vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
@@ -87,9 +88,7 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         self.outcome.gradients.append(gradients(pl_module))
-        norm_of = getattr(trainer.strategy, "gradient_norm", None)
-        found = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self.outcome.norms.append(float(norm_of() if norm_of else torch.nn.utils.get_total_norm(found)))
+        self.outcome.norms.append(float(gradient_norm(trainer.strategy, optimizer)))
 
 
 def fit(

@@ -106,7 +106,7 @@ class Schedule(Noisy):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def antdt_weight(self, batch: Any) -> int:
+    def loss_denominator(self, batch: Any) -> int:
         return int(_tokens(batch).sum())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

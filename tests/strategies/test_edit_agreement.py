@@ -54,7 +54,7 @@ def told_to_stop(kind: Callable[..., Any], folder: Path) -> tuple[int, bool, lis
 
     class Signal(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            groups.append(dist.get_world_size(strategy.spike_group()))
+            groups.append(dist.get_world_size(strategy.step_group()))
             if trainer.global_step == 6 and dist.get_rank() == dist.get_world_size() - 1:
                 checkpoint._told_to_stop = True
 

@@ -562,7 +562,7 @@ def misused(kind: Callable[..., Any]) -> str:
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 3:
                 pl_module.layers[0].requires_grad_(True)
-                if trainer.strategy.asynchronous:  # type: ignore[attr-defined]
+                if trainer.strategy.is_asynchronous():  # type: ignore[attr-defined]
                     trainer.strategy.all_gather(torch.zeros(1))
 
     model = model_of()

@@ -1,22 +1,14 @@
 """Balance of a step: batches and times of all ranks, and the time in which no rank computes."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-__all__ = ["AntDTMonitor", "BalancesRanks"]
+from zoo.strategy_contract import BalancesRanks
 
-
-@runtime_checkable
-class BalancesRanks(Protocol):
-    """A strategy that gives ranks batches of different sizes."""
-
-    def antdt_state(self) -> dict[str, Any]:
-        """``step``, ``batch`` [samples of each rank], ``bpt`` [seconds of each rank], ``wall`` and ``bubble`` (seconds),
-        ``version``, ``restarts``, ``generation``, ``agent_seconds``; some are missing until a step was measured.
-        """  # fmt: skip
+__all__ = ["AntDTMonitor"]
 
 
 class AntDTMonitor(Callback):

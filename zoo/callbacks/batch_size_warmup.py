@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from zoo.strategy_contract import data_replicas, is_asynchronous
+
 __all__ = ["BatchSizeWarmup"]
 
 
@@ -86,7 +88,7 @@ class BatchSizeWarmup(Callback):
             raise ValueError(
                 "BatchSizeWarmup: DeepSpeed fixes the number of micro-batches when it starts: remove one of the two."
             )
-        if getattr(trainer.strategy, "asynchronous", False):
+        if is_asynchronous(trainer.strategy):
             raise ValueError(
                 "BatchSizeWarmup counts the samples of all ranks together, and with sync_seconds these take different numbers of"
                 " steps: remove one of the two."
@@ -110,13 +112,13 @@ class BatchSizeWarmup(Callback):
                 f"BatchSizeWarmup: the training loader ({type(trainer.train_dataloader).__name__}) does not tell its batch_size,"
                 " which the global batch is made of: use one loader with a fixed batch_size."
             )
-        sampler = getattr(trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1}
-        self._unit = micro_batch * sampler["num_replicas"]
+        num_replicas, _ = data_replicas(trainer.strategy)
+        self._unit = micro_batch * num_replicas
         for name, size in (("start", self.start), ("end", self.end)):
             if size % self._unit:
                 rank_zero_info(
                     f"BatchSizeWarmup: {name}={size} is no multiple of {self._unit} (batch_size {micro_batch} x"
-                    f" {sampler['num_replicas']} processes): it is taken as {self._micro_batches(size) * self._unit}."
+                    f" {num_replicas} processes): it is taken as {self._micro_batches(size) * self._unit}."
                 )
         self._tokens_of_step = 0
         self._seen_step = trainer.global_step
@@ -137,8 +139,7 @@ class BatchSizeWarmup(Callback):
             if trainer.world_size > 1:  # lengths may differ between ranks, the number of micro-batches must not
                 local = torch.tensor(seen, device=trainer.strategy.root_device)
                 per_rank = trainer.strategy.reduce(local, reduce_op="sum").item() / trainer.world_size
-                sampler = getattr(trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1}
-                seen = round(per_rank * sampler["num_replicas"])
+                seen = round(per_rank * data_replicas(trainer.strategy)[0])
             self.tokens_seen += seen
         ends = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
         self._first = 0 if ends else batch_idx + 1

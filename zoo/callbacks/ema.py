@@ -1,51 +1,22 @@
 """Exponential moving average of the weights."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["EMA", "AveragesShards", "ShardedAverage"]
+from zoo.strategy_contract import AveragesShards, CallbackContract, ShardedAverage, shards_parameters
+
+__all__ = ["EMA"]
 
 
-class ShardedAverage(Protocol):
-    """An average of which each rank keeps a part; all methods but `update` and `restart` are collective calls."""
-
-    def update(self, decay: float) -> None:
-        """``average <- decay * average + (1 - decay) * weights``."""
-
-    def swap(self) -> None:
-        """Exchange average and weights."""
-
-    def restart(self) -> None:
-        """Begin again at the present weights."""
-
-    def weights(self, keep: bool) -> dict[str, Any]:
-        """The module's whole averaged ``state_dict``, where ``keep``; elsewhere names and shapes."""
-
-
-@runtime_checkable
-class AveragesShards(Protocol):
-    """A strategy that averages the shards it keeps, and leaves the average in the module when training has ended."""
-
-    def average_shards(self, device: str | None) -> ShardedAverage:
-        """A new average, once the strategy is set up; of one that is resumed, before weights are loaded."""
-        ...
-
-
-def _shards_weights(strategy: Strategy) -> bool:
-    if isinstance(strategy, DeepSpeedStrategy):
-        return int(strategy.config["zero_optimization"]["stage"]) >= 3 if strategy.config else True
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "shards_parameters", False)
-
-
-class EMA(WeightAveraging):
+class EMA(CallbackContract, WeightAveraging):
     """Averages the parameters after each *applied* optimizer step: ``average <- decay * average + (1 - decay) * weights``.
 
     Validation and everything after training use the average; checkpoints hold it as ``state_dict``, beside the current
@@ -62,9 +33,6 @@ class EMA(WeightAveraging):
         ValueError: decay outside [0, 1), or a strategy that shards the weights and does not average its own shards.
     """
 
-    #: Tells strategies that divide the weights that this callback asks them for an average (`AveragesShards`).
-    averages_shards = True
-
     def __init__(self, decay: float = 0.9999, warmup: bool = False, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay={decay} must lie in [0, 1); 0.999 or 0.9999 are usual.")
@@ -76,6 +44,10 @@ class EMA(WeightAveraging):
         self._swapped = False
         self._sharded: ShardedAverage | None = None
         self._kept_on = device
+
+    def averages_shards(self) -> bool:
+        """Yes: a strategy that divides the weights is asked for an average (`AveragesShards`)."""
+        return True
 
     def _average(self, average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         update: Callable[..., None] = get_ema_multi_avg_fn(self._decay_now())
@@ -89,7 +61,7 @@ class EMA(WeightAveraging):
         strategy: Strategy = trainer.strategy
         if isinstance(strategy, AveragesShards):
             return
-        if stage == "fit" and _shards_weights(strategy):
+        if stage == "fit" and shards_parameters(strategy):
             raise ValueError(
                 f"EMA: {type(strategy).__name__} shards the weights, which this callback cannot average:"
                 " remove EMA, or use ddp or a strategy of the zoo that averages its own shards."

@@ -6,33 +6,20 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from zoo.strategy_contract import agree, agree_at_end, agrees_without_waiting, is_asynchronous
+
 __all__ = ["RunCheckpoint"]
 
 
 _SAME_INTERRUPT = 3.0
 """Seconds in which a terminal and a launcher that passes its Ctrl-C on have both told."""
-
-
-@runtime_checkable
-class SupportsAgreement(Protocol):
-    """A strategy whose ranks train on their own, and agree on what all must do together when they meet next."""
-
-    asynchronous: bool  # whether ranks take different numbers of steps, so that a step's number means something else on each
-
-    def agree(self, request: Literal["stop", "save"], wanted: bool) -> bool:
-        """Say what this rank wants; true, on all ranks after the same batch, once any wanted it."""
-        ...
-
-    def agree_at_end(self, wanted: bool) -> bool:
-        """Whether to save where training ends or stops; ranks that save together must give the same answer."""
-        ...
 
 
 class RunCheckpoint(Checkpoint):
@@ -106,16 +93,11 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Save if it is time, after a batch that applied a step (Lightning hook)."""
         strategy = trainer.strategy
-        agreeing = strategy if isinstance(strategy, SupportsAgreement) else None
-        if agreeing is not None:
-            stop = agreeing.agree("stop", self._told_to_stop)
-        else:
-            stop = trainer.world_size > 1 and strategy.reduce_boolean_decision(self._told_to_stop, all=False)
-        if stop:
+        if agree(strategy, "stop", self._told_to_stop):
             trainer._signal_connector.received_sigterm = True  # Lightning raises SIGTERMException after this batch
         stepped = trainer.global_step != self._seen_step
         # Ranks that step at different batches save in the batch in which they agreed, before they validate in it.
-        if not stepped and not (agreeing is not None and agreeing.asynchronous):
+        if not stepped and not is_asynchronous(strategy):
             return
         due = late = False
         if stepped:
@@ -123,9 +105,9 @@ class RunCheckpoint(Checkpoint):
             self._boundary = _state_after_batch(trainer)
             due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
             late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
-        if agreeing is not None:
-            counted = due and not agreeing.asynchronous
-            due = agreeing.agree("save", trainer.is_global_zero and (due or late) and not counted) or counted
+        if agrees_without_waiting(strategy):
+            counted = due and not is_asynchronous(strategy)
+            due = agree(strategy, "save", trainer.is_global_zero and (due or late) and not counted) or counted
         # Ranks ask rank 0 for the time, which makes them wait for it: not at every step.
         elif self.minutes is not None and not due and trainer.global_step % 10 == 0:
             due = bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
@@ -134,7 +116,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training (Lightning hook)."""
-        if _agreed_at_end(trainer, trainer.global_step != self._saved_step):
+        if agree_at_end(trainer.strategy, trainer.global_step != self._saved_step):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -143,7 +125,7 @@ class RunCheckpoint(Checkpoint):
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
             return
-        if not _agreed_at_end(trainer, self._seen_step > self._saved_step):
+        if not agree_at_end(trainer.strategy, self._seen_step > self._saved_step):
             return
         self._save(trainer)
         rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
@@ -184,12 +166,6 @@ def _state_after_batch(trainer: Trainer) -> dict[str, Any]:
         validation["current"].update(ready=1, started=1, processed=0, completed=0)
         validation["is_last_batch"] = False
     return state
-
-
-def _agreed_at_end(trainer: Trainer, due: bool) -> bool:
-    """Whether the last save is out of date: of ranks that step at different batches it may be for some only."""
-    strategy = trainer.strategy
-    return strategy.agree_at_end(due) if isinstance(strategy, SupportsAgreement) else due
 
 
 def _is_agreed_stop(exception: BaseException) -> bool:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from zoo.base.anomaly import EWMADetector
+from zoo.strategy_contract import data_replicas
 
 __all__ = ["PEAK_FLOPS", "CountsFlops", "SpeedMonitor", "peak_flops_of"]
 
@@ -212,9 +213,8 @@ class SpeedMonitor(Callback):
         self._detector.update(min(seconds, self._detector.value_limit))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        sampler = getattr(trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1}
         seconds = [taken for _, taken in self._known]
-        replicas, total = sampler["num_replicas"], sum(seconds)
+        (replicas, _), total = data_replicas(trainer.strategy), sum(seconds)
         values = {
             f"{self._unit}_per_second": replicas * sum(step.tokens for step, _ in self._known) / total,
             "step_seconds": statistics.median(seconds),

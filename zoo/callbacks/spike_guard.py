@@ -11,15 +11,16 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
 
 from zoo.base.anomaly import EWMADetector, Init
+from zoo.strategy_contract import CallbackContract, gradient_norm, replicas_diverge, step_group, tells_gradient_norm
 
-__all__ = ["DescribesSamples", "ReportsLosses", "RetryingLoader", "SpikeGuard", "SpikeScope"]
+__all__ = ["DescribesSamples", "ReportsLosses", "RetryingLoader", "SpikeGuard"]
 
 PersistAction = Literal["lr", "grad"]
 Verdict = Literal["apply", "skip", "reduce"]
@@ -58,17 +59,7 @@ class DescribesSamples(Protocol):
         ...
 
 
-class SpikeScope(Protocol):
-    """A strategy that knows better than the default how a step is judged; both methods are optional."""
-
-    def gradient_norm(self) -> Tensor:
-        """The 2-norm of the whole gradient, 0-dim, where this rank holds a part of it only. May communicate."""
-
-    def spike_group(self) -> distributed.ProcessGroup | None:
-        """The ranks that take the same update, which judge together; None: all ranks."""
-
-
-class SpikeGuard(Callback):
+class SpikeGuard(CallbackContract, Callback):
     """Skips the update of a step whose loss or gradient norm is an outlier, and brings its samples back later.
 
     Each optimizer step is judged once, after the backward pass and before clipping, by the mean loss ``l`` over its
@@ -232,7 +223,11 @@ class SpikeGuard(Callback):
     def _is_high(self, loss: float) -> bool:
         return self.loss_detector.is_outlier(loss) and loss > self.loss_detector.mean + self.min_delta
 
-    # Lightning hooks
+    # What strategies and Lightning call
+
+    def changes_gradients(self) -> bool:
+        """Yes: a step is skipped, or its gradients are made smaller."""
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse ways of training in which a step cannot be judged or skipped (Lightning hook)."""
@@ -244,8 +239,7 @@ class SpikeGuard(Callback):
                 "SpikeGuard: DeepSpeed clips and steps inside its own engine, so that a step cannot be judged before and left"
                 " out: remove SpikeGuard, or choose another strategy."
             )
-        sharded = isinstance(strategy, FSDPStrategy) or getattr(strategy, "shards_parameters", False)
-        if sharded and not hasattr(strategy, "gradient_norm"):
+        if not tells_gradient_norm(strategy):
             raise ValueError(
                 f"SpikeGuard: {type(strategy).__name__} shards the gradients and has no gradient_norm() that tells the norm of"
                 " the whole: remove SpikeGuard, or use ddp, ModelParallelStrategy or a strategy of the zoo."
@@ -274,7 +268,7 @@ class SpikeGuard(Callback):
                 f"SpikeGuard: the training loader ({type(trainer.train_dataloader).__name__}) has no requeue(), so the samples of"
                 " a skipped step are recorded but not trained on again: use a DataModule of the zoo that offers it."
             )
-        elif getattr(trainer.strategy, "spike_group", None) is not None:
+        elif replicas_diverge(trainer.strategy):
             rank_zero_info(
                 "SpikeGuard: while groups of ranks judge their steps separately, the samples of a skipped step are recorded but"
                 " not trained on again."
@@ -311,7 +305,7 @@ class SpikeGuard(Callback):
         if not self._losses:  # training_step returned None: Lightning has no gradients either
             return
         with self._timed():
-            group = _group(trainer)
+            group = step_group(trainer.strategy)
             if group is not None and self._waiting:  # what all ranks waited for would come back to one of them only
                 self._waiting, self._waiting_ids = {}, None
                 self._returned.clear()
@@ -320,7 +314,8 @@ class SpikeGuard(Callback):
             if rest is not None or self._verdict != "apply":
                 self._follow(trainer, loss, norm, group)
             if self._verdict == "reduce" and self.persist_action == "grad":
-                torch._foreach_mul_(_gradients(optimizer), self.persist_factor)
+                gradients = [p.grad for each in optimizer.param_groups for p in each["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, self.persist_factor)
             self._forget_step()
 
     def on_train_batch_end(
@@ -372,8 +367,7 @@ class SpikeGuard(Callback):
         done = torch.cuda.Event() if device.type == "cuda" else None
         if done is not None:
             done.record()
-        strategy_norm = getattr(trainer.strategy, "gradient_norm", None)
-        norm = _norm(optimizer) if strategy_norm is None else strategy_norm()
+        norm = gradient_norm(trainer.strategy, optimizer)
         ranks = _world_size(trainer)
         alone = len(self._losses) == 1 and ranks == 1
         if alone:  # whatever it weighs
@@ -519,21 +513,6 @@ class SpikeGuard(Callback):
             self.time_inside += time.perf_counter() - begin
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-
-
-def _norm(optimizer: Optimizer) -> Tensor:
-    """The 2-norm of all gradients, 0-dim; of the whole where they are distributed tensors."""
-    gradients = _gradients(optimizer)
-    kinds = {(type(each), each.device, each.dtype) for each in gradients}
-    if len(kinds) == 1 and type(gradients[0]) is Tensor:
-        # The same numbers as below, without sorting by device and type, which takes as long as the norms.
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 def _worst_sample(trainer: Trainer, losses: list[float], ids: list[int]) -> str:
     """The text of the sample with the largest loss, as JSON; empty where that is not known."""
     datamodule = getattr(trainer, "datamodule", None)
@@ -549,11 +528,6 @@ def _flat(tensors: list[Tensor]) -> list[Any]:
 
 def _world_size(trainer: Trainer) -> int:
     return trainer.world_size if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _group(trainer: Trainer) -> distributed.ProcessGroup | None:
-    spike_group = getattr(trainer.strategy, "spike_group", None)
-    return None if spike_group is None else spike_group()
 
 
 def _gather(trainer: Trainer, value: Any, group: distributed.ProcessGroup | None) -> list[Any]:

@@ -1,23 +1,14 @@
 """Bytes that a training step sends and a rank keeps."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-__all__ = ["CountsTraffic", "TrafficMonitor"]
+from zoo.strategy_contract import CountsTraffic
 
-
-@runtime_checkable
-class CountsTraffic(Protocol):
-    """A strategy that counts what it sends and keeps."""
-
-    def comm_stats(self) -> dict[str, int]:
-        """Bytes that this rank has sent since the run began; ``intra`` and ``inter`` are sums by class of links."""
-
-    def memory_report(self) -> dict[str, int]:
-        """Bytes of states that this rank keeps, by kind."""
+__all__ = ["TrafficMonitor"]
 
 
 class TrafficMonitor(Callback):

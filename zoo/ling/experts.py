@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Backend", "Experts", "choose_backend", "sort_by_expert"]
+from zoo.nn.sorted_rows import ExpertOrder, permute_rows, sort_by_expert
+
+__all__ = ["Backend", "Experts", "choose_backend"]
 
 Backend = Literal["auto", "grouped", "loop", "batched"]
 
@@ -23,26 +25,6 @@ _BLOCK_BYTES = 1 << 20
 """Inner activations of a block of experts on a CPU: about half of a core's second cache."""
 _LARGE_BYTES = 8 << 20
 """Inner activations of all experts above which blocks pay."""
-
-
-def sort_by_expert(ids_Nk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort assignments by expert, those of one expert by token.
-
-    Args:
-        ids_Nk: the experts of each token.
-        num_experts: E.
-
-    Returns:
-        The order (M,) (assignment ``order[i] = token * k + slot`` comes to place i), its inverse (M,), and where each
-        expert's assignments end (E,), int32.
-    """
-    # Narrow numbers: a GPU sorts by radix, one byte of the key at a time.
-    narrow = torch.uint8 if num_experts <= 256 else torch.int32
-    sorted_M, order_M = ids_Nk.reshape(-1).to(narrow).sort(stable=True)
-    expert_E = torch.arange(num_experts, dtype=narrow, device=ids_Nk.device)
-    offset_E = torch.searchsorted(sorted_M, expert_E, right=True, out_int32=True)
-    inverse_M = torch.empty_like(order_M)
-    return order_M, inverse_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device)), offset_E
 
 
 def _fits_grouped(hidden_size: int, width: int, dtype: torch.dtype) -> bool:
@@ -117,6 +99,17 @@ class Experts(nn.Module):
         Raises:
             ValueError: ``grouped`` with a type or sizes that it cannot take.
         """
+        return self.forward_sorted(x_ND, ids_Nk, weights_Nk, None)
+
+    def forward_sorted(self, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor, order: ExpertOrder | None) -> Tensor:
+        """`forward` of assignments whose order by expert is known: nothing is sorted again.
+
+        Args:
+            x_ND: as for `forward`.
+            ids_Nk: as for `forward`.
+            weights_Nk: as for `forward`.
+            order: that of `sort_by_expert`; None: unknown.
+        """
         dtype = x_ND.dtype
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)  # grouped products know no autocast
@@ -127,7 +120,7 @@ class Experts(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             if backend == "batched":
                 return _batched(x_ND, ids_Nk, weights_Nk, gate_up, down)
-            order_M, inverse_M, offset_E = sort_by_expert(ids_Nk, self.num_experts)
+            order_M, inverse_M, offset_E = order or sort_by_expert(ids_Nk, self.num_experts)
             if backend == "loop":
                 return _loop(x_ND, weights_Nk, order_M, inverse_M, offset_E, gate_up, down)
             large = order_M.numel() * gate_up.shape[1] * dtype.itemsize > _LARGE_BYTES
@@ -142,32 +135,18 @@ class Experts(nn.Module):
             return result
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order; its gradient is the inverse permutation, which unlike that of indexing needs no atomic sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(grads[0], inverse, order), None, None
-
-
 def _loop(
     x_ND: Tensor, weights_Nk: Tensor, order_M: Tensor, inverse_M: Tensor, offset_E: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     N, k = weights_Nk.shape
-    x_MD = _Permute.apply(x_ND[:, None].expand(N, k, -1).flatten(0, 1), order_M, inverse_M)
+    x_MD = permute_rows(x_ND[:, None].expand(N, k, -1).flatten(0, 1), order_M, inverse_M)
     parts = []
     # `unbind` and no `weight[e]`, each of which would make a gradient of the size of all experts.
     for x_mD, w13, w2 in zip(x_MD.split(_counts(offset_E)), gate_up.unbind(0), down.unbind(0), strict=True):
         if len(x_mD) or not len(x_MD):  # without any token all take part, and have gradients of zero
             gate, up = F.linear(x_mD, w13).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, w2))
-    y_NkD = _Permute.apply(torch.cat(parts), inverse_M, order_M).view(N, k, x_ND.shape[1])
+    y_NkD = permute_rows(torch.cat(parts), inverse_M, order_M).view(N, k, x_ND.shape[1])
     accurate = torch.promote_types(x_ND.dtype, torch.float32)
     return (y_NkD.to(accurate) * weights_Nk[..., None]).sum(1).to(x_ND.dtype)
 

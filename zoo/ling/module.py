@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_h
 from zoo.ling.step_mean import StepMean
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.strategy_contract import forwards_are_collective
+from zoo.strategy_contract import forwards_are_collective, keeps_float32_weights, step_group, weighs_batches
 
 __all__ = ["Ling", "Tokenizer"]
 
@@ -239,10 +238,7 @@ class Ling(ZooModule):
                 )
                 for parameter in small:
                     parameter.data = parameter.data.float()
-            strategy = self.trainer.strategy
-            if precision == "bf16-true" and not (
-                isinstance(strategy, DeepSpeedStrategy) or getattr(strategy, "keeps_float32_weights", False)
-            ):
+            if precision == "bf16-true" and not keeps_float32_weights(self.trainer.strategy):
                 rank_zero_warn(
                     "Ling: with precision=bf16-true the optimizer adds its updates to bfloat16 weights, which do not notice small"
                     " ones (at a learning rate of 1e-5, nearly all): use bf16-mixed, or a strategy that keeps float32 weights"
@@ -403,7 +399,7 @@ class Ling(ZooModule):
         """Whether micro-batches are weighted here; a strategy that deals out batches of its own sizes does it by itself."""
         if self._trainer is None or self.loss_over == "micro_batch":
             return False
-        return not getattr(self.trainer.strategy, "weighs_batches", False)
+        return not weighs_batches(self.trainer.strategy)
 
     def _begin_mean(self, count: Tensor, batch_idx: int) -> None:
         """Count the labels of a micro-batch (pairs, in preference training), those of other processes while the network runs."""
@@ -426,7 +422,7 @@ class Ling(ZooModule):
                     if parameter.grad is not None:
                         parameter.grad.mul_(factor)
 
-    def antdt_weight(self, batch: Any) -> int:
+    def loss_denominator(self, batch: Any) -> int:
         """What the loss of a batch is a mean over, for strategies that weigh batches: labels, or samples (`loss_over`)."""
         if self.loss_over == "micro_batch":
             return len(batch["input_ids"])
@@ -436,9 +432,7 @@ class Ling(ZooModule):
         """The processes that take this step together (None: all), and how many they are."""
         if not (dist.is_available() and dist.is_initialized()) or self.trainer.world_size == 1:
             return None, 1
-        # A strategy whose replicas go their own ways says who they are.
-        group_of = getattr(self.trainer.strategy, "spike_group", None)
-        group = group_of() if callable(group_of) else None
+        group = step_group(self.trainer.strategy)
         return group, dist.get_world_size(group)
 
     # Stochastic routing warm-up

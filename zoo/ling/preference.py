@@ -218,7 +218,7 @@ class LingDPO(Ling):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss * weight
 
-    def antdt_weight(self, batch: Any) -> int:
+    def loss_denominator(self, batch: Any) -> int:
         """The pairs of a batch."""
         return _num_pairs(batch)
 

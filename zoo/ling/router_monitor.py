@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 
+from zoo.strategy_contract import step_group
+
 __all__ = ["ReportsRouters", "RouterMonitor", "RouterStats"]
 
 # L mixture-of-experts layers, E experts of each
@@ -41,7 +43,7 @@ class ReportsRouters(Protocol):
 class RouterMonitor(Callback):
     """Logs how evenly experts are used, over all micro-batches and ranks since the last time.
 
-    Where replicas train on their own (a strategy with ``spike_group``), the ranks are those of one replica.
+    The ranks are those of `step_group`: of one replica, where replicas train apart.
 
     ==========================  =============================================================================================
     name                        meaning
@@ -124,8 +126,7 @@ class RouterMonitor(Callback):
         self._counts_LE = self._sums = None
         if trainer.world_size > 1:
             # Replicas that train on their own need not come here at the same time: only ranks that step together are asked.
-            spike_group = getattr(trainer.strategy, "spike_group", None)
-            group = None if spike_group is None else spike_group()
+            group = step_group(trainer.strategy)
             distributed.all_reduce(counts_LE, group=group)
             distributed.all_reduce(sums, group=group)
         num_experts = counts_LE.shape[1]

@@ -37,7 +37,7 @@ from strategies.antdt.ps.training import Training
 from strategies.antdt.ps.training_data import TrainingData
 from strategies.antdt.ps.worker import ParameterClient
 from strategies.antdt.solutions import Solution, StaticBSP
-from strategies.antdt.weighting import WeighsBatches
+from zoo.strategy_contract import Request, StrategyContract, loss_denominator
 
 __all__ = ["ParameterServerStrategy"]
 
@@ -45,7 +45,7 @@ KEY = "antdt_ps"
 Mode = Literal["asp", "ssp", "bsp"]
 
 
-class ParameterServerStrategy(DDPStrategy):
+class ParameterServerStrategy(StrategyContract, DDPStrategy):
     """Workers fetch weights from parameter servers and send gradients to them; they share no process group (AntDT, PS mode).
 
     Parameters and optimizer are divided over the servers, which apply gradients as they come (``asp``), let no worker be more
@@ -95,11 +95,6 @@ class ParameterServerStrategy(DDPStrategy):
     Raises:
         ValueError: numbers out of range, or options that do not go together.
     """
-
-    #: Tells `RunCheckpoint` that a step's number means something else on each rank.
-    asynchronous = True
-    #: Tells a module that losses are weighed here, by its ``antdt_weight``.
-    weighs_batches = True
 
     def __init__(
         self,
@@ -212,14 +207,22 @@ class ParameterServerStrategy(DDPStrategy):
         ranks = self._collectives.present or [self.global_rank]
         return torch.arange(batch_size) * len(ranks) + ranks.index(self.global_rank)
 
-    def agree(self, request: Literal["stop", "save"], wanted: bool) -> bool:
+    def is_asynchronous(self) -> bool:
+        """Yes: a step's number is another one on each worker."""
+        return True
+
+    def weighs_batches(self) -> bool:
+        """Yes, by the module's `loss_denominator`."""
+        return True
+
+    def agrees_without_waiting(self) -> bool:
+        """Yes: the servers pass requests on."""
+        return True
+
+    def agree(self, request: Request, wanted: bool) -> bool:
         """Say what this worker wants; true once on each, after the batch in which it heard that any wanted it."""
         assert self._agreement is not None
         return self._agreement.grant(request, wanted)
-
-    def agree_at_end(self, wanted: bool) -> bool:
-        """What this worker wants where it stops: nobody waits for it, and others may be in a save, or gone."""
-        return wanted
 
     # ---- a run begins -------------------------------------------------------------------------------------------------
 
@@ -437,7 +440,7 @@ class ParameterServerStrategy(DDPStrategy):
         if self.root_device.type == "cuda":
             torch.cuda.synchronize(self.root_device)
         module = self.lightning_module
-        training.push(float(module.antdt_weight(self._batch)) if count and isinstance(module, WeighsBatches) else count)
+        training.push(loss_denominator(module, self._batch, count) if count and module is not None else count)
 
     # ---- together -----------------------------------------------------------------------------------------------------
 

@@ -49,17 +49,20 @@ class EDiTShardedStrategy(EDiTStrategy):
         ValueError: numbers out of range.
     """
 
-    #: Tells callbacks that keep weights that a rank holds a part of them only.
-    shards_parameters = True
-    #: Tells modules that all ranks must run the network equally often, also without gradients.
-    collective_forwards = True
-
     def __init__(self, shard_size: int | None = None, reshard_after_forward: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if shard_size is not None and shard_size < 1:
             raise ValueError(f"EDiTShardedStrategy: shard_size={shard_size} must be at least 1, or null for a node's processes.")
         self.shard_size = shard_size
         self.reshard_after_forward = reshard_after_forward
+
+    def shards_parameters(self) -> bool:
+        """Yes: a rank holds its shard of a replica."""
+        return True
+
+    def forwards_are_collective(self) -> bool:
+        """Yes: FSDP gathers the weights of a block for each pass."""
+        return True
 
     def _make_mesh(self) -> DeviceMesh:
         return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: self.shard_size or self.num_processes})
