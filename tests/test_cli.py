@@ -362,9 +362,59 @@ def test_convert_writes_the_averaged_weights(folder):
 def test_classes_of_the_current_folder_are_found(folder, capsys):
     Path("mine_in_this_folder.py").write_text("from tiny import Tiny\n\n\nclass Mine(Tiny):\n    '''My model.'''\n")
     assert main(["fit", "-c", "tiny.yaml", "--model", "mine_in_this_folder.Mine"]) == 0
+    typed, config = ["--model", "mine_in_this_folder.Mine"], ["-c", "runs/tiny/config.yaml"]
     sys.modules.pop("mine_in_this_folder")
-    config = effective(capsys, "test", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
-    assert config["model"]["class_path"] == "mine_in_this_folder.Mine"
+    for checkpoint, named in (("runs/tiny/checkpoints/last.ckpt", typed), ("last", [*typed, "-c", "tiny.yaml"]),
+                              ("runs/tiny/checkpoints/last.ckpt", config)):  # fmt: skip
+        shown = effective(capsys, "test", "--ckpt_path", checkpoint, *named)
+        assert shown["model"]["class_path"] == "mine_in_this_folder.Mine"
+        sys.modules.pop("mine_in_this_folder")
+
+
+def test_a_file_of_the_current_folder_runs_only_if_its_name_is_typed(folder, capsys):
+    """A folder that someone sent may hold ``modeling.py`` beside the weights that name it."""
+    Path("modeling.py").write_text("from tiny import Tiny, TinyData\nclass Evil(Tiny): ...\nclass Rows(TinyData): ...\n")
+    Path("evil.yaml").write_text(yaml.safe_dump({"data": {"class_path": "modeling.Rows"}}))
+    assert main(["fit", "-c", "tiny.yaml", "-c", "evil.yaml", "--model", "modeling.Evil"]) == 0
+    last = "runs/tiny/checkpoints/last.ckpt"
+    assert main(["convert", last, "shared"]) == 0
+    sys.modules.pop("modeling")
+    sentence = "The class modeling.Evil is not known here: type its name after its option, such as `--model modeling.Evil`,"
+    for argv in (["test", "-c", "tiny.yaml", "--ckpt_path", "shared"], ["test", "--ckpt_path", last], ["convert", last, "again"]):
+        assert main(argv) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["test", "--ckpt_path", last, "--model=modeling.Evil"]) == 0  # now known, with all that is in it
+    sys.modules.pop("modeling")
+    Path("model.yaml").write_text(yaml.safe_dump({"model": {"class_path": "tiny.Tiny"}}))
+    weights = read_checkpoint(last)
+    weights["hyper_parameters"]["_class_path"] = "tiny.Tiny"
+    torch.save(weights, last)
+    assert main(["test", "--ckpt_path", last]) == 2
+    assert "such as `--data modeling.Rows`" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"in Python import modeling first\.$"):
+        zoo.load("shared")
+    assert "modeling" not in sys.modules
+    assert main(["convert", "shared", "again", "--model", "modeling.Evil"]) == 0
+
+
+@pytest.mark.parametrize("start", [["-m", "zoo"], ["-c", "from zoo.__main__ import main; main()"]], ids=["module", "script"])
+def test_files_of_the_current_folder_do_not_hide_packages(tmp_path, start):
+    for name in ("strategies/__init__.py", "random.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('mine')")
+    environment = {**os.environ, "PYTHONPATH": str(Path(zoo.__file__).parents[1])}
+    command = [sys.executable, *start, "serve-data", "--help"]  # a verb that needs strategies, and no torch
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "strategies").mkdir()
+    (tmp_path / "strategies/__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "strategies", raising=False)
+    assert main(["list"]) == 2
+    assert f"error: `import strategies` finds {tmp_path}/strategies instead of" in capsys.readouterr().err
 
 
 def test_small_floats_without_a_point_are_numbers(folder, capsys):
@@ -612,4 +662,4 @@ def test_shared_folders_import_nothing_that_the_user_did_not_name(tmp_path, monk
     config["network"] = {"class_path": "trap_module.Trap", "init_args": {}}
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["predict", "-c", "bfn/digits", "--ckpt_path", "shared"]) == 2
-    assert "trap_module.Trap is not known here" in capsys.readouterr().err
+    assert "The class trap_module.Trap is not known here" in capsys.readouterr().err

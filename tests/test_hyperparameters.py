@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import importlib
 import json
 import math
 import sys
@@ -133,7 +134,7 @@ def test_nothing_is_imported_that_stored_data_name(arguments, capsys):
     sys.modules.pop("this", None)
     config = {"class_path": class_path(Holder), "init_args": arguments}
     for refuse in (build, check_config):
-        with pytest.raises(ValueError, match=r"this\.\w+ is not known here: import the module"):
+        with pytest.raises(ValueError, match=r"this\.\w+ is not known here: type its name .* import this first"):
             refuse(Holder, config)
     assert "this" not in sys.modules  # which greets whoever imports it
     with pytest.raises(ValueError, match="Cannot build"):
@@ -147,6 +148,9 @@ def test_what_is_at_hand_may_be_named_at_any_depth(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text("from tiny import MLP\nclass Mine(MLP):\n    class Inner(MLP): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"my_nets\.Mine is not known here"):
+        build(Holder, {"class_path": class_path(Holder), "init_args": {"net": "my_nets.Mine"}})
+    importlib.import_module("my_nets")
     arguments = {
         "net": {"class_path": "my_nets.Mine"},
         "nets": [{"class_path": "MLP"}, {"class_path": "my_nets.Mine.Inner"}],

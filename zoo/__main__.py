@@ -3,8 +3,8 @@
 import os
 import sys
 import traceback
-from pathlib import Path
 
+from zoo.base.own_packages import foreign_package, search_current_folder_last
 from zoo.cli.process import tune_process
 
 
@@ -22,8 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # those of Lightning's own calls
     os.environ.setdefault("JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT", "true")  # zoo --print_completion
     tune_process()
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # classes of the user's folder are found by name
+    search_current_folder_last()  # classes of the user's folder are found by name
+    if sentence := foreign_package():
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     if argv[:1] == ["serve-data"]:  # a server of its own, without torch and Lightning
         from strategies.antdt import server
 

@@ -122,7 +122,7 @@ def _start(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)}
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "strategies.antdt.server", "--folder", str(folder), *options],
+            [sys.executable, "-P", "-m", "strategies.antdt.server", "--folder", str(folder), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from zoo.base.option_errors import explain
+from zoo.base.own_packages import is_own
 
 __all__ = ["Configurable", "build", "check_config", "class_path", "find_class", "plain", "plain_arguments", "read_config"]
 
@@ -182,8 +183,8 @@ def build(base: type[T], config: Mapping[str, Any], trusted: bool = False) -> T:
 def check_config(base: type, config: Mapping[str, Any], chosen: Collection[str] = ()) -> None:
     """Refuse plain data of a file that does not fit its classes, or would import a module that the user did not choose.
 
-    Classes and functions, however deep they lie, may be of this package, of modules already imported, or of Python files of
-    the current folder, as for `find_class`. Nothing is built.
+    Classes and functions, however deep they lie, may be of this package or of modules already imported, as for `find_class`.
+    Nothing is built.
 
     Args:
         base: the class that the object must be an instance of.
@@ -204,7 +205,7 @@ class _Imports:
         self.refused: list[str] = []
 
     def check(self, path: str) -> None:
-        if path not in self.chosen and _would_import(path):
+        if not _is_chosen(path, self.chosen) and _would_import(path):
             self.refused.append(path)
             raise ImportError(f"{path} is not known here")
 
@@ -220,7 +221,7 @@ def _parse(base: type, config: Mapping[str, Any], imports: _Imports | None) -> t
         return parser, parser.parse_object({"object": _copied(config)})
     except (jsonargparse.ArgumentError, TypeError) as error:
         if imports is not None and imports.refused:
-            raise ValueError(_unknown(imports.refused[0])) from error
+            raise ValueError(_unknown(imports.refused[0], base)) from error
         reason = explain(str(error), []).removesuffix(" (--help lists all)").replace("object.", "")
         raise ValueError(f"Cannot build {config.get('class_path')} from its arguments: {reason}") from error
     finally:
@@ -254,42 +255,47 @@ def _copied(config: Any) -> Any:
     return [_copied(value) for value in config] if isinstance(config, list) else config
 
 
-def find_class(path: str, base: type[T]) -> type[T]:
+def find_class(path: str, base: type[T], chosen: Collection[str] = ()) -> type[T]:
     """Find the class that stored plain data names, without importing anything that the user did not choose.
 
-    Modules of this package and modules already imported are searched, and Python files of the current folder.
+    Args:
+        path: Import path of the class, of this package or of a module already imported.
+        base: Class that it must derive from.
+        chosen: Import paths that the user has named, which are admitted as well.
 
     Raises:
         ValueError: no such class, or not a subclass of ``base``.
     """
     module_path, _, name = path.rpartition(".")
-    if module_path not in sys.modules and _is_near(module_path):
+    if module_path not in sys.modules and (is_own(module_path) or _is_chosen(path, chosen)):
         try:
             importlib.import_module(module_path)
         except ModuleNotFoundError as error:
             raise ValueError(f"There is no module {module_path} for the class {path}: {error}.") from error
     target = getattr(sys.modules.get(module_path), name, None)
     if not inspect.isclass(target):
-        raise ValueError(_unknown(path))
+        raise ValueError(_unknown(path, base))
     if not issubclass(target, base):
         raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
     return target
 
 
-def _unknown(path: str) -> str:
-    return f"The class {path} is not known here: import the module that defines it first, or run in the folder that holds it."
+def _unknown(path: str, base: type) -> str:
+    option = "--data" if base.__name__.endswith("DataModule") else "--model"
+    return (
+        f"The class {path} is not known here: type its name after its option, such as `{option} {path}`, or in Python import"
+        f" {path.rpartition('.')[0]} first."
+    )
 
 
-def _is_near(path: str) -> bool:
-    """Whether an import path leads into this package or into a Python file of the current folder."""
-    root = path.partition(".")[0]
-    local = bool(root) and any(Path(root + suffix).exists() for suffix in ("", ".py")) and str(Path.cwd()) in sys.path
-    return local or root in ("zoo", "datamodules", "strategies")
+def _is_chosen(path: str, chosen: Collection[str]) -> bool:
+    """Whether the user has named a class, or the class that holds it."""
+    return any(outer in chosen for outer in itertools.accumulate(path.split("."), "{}.{}".format) if "." in outer)
 
 
 def _would_import(path: str) -> bool:
-    """Whether following an import path would import a module that is neither near nor imported already."""
-    if _is_near(path):
+    """Whether following an import path would import a module that is neither of this package nor imported already."""
+    if is_own(path):
         return False
     for name in itertools.accumulate(path.split("."), "{}.{}".format):
         if name not in sys.modules:

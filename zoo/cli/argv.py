@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["STAGES", "run_name", "say", "split_configs", "stage_first", "take_ckpt_path", "typed_value"]
+__all__ = ["STAGES", "import_paths", "run_name", "say", "split_configs", "stage_first", "take_ckpt_path", "typed_value"]
 
 
 STAGES = ("fit", "validate", "test", "predict")
@@ -49,6 +49,11 @@ def typed_value(argv: list[str], option: str) -> str | None:
         if word.startswith(option + "="):
             return word.partition("=")[2]
     return None
+
+
+def import_paths(argv: list[str]) -> set[str]:
+    """Dotted names that are typed, also inside of values in JSON."""
+    return {path for word in argv for path in re.findall(r"(?<![\w./])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w/])", word)}
 
 
 def take_ckpt_path(argv: list[str]) -> tuple[str | None, list[str]]:

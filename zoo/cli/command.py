@@ -24,7 +24,7 @@ from zoo.base.hyperparameters import check_config, class_path, find_class
 from zoo.base.samples import SupportsSampling
 from zoo.base.torchrun import agent_store, is_restarted, local_world_size, num_nodes, restarts_left, wait_for_rank_zero
 from zoo.callbacks import RunCheckpoint
-from zoo.cli.argv import STAGES, run_name, say, split_configs, stage_first, take_ckpt_path, typed_value
+from zoo.cli.argv import STAGES, import_paths, run_name, say, split_configs, stage_first, take_ckpt_path, typed_value
 from zoo.cli.configs import find_config, read_sections, texts, warn_of_replaced_callbacks
 from zoo.cli.csv_logger import ResumableCSVLogger
 from zoo.cli.parser import ZooArgumentParser
@@ -110,8 +110,8 @@ class ZooCLI(LightningCLI):
         root = root or next((r for c in reversed(parsed) if (r := (c.get("trainer") or {}).get("default_root_dir"))), None)
         if root:
             self._run_folder = Path(root)
-        stored = self._read_ckpt(stage, ckpt) if ckpt else {}
-        chosen = {*texts(parsed), *(text for word in typed for text in word.split("="))}
+        chosen = {*texts(parsed), *import_paths(typed)}
+        stored = self._read_ckpt(stage, ckpt, chosen) if ckpt else {}
         for section, base in (("model", LightningModule), ("data", LightningDataModule)):
             if section in stored:
                 check_config(base, stored[section], chosen)
@@ -169,12 +169,12 @@ class ZooCLI(LightningCLI):
             raise ValueError(f"{refusal}, whose hyperparameters do not fit: {error}") from error
         return class_path(named)
 
-    def _read_ckpt(self, stage: str, ckpt: str) -> dict[str, Any]:
+    def _read_ckpt(self, stage: str, ckpt: str, chosen: set[str]) -> dict[str, Any]:
         """Find what ``--ckpt_path`` names and return the model and data that it stores, as configuration."""
         if ckpt != "last" and (is_pretrained_folder(ckpt) or not (Path(ckpt).exists() or ckpt.endswith(".ckpt"))):
             if not (stage == "fit" and is_restarted() and last_checkpoint(self._run_folder)):
                 self._pretrained = resolve(ckpt)
-                return {"model": as_config(read_pretrained(self._pretrained)[0])}
+                return {"model": as_config(read_pretrained(self._pretrained)[0], LightningModule, chosen)}
             ckpt = "last"
         self._ckpt_path = find_checkpoint(ckpt, self._run_folder, stage)
         if self._ckpt_path is None:
@@ -185,9 +185,9 @@ class ZooCLI(LightningCLI):
         self._checkpoint = read_checkpoint(self._ckpt_path)
         stored = {}
         if model := self._checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY):
-            stored["model"] = as_config(model)
+            stored["model"] = as_config(model, LightningModule, chosen)
         if (data := self._checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)) and "_class_path" in data:
-            stored["data"] = as_config(data)
+            stored["data"] = as_config(data, LightningDataModule, chosen)
         return stored
 
     # Building

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.base.checkpoint import CONFIG_FILE, is_pretrained_folder, read_plain
-from zoo.base.hyperparameters import read_config
+from zoo.base.hyperparameters import find_class, read_config
 from zoo.cli.configs import find_config
 from zoo.module import ZooModule, infer_official
 
@@ -33,6 +33,7 @@ def convert(argv: Sequence[str]) -> None:
         "source", type=Path, help="a .ckpt file, a safetensors folder, a name that zoo list shows, or official weights"
     )
     parser.add_argument("target", type=Path, help="the folder to write, or with --official the file (Ling: or the folder)")
+    parser.add_argument("--model", help="class of your own that a checkpoint or folder holds, such as my_file.Net")
     parser.add_argument("--config", help="for official weights: a configuration of ours, or the published code's YAML file")
     parser.add_argument(
         "--official", action="store_true", help="write for the published code: .pt or .safetensors, for Ling a folder"
@@ -43,6 +44,8 @@ def convert(argv: Sequence[str]) -> None:
     _check_target(options.target, options.official)
     if options.official and (options.half or options.description):
         raise ValueError("--half and --description are for the folder to share: leave them out with --official.")
+    if options.model is not None:
+        find_class(options.model, ZooModule, [options.model])
     module = _read(options.source, options.config)
     if not options.official:
         print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description, options.half)}")

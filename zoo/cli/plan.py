@@ -164,7 +164,7 @@ def _count(model: ModelPlan) -> ModelPlan:
         return model
     with torch.device("meta"):
         import_methods()
-        module = build(ZooModule, model.module)
+        module = build(ZooModule, model.module, trusted=True)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     parts = list(module.parameter_groups())
     groups = [list(part["params"]) for part in parts] if parts and isinstance(parts[0], dict) else [trained]

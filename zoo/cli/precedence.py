@@ -1,6 +1,6 @@
 """Precedence of a checkpoint's hyperparameters over configuration files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ def is_same_class(name: str, path: str) -> bool:
     if "." not in name:
         return name == path.rpartition(".")[2]
     try:
-        return find_class(name, object) is find_class(path, object)
+        return find_class(name, object, [name]) is find_class(path, object)
     except ValueError:
         return name == path
 
@@ -95,15 +95,24 @@ def architecture(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     return arguments
 
 
-def as_config(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored hyperparameters in the notation of configuration files."""
+def as_config(hyperparameters: Mapping[str, Any], base: type, chosen: Collection[str]) -> dict[str, Any]:
+    """Stored hyperparameters in the notation of configuration files.
+
+    Args:
+        hyperparameters: What a checkpoint or ``config.json`` holds.
+        base: Class that it must be of.
+        chosen: Import paths that the user has named.
+
+    Raises:
+        ValueError: If the class is unknown, or not of ``base``.
+    """
     arguments = {
         name: value
         for name, value in hyperparameters.items()
         if name not in ("_class_path", "_instantiator", "zoo_version") and not name.startswith("_")
     }
     path = hyperparameters["_class_path"]
-    cls = find_class(path, object)
+    cls = find_class(path, base, chosen)
     for old, new in getattr(cls, "renamed_arguments", {}).items():
         if old in arguments:
             arguments[new] = arguments.pop(old)

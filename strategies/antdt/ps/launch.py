@@ -84,7 +84,7 @@ def _start(folder: Path, index: int, options: Sequence[str]) -> "subprocess.Pope
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)}
     with (folder / f"ps{index}" / "server.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "strategies.antdt.ps.server", "--folder", str(folder), "--index", str(index), *options],
+            [sys.executable, "-P", "-m", "strategies.antdt.ps.server", "--folder", str(folder), "--index", str(index), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
