@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from strategies.expert.shards import ExpertShards
 from strategies.mesh import axis_group, named_mesh
+from strategies.refusals import refuse_scaled_losses
 from zoo.strategy_contract import StrategyContract
 
 __all__ = ["ExpertParallelStrategy"]
@@ -91,11 +92,7 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Wrap the module, and take care of the experts' gradients (Lightning hook)."""
         if self._shards is not None:
-            if getattr(self.precision_plugin, "scaler", None) is not None:
-                raise ValueError(
-                    f"ExpertParallelStrategy: precision={trainer.precision} leaves out steps whose gradients overflow, which"
-                    " ranks with different experts would not do alike: use bf16-mixed, bf16-true or 32-true."
-                )
+            refuse_scaled_losses(self)
             assert self.lightning_module is not None
             # Read by DistributedDataParallel and by Lightning: neither is to reduce or broadcast these.
             self.lightning_module._ddp_params_and_buffers_to_ignore = self._shards.names  # type: ignore[assignment]
