@@ -27,6 +27,7 @@ WIRING = (
     "transformers_model",
     "lm_eval_adapter",
     "strategy",
+    "refusals",
     "data_statistics_writer",
     "latent_cache_writer",
     "router_monitor",

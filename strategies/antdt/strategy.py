@@ -41,6 +41,7 @@ from strategies.antdt.step_log import StepLog
 from strategies.antdt.step_timer import StepTimer
 from strategies.antdt.train_order import Shuffle, train_order
 from strategies.antdt.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients
+from strategies.refusals import refuse_accumulation, refuse_manual_optimization
 from zoo.base.torchrun import has_agent_store, is_restarted, restart_count, restarts_left
 from zoo.strategy_contract import HasLossDenominator, Request, StrategyContract, loss_denominator
 
@@ -309,18 +310,8 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         return None if module is None else module._trainer
 
     def _check_trainer(self, trainer: Trainer) -> None:
-        module = trainer.lightning_module
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"AntDTStrategy: accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: a batch of the loop is one"
-                " optimizer step of all ranks. Set global_batch_size to the samples of a step, and max_micro_batch to what fits"
-                " into memory."
-            )
-        if not module.automatic_optimization:
-            raise ValueError(
-                f"AntDTStrategy: {type(module).__name__} optimizes by itself (automatic_optimization=False); to weigh and divide"
-                " batches needs automatic optimization."
-            )
+        refuse_accumulation(self, trainer, "set global_batch_size, and max_micro_batch to what fits into memory")
+        refuse_manual_optimization(self, "this strategy weighs and divides its batches", "use automatic optimization, or ddp")
         if isinstance(self.max_micro_batch, list) and len(self.max_micro_batch) != self.world_size:
             raise ValueError(
                 f"AntDTStrategy: max_micro_batch={self.max_micro_batch} names {len(self.max_micro_batch)} ranks, there are"

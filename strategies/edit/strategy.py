@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,6 +23,13 @@ from strategies.edit.penalty import ClipScope, DetectorUpdate, Granularity, Oute
 from strategies.edit.round_clock import RoundClock
 from strategies.edit.synchronizer import Synchronizer, SyncReport
 from strategies.mesh import axis_group, named_mesh
+from strategies.refusals import (
+    refuse_averages,
+    refuse_ddp_hooks,
+    refuse_other_precision,
+    refuse_saving_by_step,
+    refuse_scaled_losses,
+)
 from zoo.strategy_contract import StrategyContract
 
 __all__ = ["EDiTStrategy"]
@@ -117,9 +122,7 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
             )
         if sync_seconds is not None and sync_seconds < 0:
             raise ValueError(f"{name}: sync_seconds={sync_seconds} must not be negative, or null for a number of steps.")
-        for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
-            if kwargs.get(argument) is not None:
-                raise ValueError(f"{name}: {argument} belongs to another way of averaging replicas; leave it out.")
+        refuse_ddp_hooks(self, kwargs)
         super().__init__(**kwargs)
         self.sync_interval = sync_interval
         self.sync_seconds = sync_seconds
@@ -251,31 +254,18 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
         super().setup(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        name, plugin = type(self).__name__, self.precision_plugin
-        if getattr(plugin, "scaler", None) is not None:
-            raise ValueError(
-                f"{name}: precision {plugin.precision} scales losses, and each replica would find another scale: use bf16-mixed."
-            )
-        if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
-            raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
+        name = type(self).__name__
+        refuse_scaled_losses(self)
+        refuse_other_precision(self)
         if self.is_asynchronous() and (trainer.min_steps is not None or trainer.min_epochs):
             raise ValueError(
                 f"{name} with sync_seconds: min_steps={trainer.min_steps} and min_epochs={trainer.min_epochs} would let each rank"
                 " end by its own count, and the others wait: leave them out; max_steps is a budget."
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            which = type(callback).__name__
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                raise ValueError(
-                    f"{name}: {which} would average each replica's own weights, which differ between synchronisations: remove it;"
-                    " the anchor, which is validated and saved, is an average already."
-                )
-            if self.is_asynchronous() and isinstance(callback, ModelCheckpoint | Timer):
-                raise ValueError(
-                    f"{name} with sync_seconds: {which} acts at each rank's own count of steps: remove it; RunCheckpoint saves"
-                    " where all ranks meet, and max_steps is a budget."
-                )
+        differ = "each replica's own, which differ between synchronisations"
+        refuse_averages(self, trainer, differ, "remove it; the anchor, which is validated and saved, is an average already")
         if self.is_asynchronous():
+            refuse_saving_by_step(self, trainer, epochs_are_shared=False)
             reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
             if trainer.max_epochs not in (None, -1) or trainer.max_steps == -1 or reloads:
                 raise ValueError(

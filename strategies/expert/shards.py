@@ -1,13 +1,14 @@
 """Who holds which experts: a module's experts divided among the ranks of a group, and made whole again."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
+from typing_extensions import override
 
+from strategies.divided_rows import DividedRows
 from strategies.expert.dispatch import Dispatcher, ExpertLayer
 
 __all__ = ["ExpertShards", "HasExperts"]
@@ -21,11 +22,8 @@ class HasExperts(Protocol):
         """All parameters of its layers of experts, each of which is an `ExpertLayer` and holds no others."""
 
 
-class ExpertShards:
+class ExpertShards(DividedRows):
     """The experts of a module, of which each rank of a group holds an equal part: rank p the p-th along dim 0.
-
-    What is written to and read from disk is whole; `whole_weights` and `whole_state` make it so, `part_of_weights` and
-    `part_of_state` take this rank's part of it.
 
     Args:
         module: has ``expert_parameters()``.
@@ -39,54 +37,33 @@ class ExpertShards:
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group = group
-        self.device = device
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+        parameters = _expert_parameters(module)
         self.dispatcher: Dispatcher | None = None
-        self.parameters = _expert_parameters(module)
-        self.layers = _expert_layers(module, self.parameters)
+        self.layers = _expert_layers(module, parameters)
         for layer in self.layers:
             if "forward" in vars(layer):
                 raise RuntimeError(
                     f"The experts of this {type(module).__name__} are divided already, by a run that did not end well: build the"
                     " module anew, or load it from a checkpoint."
                 )
-            if layer.num_experts % self.size:
+            size = dist.get_world_size(group)
+            if layer.num_experts % size:
                 raise ValueError(
-                    f"expert_parallel_size={self.size} does not divide the {layer.num_experts} experts of a layer: choose a"
-                    f" divisor of {layer.num_experts}."
+                    f"expert_parallel_size={size} does not divide the {layer.num_experts} experts of a layer: choose a divisor of"
+                    f" {layer.num_experts}."
                 )
-        self._num_experts = {id(parameter): len(parameter) for parameter in self.parameters}
-        self._num_experts_of = {
-            name: self._num_experts[id(parameter)]
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-            if self.holds(parameter)
-        }
+        super().__init__(module, parameters, group, device)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the parameters that are divided."""
-        return list(self._num_experts_of)
-
-    def holds(self, parameter: Tensor) -> bool:
-        """Whether a parameter is divided."""
-        return id(parameter) in self._num_experts
-
-    @torch.no_grad()
+    @override
     def divide(self) -> None:
         """Keep this rank's part of the experts as the first of all ranks has them, and let the layers exchange tokens."""
-        for parameter in self.parameters:
-            place = parameter.device
-            whole = parameter.detach().to(self.device).contiguous()
-            dist.broadcast(whole, src=0)
-            parameter.grad = None
-            parameter.data = self._part(whole).to(place)
+        super().divide()
         for layer in self.layers:
             layer.num_experts //= self.size
         self.dispatcher = Dispatcher(self.layers, self.group)
         self.dispatcher.install()
 
+    @override
     @torch.no_grad()
     def unite(self) -> None:
         """Give every rank all experts again, and the layers their own ``forward``; copies made of them meanwhile too."""
@@ -98,71 +75,7 @@ class ExpertShards:
             layer = layers.pop()  # so that a copy which nobody else holds is gone before the next one is made whole
             layer.num_experts *= self.size
             for parameter in (layer.gate_up_proj, layer.down_proj):
-                if len(parameter) < layer.num_experts:
-                    self._unite(parameter)
-
-    def _unite(self, parameter: nn.Parameter) -> None:
-        place = parameter.device
-        part = parameter.detach().to(self.device).contiguous()
-        whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part, group=self.group)
-        parameter.grad = None
-        parameter.data = whole.to(place)
-
-    def part_of_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint with this rank's part of the experts, wherever it has weights by name, of the module or a part of it."""
-        return self._map_weights(checkpoint, lambda x, E: self._part(x) if len(x) == E else x)
-
-    def whole_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """A checkpoint with all experts in the group's first rank (the others keep theirs); a collective of the group."""
-        return self._map_weights(checkpoint, lambda x, E: self._whole(x) if len(x) * self.size == E else x)
-
-    def _map_weights(self, checkpoint: Mapping[str, Any], convert: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
-        # Averages and references are stored beside the weights, some by a part of the module with names of its own.
-        ends = {name[start:]: E for name, E in self._num_experts_of.items() for start in _starts(name)}
-        return {
-            key: {name: convert(x, ends[name]) if name in ends and isinstance(x, Tensor) else x for name, x in value.items()}
-            if isinstance(value, dict) and ends.keys() & value.keys()
-            else value
-            for key, value in checkpoint.items()
-        }
-
-    def part_of_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-        """State of an optimizer, with this rank's part of what belongs to experts."""
-        return self._map_state(optimizer, state, lambda x, E: self._part(x) if len(x) == E else x)
-
-    def whole_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-        """State of an optimizer, whole in the group's first rank (the others keep theirs); a collective of the group."""
-        return self._map_state(optimizer, state, lambda x, E: self._whole(x) if len(x) * self.size == E else x)
-
-    def _map_state(
-        self, optimizer: Optimizer, state: Mapping[str, Any], convert: Callable[[Tensor, int], Tensor]
-    ) -> dict[str, Any]:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        of_parameter = dict(state["state"])
-        for number, parameter in enumerate(parameters):
-            if self.holds(parameter) and number in of_parameter:
-                E = self._num_experts[id(parameter)]
-                of_parameter[number] = {
-                    key: convert(value, E) if isinstance(value, Tensor) and value.dim() > 1 else value
-                    for key, value in of_parameter[number].items()
-                }
-        return {**state, "state": of_parameter}
-
-    def _part(self, whole: Tensor) -> Tensor:
-        return whole.chunk(self.size)[self.rank].clone()
-
-    def _whole(self, part: Tensor) -> Tensor:
-        local = part.detach().to(self.device).contiguous()
-        parts = [torch.empty_like(local) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(local, parts, group=self.group, group_dst=0)
-        return part if parts is None else torch.cat([each.cpu() for each in parts])
-
-
-def _starts(name: str) -> list[int]:
-    """Where the name of a parameter may begin for a part of the module: at each module above it."""
-    starts = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
-    return starts[:-1] or starts
+                self.unite_parameter(parameter, layer.num_experts)
 
 
 def _expert_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Expert parallelism as a strategy of Lightning."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from strategies.expert.shards import ExpertShards
 from strategies.mesh import axis_group, named_mesh
+from strategies.refusals import refuse_scaled_losses
 from zoo.strategy_contract import StrategyContract
 
 __all__ = ["ExpertParallelStrategy"]
@@ -91,14 +91,9 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Wrap the module, and take care of the experts' gradients (Lightning hook)."""
         if self._shards is not None:
-            if getattr(self.precision_plugin, "scaler", None) is not None:
-                raise ValueError(
-                    f"ExpertParallelStrategy: precision={trainer.precision} leaves out steps whose gradients overflow, which"
-                    " ranks with different experts would not do alike: use bf16-mixed, bf16-true or 32-true."
-                )
+            refuse_scaled_losses(self)
             assert self.lightning_module is not None
-            # Read by DistributedDataParallel and by Lightning: neither is to reduce or broadcast these.
-            self.lightning_module._ddp_params_and_buffers_to_ignore = self._shards.names  # type: ignore[assignment]
+            self._shards.hide_from_ddp(self.lightning_module)
             self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(callback, _UniteExperts) for callback in callbacks):
@@ -113,8 +108,8 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
             handle.remove()
         self._handles.clear()
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
-        if self.lightning_module is not None:
-            vars(self.lightning_module).pop("_ddp_params_and_buffers_to_ignore", None)
+        if self.lightning_module is not None and self._shards is not None:
+            self._shards.show_to_ddp(self.lightning_module)
         super().teardown()
 
     def unite_experts(self) -> None:
@@ -182,28 +177,17 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
         self._reductions.clear()
         self._arrived.clear()
 
-    def gradient_norm(self) -> Tensor:
-        """The 2-norm of the whole gradient, 0-dim, the same on all ranks; a collective of the expert group."""
-        return self._norm(p for optimizer in self.optimizers for p in self.precision_plugin.main_params(optimizer))
-
-    def _norm(self, parameters: Iterable[Tensor]) -> Tensor:
-        dense: list[Tensor] = []
-        experts: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                of_experts = self._shards is not None and self._shards.holds(parameter)
-                (experts if of_experts else dense).append(parameter.grad)
-        square, square_of_experts = (
-            norm.to(self.root_device, torch.promote_types(norm.dtype, torch.float32)).square()
-            for norm in (get_total_norm(dense), get_total_norm(experts))
+    def gradient_norm(self) -> Tensor | None:
+        """The 2-norm of the whole gradient, 0-dim, the same on all ranks; a collective call of the expert group."""
+        if self._shards is None:
+            return None
+        return self._shards.gradient_norm(
+            p for optimizer in self.optimizers for p in self.precision_plugin.main_params(optimizer)
         )
-        if self._shards is not None:
-            dist.all_reduce(square_of_experts, group=self._shards.group)
-        return (square + square_of_experts).sqrt()
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        parameters = [p for p in self.precision_plugin.main_params(optimizer) if p.grad is not None]
-        clip_grads_with_norm_(parameters, clip_val, self._norm(parameters))
+        assert self._shards is not None
+        self._shards.clip_gradients(self.precision_plugin.main_params(optimizer), clip_val)
 
     # Evaluation
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
@@ -40,12 +39,18 @@ from strategies.paro.partition import Partition
 from strategies.paro.precision import FloatName, StatePrecision
 from strategies.paro.probe import measure_cluster
 from strategies.paro.units import find_blocks, plan_units
-from zoo.strategy_contract import StrategyContract, averages_shards
+from strategies.refusals import (
+    refuse_averages,
+    refuse_ddp_hooks,
+    refuse_other_precision,
+    refuse_scaled_losses,
+    refuse_several_optimizers,
+)
+from zoo.strategy_contract import StrategyContract
 
 __all__ = ["PaROStrategy"]
 
 AUTO = "auto"
-_OPTIMIZED = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
 class PaROStrategy(StrategyContract, DDPStrategy):
@@ -128,9 +133,7 @@ class PaROStrategy(StrategyContract, DDPStrategy):
             raise ValueError(f"PaROStrategy: memory_limit_gb={memory_limit_gb} must be positive, and goes with partition: auto.")
         if min_unit_params < 0 or prefetch < 0:
             raise ValueError(f"PaROStrategy: min_unit_params={min_unit_params} and prefetch={prefetch} must not be negative.")
-        for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
-            if kwargs.get(argument) is not None:
-                raise ValueError(f"PaROStrategy: {argument} belongs to DistributedDataParallel, which is not used: leave it out.")
+        refuse_ddp_hooks(self, kwargs)
         super().__init__(**kwargs)
         #: The code; with ``auto`` None until a run has begun.
         self.partition: Partition | None = None if partition == AUTO else Partition.of(partition)
@@ -185,8 +188,7 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         module = self.lightning_module
         assert module is not None
         self._trainer = trainer
-        self._check_precision(trainer)
-        self._check_callbacks(trainer)
+        self._check(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.gather_for_evaluation:
             super().setup(trainer)
@@ -207,7 +209,8 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         optimizer = None
         if fitting:
             self.setup_optimizers(trainer)
-            optimizer = self._only_optimizer()
+            refuse_several_optimizers(self, self.optimizers, "which would share flat shards")
+            optimizer = self.optimizers[0] if self.optimizers else None
         blocks = find_blocks(module, self.block_classes)
         if self.partition is None:
             self.partition = self._choose(trainer, blocks, optimizer, precision)
@@ -246,33 +249,14 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         dist.all_reduce(free, op=dist.ReduceOp.MIN)
         return float(free)
 
-    def _check_precision(self, trainer: Trainer) -> None:
-        plugin = self.precision_plugin
-        if getattr(plugin, "scaler", None) is not None or str(plugin.precision).startswith("16"):
-            raise ValueError(
-                f"PaROStrategy: precision={trainer.precision} needs losses scaled, and steps left out that overflow on any rank:"
-                " use bf16-mixed, bf16-true or 32-true."
-            )
-        if type(plugin) not in _OPTIMIZED:
-            raise ValueError(f"PaROStrategy does not go with {type(plugin).__name__}: use bf16-mixed, bf16-true or 32-true.")
-
-    def _check_callbacks(self, trainer: Trainer) -> None:
-        for callback in trainer.callbacks if self.shards_parameters() else ():  # type: ignore[attr-defined]
-            averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-            if averages and not averages_shards(callback):
-                raise ValueError(
-                    f"PaROStrategy: {type(callback).__name__} reads whole weights, of which a rank holds a part only under"
-                    f" {self.partition or AUTO}: use EMA of the zoo, or a code with whole parameters such as NIG."
-                )
-
-    def _only_optimizer(self) -> Optimizer | None:
-        if len(self.optimizers) > 1:
-            names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
-            raise ValueError(
-                f"PaROStrategy: configure_optimizers gives {len(self.optimizers)} optimizers ({names}), which would share flat"
-                " shards: give one with several groups, or use ddp."
-            )
-        return self.optimizers[0] if self.optimizers else None
+    def _check(self, trainer: Trainer) -> None:
+        refuse_scaled_losses(self)
+        refuse_other_precision(self)
+        if str(self.precision_plugin.precision) == "16-true":
+            raise ValueError("PaROStrategy: precision=16-true needs scaled losses: use bf16-mixed, bf16-true or 32-true.")
+        if self.shards_parameters():
+            held = f"of which a rank holds a part under {self.partition or AUTO}"
+            refuse_averages(self, trainer, held, "use EMA of the zoo, or a code with whole parameters such as NIG", shards=True)
 
     def configure_ddp(self) -> None:
         """Nothing: the module is not wrapped (Lightning hook)."""

@@ -440,7 +440,7 @@ def test_stream_is_refused(tmp_path: Path) -> None:
     (lambda: SpikeGuard(), {"mode": "bsp"}, "SpikeGuard acts on the optimizer of this process"),
     (lambda: EMAWeightAveraging(), {"mode": "asp"}, "averages weights"),
     (lambda: EMAWeightAveraging(), {"mode": "bsp", "tables": ["table"]}, "of tables only some rows"),
-    (lambda: ModelCheckpoint(every_n_train_steps=2), {}, "each worker's own count of steps"),
+    (lambda: ModelCheckpoint(every_n_train_steps=2), {}, "each rank's own count of steps"),
 ])  # fmt: skip
 def test_callbacks_that_need_what_is_not_here_are_refused(tmp_path: Path, callback: Any, options: Any, message: str) -> None:
     with services() as where, pytest.raises(ValueError, match=message):

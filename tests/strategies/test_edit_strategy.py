@@ -445,7 +445,7 @@ class ScaledLosses(Callback):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"callbacks": [WeightAveraging()]}, "WeightAveraging would average each replica's own weights"),
+        ({"callbacks": [WeightAveraging()]}, "WeightAveraging averages weights, each replica's own"),
         ({"callbacks": [ScaledLosses()], "precision": "bf16-mixed"}, "scales losses"),
         ({"max_steps": -1, "max_epochs": 2, "seconds": 1.0}, "set max_steps and neither max_epochs (now 2)"),
         ({"callbacks": [ModelCheckpoint()], "enable_checkpointing": True, "seconds": 1.0}, "ModelCheckpoint acts at each rank's"),

@@ -14,7 +14,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size
-from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from datamodules.base.datamodule import ZooDataModule
@@ -24,6 +23,7 @@ from zoo.callbacks import EMA, RunCheckpoint
 from zoo.ling import Ling, LingConfig, LingDPO
 from zoo.ling.multiple_choice import loglikelihoods
 from zoo.module import ZooModule
+from zoo.strategy_contract import gradient_norm
 
 GLOBAL_BATCH, LENGTH = 8, 6
 CONFIG = LingConfig(
@@ -84,9 +84,7 @@ class Recording(Ling):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        strategy = self.trainer.strategy
-        whole = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.norms.append(float(strategy.gradient_norm() if isinstance(strategy, ExpertParallelStrategy) else whole))
+        self.norms.append(float(gradient_norm(self.trainer.strategy, optimizer)))
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         ids = batch["input_ids"]

@@ -32,16 +32,7 @@ def check_trainer(trainer: "Trainer") -> None:
     Raises:
         ValueError: they cannot; the message names the option.
     """
-    name, module = "ParameterServerStrategy", trainer.lightning_module
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{name}: {type(module).__name__} optimizes by itself (automatic_optimization=False), but the servers do."
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            f"{name}: accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1; use a larger batch_size, or mode"
-            " bsp, where a step accumulates over the workers."
-        )
+    name = "ParameterServerStrategy"
     if trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch is None:
         raise ValueError(f"{name}: workers have different numbers of batches: validate after epochs (val_check_interval 1.0).")
     if trainer.limit_train_batches not in (1.0, None) and not (trainer.max_epochs == 1 or trainer.max_steps == 1):
@@ -52,12 +43,6 @@ def check_trainer(trainer: "Trainer") -> None:
         raise ValueError(
             f"{name}: reload_dataloaders_every_n_epochs={reload} must be 0: the service hands out the samples of one data set."
         )
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None):
-            raise ValueError(
-                f"{name}: {type(callback).__name__}(every_n_train_steps or train_time_interval) acts at each worker's own count"
-                " of steps: save after epochs, or use RunCheckpoint."
-            )
 
 
 class OpenLoop:

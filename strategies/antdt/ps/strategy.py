@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -37,7 +36,17 @@ from strategies.antdt.ps.training import Training
 from strategies.antdt.ps.training_data import TrainingData
 from strategies.antdt.ps.worker import ParameterClient
 from strategies.antdt.solutions import Solution, StaticBSP
-from zoo.strategy_contract import Request, StrategyContract, loss_denominator
+from strategies.refusals import (
+    refuse_accumulation,
+    refuse_averages,
+    refuse_ddp_hooks,
+    refuse_manual_optimization,
+    refuse_other_precision,
+    refuse_saving_by_step,
+    refuse_scaled_losses,
+    refuse_several_optimizers,
+)
+from zoo.strategy_contract import Request, StrategyContract, changes_gradients, loss_denominator
 
 __all__ = ["ParameterServerStrategy"]
 
@@ -138,9 +147,7 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
                 raise ValueError(f"{name}: {key}={value} must be at least {least[key]}.")
         if row_update not in ("exact", "lazy") or on_drop not in ("lose", "requeue"):
             raise ValueError(f"{name}: row_update={row_update!r} must be exact or lazy, on_drop={on_drop!r} lose or requeue.")
-        for argument in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
-            if kwargs.get(argument) is not None:
-                raise ValueError(f"{name}: {argument} belongs to data parallelism in a process group; leave it out.")
+        refuse_ddp_hooks(self, kwargs)
         super().__init__(**kwargs)
         self.servers, self.server, self.tables, self.row_update = servers, server, tables, row_update
         self.on_drop, self.solution = on_drop, solution
@@ -256,25 +263,20 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
         Raises:
             ValueError: it cannot; the message names what does not go.
         """
+        name, module = type(self).__name__, trainer.lightning_module
+        refuse_manual_optimization(self, "the servers make its steps", "use automatic optimization, or ddp")
+        refuse_accumulation(self, trainer, "use a larger batch_size, or mode bsp, where a step accumulates over the workers")
+        refuse_saving_by_step(self, trainer, epochs_are_shared=True)
+        refuse_scaled_losses(self)
+        refuse_other_precision(self)
         check_trainer(trainer)
-        name, plugin, module = type(self).__name__, self.precision_plugin, trainer.lightning_module
-        if getattr(plugin, "scaler", None) is not None:
-            raise ValueError(
-                f"{name}: precision {plugin.precision} scales losses, on each worker by another number: use bf16-mixed."
-            )
-        if type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
-            raise ValueError(f"{name} does not go with {type(plugin).__name__}: use precision 32-true, bf16-mixed or bf16-true.")
         self._averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         tables = self.tables or any(getattr(each, "sparse", False) for each in module.modules())
-        if self._averages and (self.consistency.kind != "bsp" or tables):
-            raise ValueError(
-                f"{name}: a callback averages weights, of which each worker sees others in mode {self.consistency.kind}, and of"
-                " tables only some rows: use mode bsp without tables, or remove the callback."
-            )
+        if self.consistency.kind != "bsp" or tables:
+            seen = f"of which each worker sees others in mode {self.consistency.kind}, and of tables only some rows"
+            refuse_averages(self, trainer, seen, "use mode bsp without tables, or remove it")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StochasticWeightAveraging) or "SpikeGuard" in [
-                kind.__name__ for kind in type(callback).__mro__
-            ]:
+            if isinstance(callback, StochasticWeightAveraging) or changes_gradients(callback):
                 raise ValueError(
                     f"{name}: {type(callback).__name__} acts on the optimizer of this process, but the step is made by the"
                     " servers: remove it."
@@ -295,8 +297,9 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            if len(self.optimizers) != 1:
-                raise ValueError(f"{type(self).__name__} needs one optimizer, configure_optimizers gives {len(self.optimizers)}.")
+            refuse_several_optimizers(self, self.optimizers, "of which the servers run one")
+            if not self.optimizers:
+                raise ValueError(f"{type(self).__name__}: configure_optimizers gives none: give one.")
             OptimizerSpec.of(self.optimizers[0])  # refuse now what servers cannot run
         self.setup_precision_plugin()
         assert self.lightning_module is not None

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from strategies.edit.blocks import Block
 from strategies.edit.strategy import REPLICATE, SHARD, EDiTStrategy
 from strategies.mesh import axis_group, named_mesh
+from strategies.refusals import refuse_manual_optimization
 
 __all__ = ["EDiTShardedStrategy"]
 
@@ -69,11 +70,7 @@ class EDiTShardedStrategy(EDiTStrategy):
 
     def _check(self, trainer: Trainer) -> None:
         super()._check(trainer)
-        if self.lightning_module is not None and not self.lightning_module.automatic_optimization:
-            raise ValueError(
-                "EDiTShardedStrategy gathers weights for one forward and backward pass a step, which manual optimization does not"
-                " keep to: use EDiTStrategy."
-            )
+        refuse_manual_optimization(self, "weights are gathered for one forward and backward pass a step", "use EDiTStrategy")
 
     def _set_up_network(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
