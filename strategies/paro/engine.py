@@ -14,9 +14,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from strategies.paro.checkpoint import load_optimizer_state
 from strategies.paro.collectives import Collectives
 from strategies.paro.grid import Work
+from strategies.paro.optimizer_state import load_optimizer_state
 from strategies.paro.partition import Partition
 from strategies.paro.precision import StatePrecision
 from strategies.paro.units import FlatUnit, find_blocks, plan_units

@@ -23,11 +23,8 @@ from strategies.paro.average import ShardAverage
 from strategies.paro.checkpoint import (
     ShardedWeights,
     is_sharded,
-    load_optimizer_state,
     load_sharded_weights,
     names_of_weights,
-    optimizer_groups,
-    optimizer_state,
     read_sharded,
     save_sharded,
     weights,
@@ -36,6 +33,7 @@ from strategies.paro.collectives import Collectives, Method
 from strategies.paro.cost_model import Cost
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
+from strategies.paro.optimizer_state import load_optimizer_state, optimizer_groups, optimizer_state
 from strategies.paro.partition import Partition
 from strategies.paro.precision import FloatName, StatePrecision
 from strategies.paro.probe import measure_cluster
