@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from strategies.paro.engine import PaROEngine
 from strategies.paro.optimizer_state import is_flat, parameter_numbers
 from strategies.paro.partition import Granularity
+from zoo.base.checkpoint import read_plain
+from zoo.base.shard_reader import ShardReader
 
 __all__ = [
     "META_FILE",
@@ -120,8 +122,8 @@ def _distributed(engine: PaROEngine, own: Tensor, granularity: Granularity) -> D
 class _Folder:
     """The units of a sharded checkpoint, of which one at a time is in memory."""
 
-    def __init__(self, folder: Path, units: list[dict[str, Any]], numbers: dict[str, int]) -> None:
-        self.folder, self.units, self.numbers = folder, units, numbers
+    def __init__(self, reader: ShardReader, units: list[dict[str, Any]], numbers: dict[str, int]) -> None:
+        self.reader, self.units, self.numbers = reader, units, numbers
         self.place = {slot[0]: (unit, slot) for unit in units for slot in unit["slots"]}
         self._read: tuple[str, str] | None = None
         self._whole: dict[str, Tensor] = {}
@@ -135,7 +137,7 @@ class _Folder:
             whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in places.values()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is wanted
-                dcp.load(whole, checkpoint_id=self.folder, no_dist=True)
+                dcp.load(whole, storage_reader=self.reader, no_dist=True)
             self._read, self._whole = (unit["name"], kind), {key: whole[place] for key, place in places.items()}
         return self._whole
 
@@ -203,15 +205,17 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is no such checkpoint.
-        ValueError: it is one of another strategy.
+        ValueError: it is one of another strategy, or holds something that could run code.
     """
     folder = Path(folder)
     if not is_sharded(folder):
         raise FileNotFoundError(f"{folder} is no sharded checkpoint: it has no {META_FILE}.")
-    meta: dict[str, Any] = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
+    meta: dict[str, Any] = read_plain(folder / META_FILE)
     if _UNITS not in meta:
         raise ValueError(f"{folder} is a sharded checkpoint of another strategy: continue it under that one.")
-    units = _Folder(folder, meta.pop(_UNITS), meta.pop(_NUMBERS))
+    reader = ShardReader(folder)
+    reader.read_metadata()
+    units = _Folder(reader, meta.pop(_UNITS), meta.pop(_NUMBERS))
     meta["state_dict"] = ShardedWeights(units, meta["state_dict"])
     for optimizer in meta.get("optimizer_states", ()):
         optimizer["state"] = _ShardedStates(units)
