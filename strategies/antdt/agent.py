@@ -211,7 +211,7 @@ class Agent:
             answer = self.call(
                 "report",
                 step=self.step,
-                samples=[[s.step, s.count, s.data, s.compute, s.wall, s.loss] for s in samples],
+                samples=[[s.step, s.count, s.data, s.compute, s.wall] for s in samples],
                 node={"alive": True},
                 errors=list(errors),
                 items=self.source.commits(),

@@ -183,7 +183,7 @@ class Client:
 
         Args:
             step: newest step that is done.
-            samples: ``[step, n, t_data, t_comp, t_wall, loss]`` of steps not yet reported; seconds.
+            samples: ``[step, n, t_data, t_comp, t_wall]`` of steps not yet reported; seconds.
             version: newest decision that this worker knows.
             node: its state.
             errors: what went wrong.

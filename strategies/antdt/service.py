@@ -386,7 +386,7 @@ class Service:
         name, version, step = self._name(request), int(request.get("version", 0)), int(request.get("step", 0))
         if name.startswith("worker:"):
             self._recorded.commit(int(request["worker"]), int(request["gen"]), request.get("items", []))
-        samples = [sample[:5] for sample in request.get("samples", [])]
+        samples = request.get("samples", [])
         self._step = max(self._step, step)
         control = self._control
         control.report(name, samples, now, node_state=request.get("node", {}), errors=request.get("errors", []))

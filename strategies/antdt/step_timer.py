@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["StepSample", "StepTimer"]
 
@@ -26,7 +25,6 @@ class StepSample:
         data: seconds for its data.
         compute: seconds of computation, waiting not included.
         wall: seconds from the request for this step's data to that for the next.
-        loss: mean loss of its last micro-batch; None if not known.
     """
 
     step: int
@@ -34,7 +32,6 @@ class StepSample:
     data: float
     compute: float
     wall: float
-    loss: float | None
 
     @property
     def seconds(self) -> float:
@@ -51,7 +48,6 @@ class _Open:
         self.start: Any = None
         self.stop: Any = None
         self.wall: float | None = None
-        self.loss: Tensor | None = None
 
 
 class StepTimer:
@@ -96,11 +92,6 @@ class StepTimer:
         if self._open:
             self._open[-1].stop = self._now()
 
-    def end(self, loss: Tensor | None) -> None:
-        """The optimizer step is done."""
-        if self._open:
-            self._open[-1].loss = loss
-
     def finished(self) -> list[StepSample]:
         """Steps that are over and were not returned before."""
         samples = []
@@ -125,6 +116,5 @@ class StepTimer:
         if step.start is not None and step.stop is not None:
             cuda = self.device.type == "cuda"
             compute = step.start.elapsed_time(step.stop) / 1000 if cuda else step.stop - step.start
-        loss = None if step.loss is None else float(step.loss)
         assert step.wall is not None
-        return StepSample(step.step, step.count, step.data, max(0.0, compute - step.waited), step.wall, loss)
+        return StepSample(step.step, step.count, step.data, max(0.0, compute - step.waited), step.wall)

@@ -189,7 +189,6 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         self._asked = 0
         self._told_to_stop = self._restarting = self._stop_unheard = False
         self._lr_factor = 1.0
-        self._last_loss: Tensor | None = None
         self._last_snapshot: dict[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AntDTStrategy":
@@ -730,7 +729,6 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
             scale = loss_scale(weights[micro], own, total, self.world_size, self.weighting)
             with self._unsynchronized(last=micro == len(step.micros) - 1):
                 result = super().backward(loss * scale, optimizer, *args, **kwargs)
-        self._last_loss = loss.detach()
         return result
 
     def _later_forward(self, micro: int) -> Tensor:
@@ -755,7 +753,6 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         """A step; its samples are done then (Lightning hook)."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self._loader is not None and self._agent is not None and self._timer is not None and self._trainer is not None
-        self._timer.end(self._last_loss)
         self._loader.trained()
         self._agent.trained(self._step.plan, self._trainer.global_step + 1)
         if self._hot is not None:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,22 +11,19 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from strategies.paro.engine import PaROEngine
+from strategies.paro.optimizer_state import is_flat, parameter_numbers
 from strategies.paro.partition import Granularity
-from strategies.paro.units import FlatUnit
-
-if TYPE_CHECKING:
-    from strategies.paro.engine import PaROEngine
+from zoo.base.checkpoint import read_plain
+from zoo.base.shard_reader import ShardReader
 
 __all__ = [
     "META_FILE",
     "ShardedWeights",
     "consolidate",
     "is_sharded",
-    "load_optimizer_state",
     "load_sharded_weights",
     "names_of_weights",
-    "optimizer_groups",
-    "optimizer_state",
     "read_sharded",
     "save_sharded",
     "weights",
@@ -36,7 +33,7 @@ META_FILE = "meta.pt"
 _UNITS, _NUMBERS = "paro_units", "paro_numbers"
 
 
-def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
+def weights(engine: PaROEngine, keep: bool = True) -> dict[str, Any]:
     """The module's own ``state_dict()``, with whole parameters in the format of the masters, on the CPU.
 
     A collective call; units are gathered one after the other.
@@ -48,115 +45,6 @@ def weights(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
     with engine.full_parameters(device=torch.device("cpu"), keep=keep):
         state = engine.module.state_dict()
     return {name: _on_cpu(value) if keep else _on_meta(value) for name, value in state.items()}
-
-
-def optimizer_groups(engine: "PaROEngine") -> list[dict[str, Any]]:
-    """The ``param_groups`` of the optimizer's ``state_dict()`` with the numbers of the user's parameters; no communication."""
-    assert engine.optimizer is not None
-    numbers = _numbers(engine)
-    groups = engine.optimizer.state_dict()["param_groups"]
-    for group, parameters in zip(groups, engine.groups, strict=True):
-        group["params"] = [numbers[id(parameter)] for parameter in parameters]
-    return groups
-
-
-def optimizer_state(engine: "PaROEngine", keep: bool = True) -> dict[str, Any]:
-    """The optimizer's ``state_dict()`` as one process would have it: whole tensors by number of the user's parameter.
-
-    A collective call. A unit has one step count, which all of its parameters get.
-
-    Args:
-        engine: holds the optimizer.
-        keep: False: only take part; the state is then empty.
-    """
-    assert engine.optimizer is not None
-    numbers = _numbers(engine)
-    of_parameter: dict[int, dict[str, Any]] = {}
-    for unit in engine.units:
-        if unit.master is None:
-            continue
-        for key, value in engine.optimizer.state.get(unit.master, {}).items():
-            flat = None
-            if _is_flat(value, unit):
-                flat = engine.whole(value, engine.partition.optimizer, unit.size)
-            for slot in unit.slots if keep else ():
-                own = value.detach().cpu().clone() if isinstance(value, Tensor) else value
-                if flat is not None:
-                    own = flat[slot.start : slot.stop].view(slot.shape).cpu().clone()
-                of_parameter.setdefault(numbers[id(slot.parameter)], {})[key] = own
-    return {"state": dict(sorted(of_parameter.items())), "param_groups": optimizer_groups(engine)}
-
-
-@torch.no_grad()
-def load_optimizer_state(engine: "PaROEngine", state: Mapping[str, Any]) -> None:
-    """Take this rank's part of an optimizer's whole state; no communication.
-
-    Where parameters of one unit have different step counts (some were not used in every step), the largest is taken.
-
-    Args:
-        engine: holds the optimizer.
-        state: as `optimizer_state` gives it, of any strategy.
-
-    Raises:
-        ValueError: other groups, or other parameters in them.
-    """
-    assert engine.optimizer is not None
-    groups = [dict(group) for group in state["param_groups"]]
-    found, own = [len(group["params"]) for group in groups], [len(group) for group in engine.groups]
-    if found != own:
-        raise ValueError(
-            f"The checkpoint's optimizer has groups of {found} parameters, this one groups of {own}: it is of another model, or"
-            " its optimizer was made in another way."
-        )
-    saved = {id(p): n for group, of in zip(groups, engine.groups, strict=True) for n, p in zip(group["params"], of, strict=True)}
-    values: dict[int, dict[str, Any]] = {}
-    number = 0
-    for index, group in enumerate(groups):
-        group["params"] = []
-        for unit in (unit for unit in engine.units if unit.plan.group == index):
-            parts = {slot.name: state["state"].get(saved[id(slot.parameter)], {}) for slot in unit.slots}
-            if any(parts.values()):
-                values[number] = _unit_state(unit, parts)
-            group["params"].append(number)
-            number += 1
-    engine.optimizer.load_state_dict({"state": values, "param_groups": groups})
-
-
-def _unit_state(unit: FlatUnit, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    assert unit.master is not None
-    shapes = {slot.name: slot.shape for slot in unit.slots}
-    result: dict[str, Any] = {}
-    for key in dict.fromkeys(key for part in parts.values() for key in part):
-        held = {name: part[key] for name, part in parts.items() if part.get(key) is not None}
-        # A parameter of no dimension has moments of none, as a step count has: the others of the unit tell what it is.
-        flat = key != "step" and all(isinstance(each, Tensor) for each in held.values())
-        flat = flat and any(each.shape == shapes[name] for name, each in held.items())
-        if not held:
-            result[key] = None
-        elif not flat:
-            first = next(iter(held.values()))
-            result[key] = max(held.values(), key=float) if key == "step" else first
-        else:
-            for name, each in held.items():
-                if each.shape != shapes[name]:
-                    raise ValueError(
-                        f"The checkpoint's {key} of {name} has shape {tuple(each.shape)}, not {tuple(shapes[name])}."
-                    )
-            shard = torch.zeros_like(unit.master, requires_grad=False)
-            for slot, source, target in unit.overlaps("optimizer"):
-                if slot.name in held:
-                    shard[target].copy_(held[slot.name].reshape(-1)[source])
-            result[key] = shard
-    return result
-
-
-def _numbers(engine: "PaROEngine") -> dict[int, int]:
-    """The number of each parameter of the optimizer in its ``state_dict()``, by identity."""
-    return {id(parameter): number for number, parameter in enumerate(p for group in engine.groups for p in group)}
-
-
-def _is_flat(value: Any, unit: FlatUnit) -> bool:
-    return isinstance(value, Tensor) and unit.master is not None and value.shape == unit.master.shape
 
 
 def _on_cpu(value: Any) -> Any:
@@ -175,14 +63,14 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / META_FILE).is_file()
 
 
-def names_of_weights(engine: "PaROEngine") -> dict[str, Any]:
+def names_of_weights(engine: PaROEngine) -> dict[str, Any]:
     """The names of the module's ``state_dict()``, each with the name of its parameter, or a tensor that is none."""
     first = {id(slot.parameter): slot.name for unit in engine.units for slot in unit.slots}
     state = engine.module.state_dict(keep_vars=True)
     return {name: first[id(value)] if id(value) in first else _on_cpu(value) for name, value in state.items()}
 
 
-def save_sharded(engine: "PaROEngine", folder: str | Path, rest: Mapping[str, Any]) -> None:
+def save_sharded(engine: PaROEngine, folder: str | Path, rest: Mapping[str, Any]) -> None:
     """Write every rank's own shards with ``torch.distributed.checkpoint``; a collective call.
 
     The folder holds ``weights/<unit>`` and ``optimizer/<unit>/<key>``, flat tensors, and a file `META_FILE` with ``rest`` and
@@ -200,7 +88,7 @@ def save_sharded(engine: "PaROEngine", folder: str | Path, rest: Mapping[str, An
         own, granularity = (unit.shard, partition.parameters) if unit.master is None else (unit.master, partition.optimizer)
         tensors[f"weights/{unit.plan.name}"] = _distributed(engine, own.detach(), granularity)
         state = engine.optimizer.state.get(unit.master, {}) if engine.optimizer is not None and unit.master is not None else {}
-        flat = {key: value for key, value in state.items() if _is_flat(value, unit)}
+        flat = {key: value for key, value in state.items() if is_flat(value, unit)}
         for key, value in flat.items():
             tensors[f"optimizer/{unit.plan.name}/{key}"] = _distributed(engine, value.detach(), partition.optimizer)
         units.append({
@@ -218,12 +106,12 @@ def save_sharded(engine: "PaROEngine", folder: str | Path, rest: Mapping[str, An
         dist.barrier()
     dcp.save(tensors, checkpoint_id=folder)
     if engine.grid.rank == 0:
-        numbers = _numbers(engine)
+        numbers = parameter_numbers(engine)
         named = {slot.name: numbers[id(slot.parameter)] for unit in engine.units if unit.trained for slot in unit.slots}
         torch.save({**rest, _UNITS: units, _NUMBERS: named}, folder / META_FILE)
 
 
-def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) -> DTensor:
+def _distributed(engine: PaROEngine, own: Tensor, granularity: Granularity) -> DTensor:
     """A shard as a tensor of all ranks: G is ``[Shard(0), Shard(0)]`` on (intra, inter), I ``[Shard(0), Replicate()]``."""
     placements: dict[str, tuple[Placement, Placement]] = {
         "N": (Replicate(), Replicate()), "I": (Shard(0), Replicate()), "G": (Shard(0), Shard(0)),
@@ -234,8 +122,8 @@ def _distributed(engine: "PaROEngine", own: Tensor, granularity: Granularity) ->
 class _Folder:
     """The units of a sharded checkpoint, of which one at a time is in memory."""
 
-    def __init__(self, folder: Path, units: list[dict[str, Any]], numbers: dict[str, int]) -> None:
-        self.folder, self.units, self.numbers = folder, units, numbers
+    def __init__(self, reader: ShardReader, units: list[dict[str, Any]], numbers: dict[str, int]) -> None:
+        self.reader, self.units, self.numbers = reader, units, numbers
         self.place = {slot[0]: (unit, slot) for unit in units for slot in unit["slots"]}
         self._read: tuple[str, str] | None = None
         self._whole: dict[str, Tensor] = {}
@@ -249,7 +137,7 @@ class _Folder:
             whole = {place: torch.empty(unit["size"], dtype=unit["dtype"]) for place in places.values()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is wanted
-                dcp.load(whole, checkpoint_id=self.folder, no_dist=True)
+                dcp.load(whole, storage_reader=self.reader, no_dist=True)
             self._read, self._whole = (unit["name"], kind), {key: whole[place] for key, place in places.items()}
         return self._whole
 
@@ -317,15 +205,17 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is no such checkpoint.
-        ValueError: it is one of another strategy.
+        ValueError: it is one of another strategy, or holds something that could run code.
     """
     folder = Path(folder)
     if not is_sharded(folder):
         raise FileNotFoundError(f"{folder} is no sharded checkpoint: it has no {META_FILE}.")
-    meta: dict[str, Any] = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
+    meta: dict[str, Any] = read_plain(folder / META_FILE)
     if _UNITS not in meta:
         raise ValueError(f"{folder} is a sharded checkpoint of another strategy: continue it under that one.")
-    units = _Folder(folder, meta.pop(_UNITS), meta.pop(_NUMBERS))
+    reader = ShardReader(folder)
+    reader.read_metadata()
+    units = _Folder(reader, meta.pop(_UNITS), meta.pop(_NUMBERS))
     meta["state_dict"] = ShardedWeights(units, meta["state_dict"])
     for optimizer in meta.get("optimizer_states", ()):
         optimizer["state"] = _ShardedStates(units)
@@ -333,7 +223,7 @@ def read_sharded(folder: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_sharded_weights(engine: "PaROEngine", weights: ShardedWeights, strict: bool = True) -> None:
+def load_sharded_weights(engine: PaROEngine, weights: ShardedWeights, strict: bool = True) -> None:
     """Take this rank's part of the weights in a sharded checkpoint, unit by unit; no communication.
 
     Args:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from strategies.paro.checkpoint import load_optimizer_state
 from strategies.paro.collectives import Collectives
 from strategies.paro.grid import Work
+from strategies.paro.optimizer_state import load_optimizer_state
 from strategies.paro.partition import Partition
 from strategies.paro.precision import StatePrecision
 from strategies.paro.units import FlatUnit, find_blocks, plan_units
@@ -258,12 +258,13 @@ class PaROEngine:
             return
         unit.allocate()
         unit.work = self.comm.all_gather(unit.full, unit.shard, self.partition.parameters, "N", async_op=async_op)
-        unit.gathered = unit.work is None
+        if unit.work is None:
+            unit.arrive()
 
     def _end_gather(self, unit: FlatUnit) -> None:
         if unit.work is not None:
             unit.work.wait()
-            unit.work, unit.gathered = None, True
+            unit.arrive()
 
     def _release(self, block: _Block) -> None:
         if not self._held:
@@ -459,6 +460,8 @@ class PaROEngine:
     def full_parameters(self, writeback: bool = False, device: torch.device | None = None, keep: bool = True) -> Iterator[None]:
         """Inside, the module's parameters are whole, in the format of the masters; entering is a collective call.
 
+        What is computed from them may be part of a loss: values that its gradient needs are kept until then.
+
         Args:
             writeback: take the values that they have in the end, on each rank its part.
             device: where they lie; default: where the units do.
@@ -471,7 +474,8 @@ class PaROEngine:
             else:
                 unit.blank(0)
         try:
-            yield
+            with saved_tensors_hooks(Tensor.detach, _unchanged):
+                yield
             if writeback:
                 for unit in self.units:
                     unit.write(unit.collect())
@@ -531,6 +535,10 @@ def _refuse_compiled(module: nn.Module) -> None:
                 f"PaRO: {name or type(module).__name__} is compiled, and compiled code cannot wait for parameters that are"
                 " gathered: compile=False, or a partition with whole parameters (NNN NNI NII NNG NIG NGG)."
             )
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _drop_gradient(parameter: Tensor) -> None:

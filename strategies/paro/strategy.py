@@ -22,11 +22,8 @@ from strategies.paro.average import ShardAverage
 from strategies.paro.checkpoint import (
     ShardedWeights,
     is_sharded,
-    load_optimizer_state,
     load_sharded_weights,
     names_of_weights,
-    optimizer_groups,
-    optimizer_state,
     read_sharded,
     save_sharded,
     weights,
@@ -35,6 +32,7 @@ from strategies.paro.collectives import Collectives, Method
 from strategies.paro.cost_model import Cost
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
+from strategies.paro.optimizer_state import load_optimizer_state, optimizer_groups, optimizer_state
 from strategies.paro.partition import Partition
 from strategies.paro.precision import FloatName, StatePrecision
 from strategies.paro.probe import measure_cluster
@@ -64,8 +62,8 @@ class PaROStrategy(StrategyContract, DDPStrategy):
     NeurIPS 2024 (arXiv 2310.06003).
 
     Parameters are gathered block by block around the calls of the blocks. A block is an entry of an ``nn.ModuleList``, or an
-    instance of ``block_classes``; everything else is gathered for the whole step. A block must be called: nothing may read its
-    weights from outside, where they have no memory. All ranks must call the same blocks in the same order in training.
+    instance of ``block_classes``; everything else is gathered for the whole step. A block must be called: to use its weights
+    elsewhere is an error, but inside `summon_full_params`. All ranks must call the same blocks in the same order in training.
     Parameters that take part in no loss get gradients of zeros (weight decay applies to them), as on flat shards all elements
     are updated. Blocks under activation checkpointing must use the non-reentrant kind. Buffers are those of rank 0 at the
     start, and each rank's own afterwards.
@@ -398,6 +396,8 @@ class PaROStrategy(StrategyContract, DDPStrategy):
     @contextmanager
     def summon_full_params(self, writeback: bool = False) -> Iterator[None]:
         """Inside, the module's parameters are whole on each rank, in the format of the masters; entering is a collective call.
+
+        Made for norms that are logged, and for penalties; the gradient of a penalty keeps whole parameters until it is there.
 
         Args:
             writeback: take over the values that they have in the end; ranks must agree on them.

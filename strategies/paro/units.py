@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from strategies.paro.grid import RankGrid, Work
 from strategies.paro.partition import Granularity, Partition
 from strategies.paro.precision import StatePrecision
+from strategies.paro.released import released_class
 
 __all__ = ["ROOT", "FlatUnit", "Slot", "UnitPlan", "find_blocks", "plan_units", "shard_range"]
 
@@ -218,11 +219,10 @@ class FlatUnit:
         self.work: Work | None = None
         self.accumulated: Tensor | None = None
         self.arrived: set[int] = set()
-        self.gathered = partition.parameters == "N"
         if grid.n > 1:
             dist.broadcast(flat, src=0)
-        self.full = flat.to(self.compute)
-        self.shard = self.full if self.gathered else self._part(self.full, partition.parameters).clone()
+        self.full, self.gathered = flat.to(self.compute), True
+        self.shard = self.full if partition.parameters == "N" else self._part(self.full, partition.parameters).clone()
         self.master: nn.Parameter | None = None
         if plan.group is not None:
             width = precision.master(dtype)
@@ -235,10 +235,10 @@ class FlatUnit:
             self.master = nn.Parameter(own)
         # Made while there is memory behind them.
         self._views = [self.full[slot.start : slot.stop].view(slot.shape) for slot in self.slots]
+        kinds = [type(slot.parameter) for slot in self.slots]
+        self._kinds = [(released_class(slot.name, kind), kind) for slot, kind in zip(self.slots, kinds, strict=True)]
         self.expose()
-        if not self.gathered:
-            self.gathered = True
-            self.release()
+        self.release()
 
     def _part(self, flat: Tensor, granularity: Granularity) -> Tensor:
         low, high = shard_range(self.grid, granularity, self.size)
@@ -263,18 +263,27 @@ class FlatUnit:
         """Elements of the full buffer whose ``parameters``, ``gradients`` or ``optimizer`` state this rank holds."""
         return shard_range(self.grid, getattr(self.partition, state), self.size)
 
+    def _admit(self, use: bool) -> None:
+        """Let the parameters be used, or let their use be an error."""
+        for slot, kinds in zip(self.slots, self._kinds, strict=True):
+            slot.parameter.__class__ = kinds[use]
+
     def expose(self) -> None:
-        """Let the parameters be views of `full`."""
+        """Let the parameters be views of `full`, which can be used while it is gathered."""
+        self._admit(True)
         for slot, view in zip(self.slots, self._views, strict=True):
             slot.parameter.data = view
+        self._admit(self.gathered)
 
     def show(self, flat: Tensor) -> None:
         """Let the parameters have the values of a flat buffer (size,), in memory of their own."""
+        self._admit(True)
         for slot in self.slots:
             slot.parameter.data = flat[slot.start : slot.stop].view(slot.shape).clone()
 
     def blank(self, value: float) -> None:
         """Let the parameters have one value everywhere, and no memory."""
+        self._admit(True)
         for slot in self.slots:
             slot.parameter.data = torch.full((), value, dtype=self.compute, device=self.full.device).expand(slot.shape)
 
@@ -289,11 +298,17 @@ class FlatUnit:
         """Give `full` its memory."""
         self.full.untyped_storage().resize_(self.size * self.full.element_size())
 
+    def arrive(self) -> None:
+        """All values of `full` are there."""
+        self.work, self.gathered = None, True
+        self._admit(True)
+
     def release(self) -> None:
         """Take the memory of `full` away; nothing where every rank keeps all parameters."""
         if self.gathered and self.partition.parameters != "N":
             self.full.untyped_storage().resize_(0)
             self.gathered = False
+            self._admit(False)
 
     def take_gradients(self) -> Tensor:
         """The parameters' gradients as one buffer (size,) in the format of the wire, zeros where there is none; they are dropped.

@@ -182,11 +182,10 @@ def test_time_of_a_step_is_data_and_computation_without_waiting(clock: Clock) ->
     clock.now = 3.0
     timer.handed_over()
     clock.now = 9.0  # waits for gradients of others
-    timer.end(torch.tensor(0.125))
     assert timer.finished() == []
     timer.begin(8, count=4, data=0.5, begun=9.5)
     (sample,) = timer.finished()
-    assert (sample.step, sample.count, sample.data, sample.compute, sample.wall, sample.loss) == (7, 4, 0.5, 1.75, 9.5, 0.125)
+    assert (sample.step, sample.count, sample.data, sample.compute, sample.wall) == (7, 4, 0.5, 1.75, 9.5)
     assert sample.seconds == 2.25
     assert timer.finished() == []
 

@@ -178,6 +178,22 @@ def test_synchronous_steps_are_those_of_one_process_with_the_union_batch(name: s
             assert distance(expected, found) < 1e-10
 
 
+def test_a_gradient_with_nan_is_clipped_as_torch_clips_it() -> None:
+    values = parameters()
+    layout, spec = layout_of(values, 2), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))
+    with servers(2) as started:
+        worker = client(started, 0, 1)
+        worker.configure(layout, spec, {"mode": "bsp", "clip": 0.5}, list(values.values()))
+        worker.enter(0)
+        worker.pull(layout, "bsp", clip_norm=0.5)
+        fill(values, 1)
+        values["a"].grad[0] = torch.nan  # type: ignore[index]
+        worker.push(layout, gradient_of(layout, values), spec.groups, version=worker.version)
+        worker.pull(layout, "bsp", clip_norm=0.5)
+        found = dict(zip(values, read(worker, layout, "bsp"), strict=True))
+    assert all(found[name].isnan().all() for name in ("a", "b", "c", "d"))
+
+
 def test_stale_synchronous_bound_holds_and_the_fast_worker_meets_it() -> None:
     values = parameters()
     layout, spec = layout_of(values, 1), OptimizerSpec.of(OPTIMIZERS["sgd"](in_groups(values)))

@@ -168,7 +168,7 @@ def test_a_repeated_request_gets_the_same_answer_and_changes_nothing() -> None:
         "op": "report",
         "seq": 3,
         "step": 1,
-        "samples": [[1, 8, 0.1, 0.2, 0.4, 0.7]],
+        "samples": [[1, 8, 0.1, 0.2, 0.4]],
         "items": [[0, 8]],
         "version": 0,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from antdt_job import Noisy, Plans, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
+from antdt_job import Noisy, Plans, Reports, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
 from distributed import RankPool
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -138,6 +138,29 @@ def test_plain_loaders_schedules_token_means_and_workers(pool: RankPool, tmp_pat
         assert_same(two, one)
         assert samples(two, 0) == samples([one], 0) == list(range(48))
     assert one.seen[0][2] != list(range(8))
+
+
+class Overflowing(Noisy):
+    """Its loss is infinite in one step and NaN in another; the gradients are those of a finite loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + {1: torch.inf, 3: torch.nan}.get(self.trainer.global_step, 0.0)
+
+
+def fit_overflowing(folder: Path, antdt: dict[str, Any] | None) -> Run:
+    torch.set_default_dtype(torch.float64)
+    seed_everything(3, verbose=False)
+    module, world = Overflowing(), dist.get_world_size()
+    strategy: Any = "ddp" if antdt is None else AntDTStrategy(server="inprocess", shard_steps=1, **antdt)
+    trainer = trainer_of(strategy, folder, callbacks=[] if antdt is None else [Reports()])
+    trainer.fit(module, RowsData(batch_size=8 // world))
+    return Run(module.seen, weights_of(module))
+
+
+def test_losses_that_are_not_finite_end_nothing(pool: RankPool, tmp_path: Path) -> None:
+    (one,) = pool.run(fit_overflowing, tmp_path, None, world_size=1)
+    assert_same(pool.run(fit_overflowing, tmp_path, {"report_every": 1}, world_size=2), one)
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import strategies
 from zoo.base.checkpoint import WEIGHTS_FILE, check_weights, is_pretrained_folder, read_checkpoint, read_pretrained
 from zoo.base.hyperparameters import check_config, class_path, find_class
 from zoo.base.samples import SupportsSampling
+from zoo.base.shard_reader import check_folder
 from zoo.base.torchrun import agent_store, is_restarted, local_world_size, num_nodes, restarts_left, wait_for_rank_zero
 from zoo.callbacks import RunCheckpoint
 from zoo.cli.argv import STAGES, import_paths, run_name, say, split_configs, stage_first, take_ckpt_path, typed_value
@@ -181,6 +182,7 @@ class ZooCLI(LightningCLI):
             say(f"{self._run_folder} holds no checkpoint yet: starting anew.")
             return {}
         if self._ckpt_path.is_dir():  # of a sharding strategy, which stores no hyperparameters: the configuration has them
+            check_folder(self._ckpt_path)
             return {}
         self._checkpoint = read_checkpoint(self._ckpt_path)
         stored = {}

@@ -353,7 +353,8 @@ class ParameterClient:
     def _scale(self, decision: list[Any], limit: float) -> float:
         answers = self._exchange(range(self.num_servers), lambda server: ({"op": "norm", "decision": decision}, []))
         norm = sum(answer.header["square"] for answer in answers) ** 0.5
-        return min(1.0, limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        scale = limit / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_, which keeps NaN
+        return 1.0 if scale > 1.0 else scale
 
     def rows(self, layout: Layout, wanted: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Rows of tables.
