@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -162,6 +162,8 @@ class ZooModule(Configurable, LightningModule):
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             # Lightning refuses to clip what fused optimizers step by, for the sake of scaled losses; these are not scaled.
             plugin.clip_gradients = partial(Precision.clip_gradients, plugin)  # type: ignore[method-assign]
+        if isinstance(plugin, DoublePrecision):
+            self.double()  # before a checkpoint's weights are loaded, which Lightning would round to float32
         if self.compile_networks:
             for network in self.networks():
                 if network._compiled_call_impl is None:
