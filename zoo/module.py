@@ -6,35 +6,36 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 import zoo
 from zoo.base.checkpoint import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
-    as_new_files_are,
     check_weights,
     is_pretrained_folder,
     read_checkpoint,
     read_pretrained,
+    write_pretrained,
 )
-from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
+from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 from zoo.base.random import SampleRandom
-from zoo.hub import import_methods, resolve
-from zoo.strategy_contract import data_replicas, sample_positions, step_was_applied
+from zoo.hub import resolve
+from zoo.official import OfficialWeights
+from zoo.sample_positions import eval_positions, train_positions
+from zoo.strategy_contract import step_was_applied
 
-__all__ = ["ZooModule", "infer_official", "load"]
+__all__ = ["ZooModule", "load"]
 
 
-class ZooModule(Configurable, LightningModule):
+class ZooModule(OfficialWeights, Configurable, LightningModule):
     """Owns hyperparameters, optimizer, random draws, compilation, checkpoints and sharing, so that a method need not.
 
     A subclass calls ``super().__init__(optimizer=...)`` and is done: its constructor's arguments are stored as plain data,
@@ -190,12 +191,8 @@ class ZooModule(Configurable, LightningModule):
         Args:
             batch_size: number of samples in this process's batch.
         """
-        if self._trainer is None:
-            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size))
-        loop = self.trainer.fit_loop.epoch_loop
-        nominal = getattr(self.trainer.train_dataloader, "batch_size", None) or batch_size
-        positions = self._positions(batch_size, loop.batch_progress.current.ready - 1, nominal)
-        return SampleRandom(self.random_seed, positions, epoch=self.trainer.current_epoch)
+        epoch = 0 if self._trainer is None else self.trainer.current_epoch
+        return SampleRandom(self.random_seed, train_positions(self, batch_size), epoch=epoch)
 
     def eval_random(self, batch_size: int) -> SampleRandom:
         """Draws of the current validation, test or prediction batch; the same at each evaluation.
@@ -203,30 +200,7 @@ class ZooModule(Configurable, LightningModule):
         Args:
             batch_size: number of samples in this process's batch.
         """
-        loop = None if self._trainer is None else self.trainer._active_loop
-        if loop is None:
-            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size), epoch=-1)
-        loader = (self.trainer.val_dataloaders if self.trainer.validating or self.trainer.training else
-                  self.trainer.test_dataloaders if self.trainer.testing else self.trainer.predict_dataloaders)  # fmt: skip
-        # For predictions Lightning makes loaders anew, around batches that are chosen already.
-        sampler = getattr(loader, "batch_sampler", None)
-        nominal = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or batch_size
-        if self.trainer.training:  # validation inside fit
-            loop = self.trainer.fit_loop.epoch_loop.val_loop
-        progress = loop.batch_progress.current  # type: ignore[union-attr]
-        return SampleRandom(self.random_seed, self._positions(batch_size, progress.ready - 1, nominal), epoch=-1)
-
-    def _positions(self, batch_size: int, batch_idx: int, nominal: int) -> Tensor:
-        """Positions (batch_size,) of this process's samples in the global order; rank r of W holds r, r+W, r+2W, ..."""
-        within = torch.arange(batch_size, device=self.device)
-        if self._trainer is None:
-            return batch_idx * nominal + within
-        # A strategy that deals out samples in another way says which ones these are.
-        positions = sample_positions(self.trainer.strategy, batch_size)
-        if positions is not None:
-            return positions.to(self.device)
-        num_replicas, rank = data_replicas(self.trainer.strategy)
-        return (batch_idx * nominal + within) * num_replicas + rank
+        return SampleRandom(self.random_seed, eval_positions(self, batch_size), epoch=-1)
 
     def configure_callbacks(self) -> list[Callback]:
         """Callbacks that each run of this module needs (Lightning hook); extend the list of ``super()``."""
@@ -306,22 +280,10 @@ class ZooModule(Configurable, LightningModule):
             description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
             half: store float32 weights in float16, half as large; they are float32 again when loaded.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__, **self.shared_entries()}
         if description:
             config["_description"] = description
-        if half:
-            config["_half"] = True
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        path = folder / WEIGHTS_FILE
-        save_model(self, str(path))
-        if half:
-            weights = load_file(path)
-            halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
-            save_file(halved, path)
-        as_new_files_are(path)
-        return folder
+        return write_pretrained(self, Path(folder), config, half)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **overrides: Any) -> Self:
@@ -358,142 +320,6 @@ class ZooModule(Configurable, LightningModule):
         Args:
             config: all entries of ``config.json``.
         """
-
-    # Officially released weights: a method that has some overrides the hooks
-
-    #: Entries of the dictionary in which the published code looks for the weights; none: the file is the weights themselves.
-    official_entries: ClassVar[tuple[str, ...]] = ()
-
-    def load_official(self, path: str | Path) -> None:
-        """Load a file of the weights that the method's authors released.
-
-        Raises:
-            ValueError: this method has none, or the file's weights are not this module's.
-        """
-        raise ValueError(f"{type(self).__name__} has no officially released weights to load.")
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The weights as the method's published code names and stores them.
-
-        Raises:
-            ValueError: this method has no published format.
-        """
-        raise ValueError(f"{type(self).__name__} has no official format of weights; leave out --official.")
-
-    def write_official(self, path: Path) -> int:
-        """Write what the published code loads; override where that is more than one file.
-
-        Args:
-            path: ``.safetensors``, or a file of ``torch.save``.
-
-        Returns:
-            How many tensors were written.
-
-        Raises:
-            ValueError: this method has no published format, or ``path`` is a folder.
-        """
-        weights = self.to_official()
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; --official writes one file, such as {path / 'weights.pt'}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-            as_new_files_are(path)
-        else:
-            entries = self.official_entries
-            torch.save(dict.fromkeys(entries, weights) if entries else weights, path)
-        return len(weights)
-
-    @classmethod
-    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read a configuration of the method's published code.
-
-        Args:
-            config: the file, parsed.
-
-        Returns:
-            ``{"class_path", "init_args"}`` of a module, or None if the file is no such configuration.
-
-        Raises:
-            ValueError: it is one, but says something that this module cannot do.
-        """
-        return None
-
-    @classmethod
-    def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
-        """What a configuration of the published code says that `from_official` does not take over, a line each.
-
-        Args:
-            config: the file, parsed; any other gives nothing.
-        """
-        return []
-
-    @classmethod
-    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
-        """Tell the module from a file of official weights alone.
-
-        Args:
-            path: the file.
-
-        Returns:
-            ``{"class_path", "init_args"}`` of a module, or None if these are not the method's, or do not say enough.
-
-        Raises:
-            ValueError: they are the method's, but no module can be told from them, or the file is unsafe or damaged.
-        """
-        return None
-
-    @classmethod
-    def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> Self:
-        """Build the module that officially released weights belong to.
-
-        Args:
-            path: the file of the weights.
-            config: a YAML file, or what it holds: a configuration of the zoo, or one of the method's published code. None, if
-                the weights say enough by themselves.
-            overrides: constructor arguments to replace.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the configuration is neither, or missing where one is needed, or the weights do not fit the module.
-        """
-        model = infer_official(path, cls) if config is None else cls._official_model(config)
-        if model is None:
-            raise ValueError(
-                f"{path} holds weights from which no {cls.__name__} can be told: give config, a YAML file of the zoo or of the"
-                " published code."
-            )
-        model = {**model, "init_args": {**model.get("init_args", {}), **overrides}}
-        named = (c for c in _family(cls) if model["class_path"] in (c.__name__, class_path(c)))
-        return cast(Self, next(named, cls).build_official(model, path))
-
-    @classmethod
-    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
-        """Build the module and fill it with official weights; override where they should not be in memory beside it.
-
-        Args:
-            model: ``{"class_path", "init_args"}`` of this class.
-            path: the weights.
-        """
-        module = build(cls, dict(model), trusted=True)
-        module.load_official(path)
-        return module
-
-    @classmethod
-    def _official_model(cls, config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-        """The module that a configuration describes, as ``{"class_path", "init_args"}``."""
-        import_methods()
-        parsed = config if isinstance(config, Mapping) else read_config(config)
-        model = parsed.get("model")
-        if not (isinstance(model, Mapping) and "class_path" in model):
-            read = (found for c in _family(cls) if (found := c.from_official_config(parsed)) is not None)
-            model = next(read, None)
-        if model is None:
-            raise ValueError(
-                "This is neither a configuration of the zoo (it has no model.class_path) nor one of published code that"
-                f" {cls.__name__} can read: {', '.join(map(str, parsed)) or 'it is empty'}."
-            )
-        return model
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Upload") -> str:
         """Upload `save_pretrained`'s folder to the Hugging Face hub.
@@ -545,33 +371,6 @@ def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
         ValueError: the files are damaged or do not fit.
     """
     return ZooModule.from_pretrained(name_or_folder, **overrides).eval()
-
-
-def infer_official(path: str | Path, base: type[ZooModule] = ZooModule) -> dict[str, Any] | None:
-    """The module that a file of official weights is of, told from it alone; see `ZooModule.infer_official_config`.
-
-    Args:
-        path: the file.
-        base: the class that the module must be of.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is unsafe or damaged, or no module can be told from its weights.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path} of official weights.")
-    import_methods()
-    read = (found for c in _family(base) if (found := c.infer_official_config(path)) is not None)
-    return next(read, None)
-
-
-def _family(cls: type[ZooModule]) -> list[type[ZooModule]]:
-    """A class and all that derive from it, parents first."""
-    found, waiting = [], [cls]
-    while waiting:
-        found.append(waiting.pop(0))
-        waiting += found[-1].__subclasses__()
-    return found
 
 
 def _take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "read_plain",
     "read_pretrained",
     "refuse_text",
+    "write_pretrained",
 ]
 
 CONFIG_FILE = "config.json"
@@ -129,6 +130,28 @@ def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     if "_class_path" not in config:
         raise ValueError(f"{folder / CONFIG_FILE} names no class (_class_path): it was not written by save_pretrained.")
     return config, weights
+
+
+def write_pretrained(module: nn.Module, folder: Path, config: Mapping[str, Any], half: bool = False) -> Path:
+    """Write a safetensors folder, as `read_pretrained` reads it.
+
+    Args:
+        module: the weights.
+        folder: made if missing.
+        config: for ``config.json``.
+        half: store float32 weights in float16, and say so in ``config.json`` (``_half``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "_half": True} if half else config
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / WEIGHTS_FILE
+    save_model(module, str(path))
+    if half:
+        weights = load_file(path)
+        halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
+        save_file(halved, path)
+    as_new_files_are(path)
+    return folder
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
