@@ -2,19 +2,20 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
 import zoo
 from zoo.base.checkpoint import (
@@ -23,12 +24,16 @@ from zoo.base.checkpoint import (
     is_pretrained_folder,
     read_checkpoint,
     read_pretrained,
+    take_types,
     write_pretrained,
 )
 from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 from zoo.base.random import SampleRandom
-from zoo.hub import resolve
+from zoo.batch_seed import SeedEachBatch
+from zoo.hub import resolve, upload
+from zoo.manual_optimization import ManualOptimization, step_schedules
 from zoo.official import OfficialWeights
+from zoo.optimizer_config import optimizer_config
 from zoo.sample_positions import eval_positions, train_positions
 from zoo.strategy_contract import step_was_applied
 
@@ -40,6 +45,12 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
 
     A subclass calls ``super().__init__(optimizer=...)`` and is done: its constructor's arguments are stored as plain data,
     whoever built it, and ``load_from_checkpoint`` and ``from_pretrained`` need nothing but the path.
+
+    A module with several optimizers sets ``self.automatic_optimization = False``, returns a list of `optimizer_config` from
+    ``configure_optimizers``, and in ``training_step`` takes each step as Lightning's manual optimization says
+    (``toggled_optimizer``, ``zero_grad``, ``manual_backward``, ``step``). Clipping by the Trainer's flags, schedules per step
+    and per epoch, counting and resuming then need nothing more. Under DDP, where each backward pass reaches the weights of one
+    optimizer only, take the strategy ``ddp_find_unused_parameters_true``.
 
     Args:
         optimizer: makes the optimizer from the parameter groups.
@@ -74,11 +85,12 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.compile_networks = compile
-        #: Optimizer steps that were really applied: not those that a gradient scaler or the spike guard skipped. Saved in
-        #: checkpoints; learning-rate schedules that advance per step follow it.
-        self.applied_steps = 0
+        #: Steps of each optimizer that were really applied: not those that a gradient scaler or the spike guard skipped.
+        #: Saved in checkpoints; learning-rate schedules that advance per step follow it.
+        self.applied_steps_by_optimizer = [0]
         self._scheduled_steps = 0
 
+    @override
     def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: every argument is stored already. Kept so that a subclass may call it out of habit."""
 
@@ -94,56 +106,68 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         """What the optimizer gets: all parameters; override for groups with options of their own."""
         return self.parameters()
 
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and, if there is one, the schedule (Lightning hook).
+    def optimizer_config(
+        self, optimizer: OptimizerCallable, parameters: Iterable[Any], lr_scheduler: LRSchedulerCallable | None = None
+    ) -> dict[str, Any]:
+        """Build an optimizer with its schedule: one entry of what `configure_optimizers` returns for several.
+
+        Args:
+            optimizer: makes the optimizer.
+            parameters: what it gets.
+            lr_scheduler: makes its schedule, which advances as ``lr_scheduler_interval`` says.
 
         Raises:
-            ValueError: the optimizer refuses its options or the parameters; those of shapes that it does not take are named.
+            ValueError: If the optimizer refuses its options or the parameters; those of shapes that it does not take are named.
         """
-        optimizer = self._make_optimizer()
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return optimizer_config(self, optimizer, parameters, lr_scheduler, self.lr_scheduler_interval)
 
-    def _make_optimizer(self) -> Any:
-        try:
-            return self.optimizer(self.parameter_groups())
-        except ValueError as error:
-            refusal = f"{type(self).__name__}: the optimizer refuses: {str(error).rstrip('.')}."
-            others = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad and p.dim() != 2}
-            if others and re.search(r"\b2-?D\b", str(error)):  # as of Muon
-                shown = ", ".join(f"{name} {shape}" for name, shape in list(others.items())[:3])
-                refusal += (
-                    f" {len(others)} trained parameters are no matrices: {shown}{', ...' if len(others) > 3 else ''}. Take an"
-                    " optimizer for all shapes, such as --model.optimizer AdamW, or one of your own that gives only the"
-                    " matrices to this one."
-                )
-            raise ValueError(refusal) from error
+    @override
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config(self.optimizer, self.parameter_groups(), self.lr_scheduler)
+        return config if self.lr_scheduler else config["optimizer"]
 
+    @property
+    def applied_steps(self) -> int:
+        """Applied steps of the first optimizer."""
+        return self.applied_steps_by_optimizer[0]
+
+    @applied_steps.setter
+    def applied_steps(self, steps: int) -> None:
+        self.applied_steps_by_optimizer[0] = steps
+
+    @override
     def on_train_start(self) -> None:
-        """Count the steps that optimizers really apply (Lightning hook)."""
-        for optimizer in self.trainer.optimizers[:1]:
+        """Count the steps that optimizers really apply."""
+        counts, optimizers = self.applied_steps_by_optimizer, self.trainer.optimizers
+        counts += [0] * (len(optimizers) - len(counts))
+        for index, optimizer in enumerate(optimizers):
             if hasattr(optimizer, "register_step_post_hook"):
-                optimizer.register_step_post_hook(lambda *_: self.on_applied_step())
+                optimizer.register_step_post_hook(partial(self._on_step, index))
         self._scheduled_steps = self.applied_steps
 
+    def _on_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        if index == 0:
+            self.on_applied_step()
+        else:
+            self.applied_steps_by_optimizer[index] += 1
+        if not self.automatic_optimization:
+            step_schedules(self, "step", self.applied_steps_by_optimizer[index], optimizer)
+
+    @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place (Lightning hook)."""
+        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not hasattr(self.trainer.optimizers[0], "register_step_post_hook") and step_was_applied(self.trainer.strategy):
             self.on_applied_step()
 
     def on_applied_step(self) -> None:
-        """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
+        """Called after each step that the first optimizer applied; extend with ``super()`` what must follow applied steps."""
         self.applied_steps += 1
 
+    @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance a schedule, but for a step that was skipped (Lightning hook)."""
-        if self.lr_scheduler_interval == "step" and metric is None and len(self.trainer.optimizers) == 1:
+        """Advance a schedule; in automatic optimization not after a step that was skipped."""
+        if self.automatic_optimization and self.lr_scheduler_interval == "step" and metric is None:
             if self.applied_steps == self._scheduled_steps:
                 return
             self._scheduled_steps = self.applied_steps
@@ -155,8 +179,9 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         """The modules that ``compile=True`` compiles in place: the children that hold parameters."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
 
+    @override
     def setup(self, stage: str) -> None:
-        """Compile the networks once, in place, so that the names of the weights stay (Lightning hook)."""
+        """Compile the networks once, in place, so that the names of the weights stay."""
         plugin = self.trainer.precision_plugin
         if self.exact_batches:
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
@@ -170,8 +195,9 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
                 if network._compiled_call_impl is None:
                     network.compile()
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Give the precision plugin its own ways back (Lightning hook)."""
+        """Give the precision plugin its own ways back."""
         for name in ("convert_input", "clip_gradients"):
             vars(self.trainer.precision_plugin).pop(name, None)
 
@@ -202,21 +228,26 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         """
         return SampleRandom(self.random_seed, eval_positions(self, batch_size), epoch=-1)
 
+    @override
     def configure_callbacks(self) -> list[Callback]:
-        """Callbacks that each run of this module needs (Lightning hook); extend the list of ``super()``."""
-        return [_SeedEachBatch()]
+        """Callbacks that each run of this module needs; extend the list of ``super()``."""
+        callbacks: list[Callback] = [SeedEachBatch(self.random_seed)]
+        return callbacks if self.automatic_optimization else [*callbacks, ManualOptimization(self.trainer)]
 
     # Checkpoints
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the package version and the seed (Lightning hook)."""
+        """Add the package version and the seed."""
         checkpoint["zoo_version"] = zoo.__version__
         checkpoint["zoo_seed"] = self.random_seed
-        checkpoint["zoo_applied_steps"] = self.applied_steps
+        checkpoint["zoo_applied_steps"] = list(self.applied_steps_by_optimizer)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say so if a run is continued with another seed (Lightning hook)."""
-        self.applied_steps = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
+        """Say so if a run is continued with another seed."""
+        applied = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
+        self.applied_steps_by_optimizer = list(applied) if isinstance(applied, list) else [applied]
         seed = checkpoint.get("zoo_seed", self.random_seed)
         if self._trainer is not None and self.trainer.training and seed != self.random_seed:
             rank_zero_warn(
@@ -264,7 +295,7 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
             raise ValueError(f"{checkpoint_path} holds no hyperparameters, so the module cannot be rebuilt from it.")
         module = cls._build({**checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]}, overrides)
         if module.keeps_stored_types:
-            _take_types(module, checkpoint["state_dict"])
+            take_types(module, checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
         check_weights(module, checkpoint["state_dict"], str(checkpoint_path), strict)
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -304,7 +335,7 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         config, weights = read_pretrained(folder)
         module = cls._build(config, overrides)
         if module.keeps_stored_types and not config.get("_half"):
-            _take_types(module, weights)
+            take_types(module, weights)
         check_weights(module, weights, str(folder))
         load_model(module, str(folder / WEIGHTS_FILE))
         module.take_shared_entries(config)
@@ -333,15 +364,8 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         Returns:
             Address of the commit.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+        with TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(folder), repo_id, private, token, message)
 
     @classmethod
     def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
@@ -371,23 +395,3 @@ def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
         ValueError: the files are damaged or do not fit.
     """
     return ZooModule.from_pretrained(name_or_folder, **overrides).eval()
-
-
-def _take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Convert parameters to the types of the weights that they are about to get."""
-    for name, parameter in module.state_dict(keep_vars=True).items():
-        if isinstance(parameter, nn.Parameter) and name in weights and weights[name].is_floating_point():
-            parameter.data = parameter.data.to(weights[name].dtype)
-
-
-class _SeedEachBatch(Callback):
-    """Seeds torch before each training batch from (seed, epoch, batch, rank), so that dropout resumes exactly too."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not isinstance(pl_module, ZooModule):
-            return
-        key = (pl_module.random_seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        seed = hash(key) & 0x7FFFFFFFFFFFFFFF
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
-            torch.cuda.manual_seed(seed)

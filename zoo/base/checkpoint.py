@@ -22,6 +22,7 @@ __all__ = [
     "read_plain",
     "read_pretrained",
     "refuse_text",
+    "take_types",
     "write_pretrained",
 ]
 
@@ -184,6 +185,13 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str,
             f"The weights of {source} do not fit {type(module).__name__} ({'; '.join(parts)}):"
             " build the module with the hyperparameters that the weights were made with."
         )
+
+
+def take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Convert parameters to the types of the weights that they are about to get."""
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        if isinstance(parameter, nn.Parameter) and name in weights and weights[name].is_floating_point():
+            parameter.data = parameter.data.to(weights[name].dtype)
 
 
 def refuse_text(path: Path) -> None:
