@@ -9,7 +9,6 @@ from torch import Tensor, distributed
 from typing_extensions import override
 
 from zoo.base.step_interval import crosses_multiple
-
 from zoo.strategy_contract import step_group
 
 __all__ = ["ReportsRouters", "RouterMonitor", "RouterStats"]
