@@ -489,7 +489,7 @@ def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sente
     [
         (["--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu"], "these run on CPUs: -c strategies/paro_iig"),
         (["--trainer.strategy", "dpd"], "error: trainer: You selected an invalid strategy name"),
-        (["--model.optimizer", "Muon"], "trained parameters are no matrices: net."),
+        (["--model.optimizer", "Muon"], "trainable parameters are not matrices: net."),
         (["--model.optimizer", "Muon"], "such as --model.optimizer AdamW"),
         (["--model.optimizer.lr", "-1"], "error: Tiny: the optimizer refuses: Invalid learning rate: -1.0.\n"),
     ],

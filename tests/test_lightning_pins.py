@@ -4,7 +4,6 @@ import inspect
 
 import lightning
 from jsonargparse import _parameter_resolvers
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -18,7 +17,6 @@ def test_the_pinned_release():
 def test_names_of_lightning():
     for cls, names in {
         LightningCLI: ["_parse_ckpt_path", "_instantiate_trainer", "parse_arguments", "before_instantiate_classes"],
-        WeightAveraging: ["_swap_models", "_copy_average_to_current"],
         HyperparametersMixin: ["_set_hparams", "_to_hparams_dict"],
         _FitLoop: ["_should_accumulate"],
     }.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from zoo.base.checkpoint import CONFIG_FILE, fetch_repository, is_pretrained_folder
 
-__all__ = ["ShippedModel", "import_methods", "list_models", "resolve"]
+__all__ = ["ShippedModel", "import_methods", "list_models", "resolve", "upload"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,16 @@ def resolve(name: str) -> Path:
     near = difflib.get_close_matches(name, _manifest(), n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise FileNotFoundError(f"There is no pretrained model {name!r}.{hint} `zoo list` shows those shipped with the package.")
+
+
+def upload(folder: Path, repo_id: str, private: bool, token: str | None, message: str) -> str:
+    """Upload a folder to the Hugging Face hub; see `ZooModule.push_to_hub`.
+
+    Returns:
+        Address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))

@@ -2,43 +2,55 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal, Self
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, nn
+from safetensors.torch import load_model
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
 import zoo
 from zoo.base.checkpoint import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
-    as_new_files_are,
     check_weights,
     is_pretrained_folder,
     read_checkpoint,
     read_pretrained,
+    take_types,
+    write_pretrained,
 )
-from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments, read_config
+from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
 from zoo.base.random import SampleRandom
-from zoo.hub import import_methods, resolve
-from zoo.strategy_contract import data_replicas, sample_positions, step_was_applied
+from zoo.batch_seed import SeedEachBatch
+from zoo.hub import resolve, upload
+from zoo.manual_optimization import ManualOptimization, step_schedules
+from zoo.official import OfficialWeights
+from zoo.optimizer_config import optimizer_config
+from zoo.sample_positions import eval_positions, train_positions
+from zoo.strategy_contract import step_was_applied
 
-__all__ = ["ZooModule", "infer_official", "load"]
+__all__ = ["ZooModule", "load"]
 
 
-class ZooModule(Configurable, LightningModule):
+class ZooModule(OfficialWeights, Configurable, LightningModule):
     """Owns hyperparameters, optimizer, random draws, compilation, checkpoints and sharing, so that a method need not.
 
     A subclass calls ``super().__init__(optimizer=...)`` and is done: its constructor's arguments are stored as plain data,
     whoever built it, and ``load_from_checkpoint`` and ``from_pretrained`` need nothing but the path.
+
+    A module with several optimizers sets ``self.automatic_optimization = False``, returns a list of `optimizer_config` from
+    ``configure_optimizers``, and in ``training_step`` takes each step as Lightning's manual optimization says
+    (``toggled_optimizer``, ``zero_grad``, ``manual_backward``, ``step``). Clipping by the Trainer's flags, schedules per step
+    and per epoch, counting and resuming then need nothing more. Under DDP, where each backward pass reaches the weights of one
+    optimizer only, take the strategy ``ddp_find_unused_parameters_true``.
 
     Args:
         optimizer: makes the optimizer from the parameter groups.
@@ -73,11 +85,12 @@ class ZooModule(Configurable, LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.compile_networks = compile
-        #: Optimizer steps that were really applied: not those that a gradient scaler or the spike guard skipped. Saved in
-        #: checkpoints; learning-rate schedules that advance per step follow it.
-        self.applied_steps = 0
+        #: Steps of each optimizer that were really applied: not those that a gradient scaler or the spike guard skipped.
+        #: Saved in checkpoints; learning-rate schedules that advance per step follow it.
+        self.applied_steps_by_optimizer = [0]
         self._scheduled_steps = 0
 
+    @override
     def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: every argument is stored already. Kept so that a subclass may call it out of habit."""
 
@@ -93,56 +106,68 @@ class ZooModule(Configurable, LightningModule):
         """What the optimizer gets: all parameters; override for groups with options of their own."""
         return self.parameters()
 
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and, if there is one, the schedule (Lightning hook).
+    def optimizer_config(
+        self, optimizer: OptimizerCallable, parameters: Iterable[Any], lr_scheduler: LRSchedulerCallable | None = None
+    ) -> dict[str, Any]:
+        """Build an optimizer with its schedule: one entry of what `configure_optimizers` returns for several.
+
+        Args:
+            optimizer: makes the optimizer.
+            parameters: what it gets.
+            lr_scheduler: makes its schedule, which advances as ``lr_scheduler_interval`` says.
 
         Raises:
-            ValueError: the optimizer refuses its options or the parameters; those of shapes that it does not take are named.
+            ValueError: If the optimizer refuses its options or the parameters; those of shapes that it does not take are named.
         """
-        optimizer = self._make_optimizer()
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config = {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return optimizer_config(self, optimizer, parameters, lr_scheduler, self.lr_scheduler_interval)
 
-    def _make_optimizer(self) -> Any:
-        try:
-            return self.optimizer(self.parameter_groups())
-        except ValueError as error:
-            refusal = f"{type(self).__name__}: the optimizer refuses: {str(error).rstrip('.')}."
-            others = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad and p.dim() != 2}
-            if others and re.search(r"\b2-?D\b", str(error)):  # as of Muon
-                shown = ", ".join(f"{name} {shape}" for name, shape in list(others.items())[:3])
-                refusal += (
-                    f" {len(others)} trained parameters are no matrices: {shown}{', ...' if len(others) > 3 else ''}. Take an"
-                    " optimizer for all shapes, such as --model.optimizer AdamW, or one of your own that gives only the"
-                    " matrices to this one."
-                )
-            raise ValueError(refusal) from error
+    @override
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config(self.optimizer, self.parameter_groups(), self.lr_scheduler)
+        return config if self.lr_scheduler else config["optimizer"]
 
+    @property
+    def applied_steps(self) -> int:
+        """Applied steps of the first optimizer."""
+        return self.applied_steps_by_optimizer[0]
+
+    @applied_steps.setter
+    def applied_steps(self, steps: int) -> None:
+        self.applied_steps_by_optimizer[0] = steps
+
+    @override
     def on_train_start(self) -> None:
-        """Count the steps that optimizers really apply (Lightning hook)."""
-        for optimizer in self.trainer.optimizers[:1]:
+        """Count the steps that optimizers really apply."""
+        counts, optimizers = self.applied_steps_by_optimizer, self.trainer.optimizers
+        counts += [0] * (len(optimizers) - len(counts))
+        for index, optimizer in enumerate(optimizers):
             if hasattr(optimizer, "register_step_post_hook"):
-                optimizer.register_step_post_hook(lambda *_: self.on_applied_step())
+                optimizer.register_step_post_hook(partial(self._on_step, index))
         self._scheduled_steps = self.applied_steps
 
+    def _on_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        if index == 0:
+            self.on_applied_step()
+        else:
+            self.applied_steps_by_optimizer[index] += 1
+        if not self.automatic_optimization:
+            step_schedules(self, "step", self.applied_steps_by_optimizer[index], optimizer)
+
+    @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place (Lightning hook)."""
+        """Take a step; count it here where an engine such as DeepSpeed's steps in the optimizer's place."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not hasattr(self.trainer.optimizers[0], "register_step_post_hook") and step_was_applied(self.trainer.strategy):
             self.on_applied_step()
 
     def on_applied_step(self) -> None:
-        """Called after each step that the (first) optimizer applied; extend with ``super()`` what must follow applied steps."""
+        """Called after each step that the first optimizer applied; extend with ``super()`` what must follow applied steps."""
         self.applied_steps += 1
 
+    @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance a schedule, but for a step that was skipped (Lightning hook)."""
-        if self.lr_scheduler_interval == "step" and metric is None and len(self.trainer.optimizers) == 1:
+        """Advance a schedule; in automatic optimization not after a step that was skipped."""
+        if self.automatic_optimization and self.lr_scheduler_interval == "step" and metric is None:
             if self.applied_steps == self._scheduled_steps:
                 return
             self._scheduled_steps = self.applied_steps
@@ -154,21 +179,25 @@ class ZooModule(Configurable, LightningModule):
         """The modules that ``compile=True`` compiles in place: the children that hold parameters."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
 
+    @override
     def setup(self, stage: str) -> None:
-        """Compile the networks once, in place, so that the names of the weights stay (Lightning hook)."""
+        """Compile the networks once, in place, so that the names of the weights stay."""
         plugin = self.trainer.precision_plugin
         if self.exact_batches:
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             # Lightning refuses to clip what fused optimizers step by, for the sake of scaled losses; these are not scaled.
             plugin.clip_gradients = partial(Precision.clip_gradients, plugin)  # type: ignore[method-assign]
+        if isinstance(plugin, DoublePrecision):
+            self.double()  # before a checkpoint's weights are loaded, which Lightning would round to float32
         if self.compile_networks:
             for network in self.networks():
                 if network._compiled_call_impl is None:
                     network.compile()
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Give the precision plugin its own ways back (Lightning hook)."""
+        """Give the precision plugin its own ways back."""
         for name in ("convert_input", "clip_gradients"):
             vars(self.trainer.precision_plugin).pop(name, None)
 
@@ -188,12 +217,8 @@ class ZooModule(Configurable, LightningModule):
         Args:
             batch_size: number of samples in this process's batch.
         """
-        if self._trainer is None:
-            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size))
-        loop = self.trainer.fit_loop.epoch_loop
-        nominal = getattr(self.trainer.train_dataloader, "batch_size", None) or batch_size
-        positions = self._positions(batch_size, loop.batch_progress.current.ready - 1, nominal)
-        return SampleRandom(self.random_seed, positions, epoch=self.trainer.current_epoch)
+        epoch = 0 if self._trainer is None else self.trainer.current_epoch
+        return SampleRandom(self.random_seed, train_positions(self, batch_size), epoch=epoch)
 
     def eval_random(self, batch_size: int) -> SampleRandom:
         """Draws of the current validation, test or prediction batch; the same at each evaluation.
@@ -201,46 +226,28 @@ class ZooModule(Configurable, LightningModule):
         Args:
             batch_size: number of samples in this process's batch.
         """
-        loop = None if self._trainer is None else self.trainer._active_loop
-        if loop is None:
-            return SampleRandom(self.random_seed, self._positions(batch_size, 0, batch_size), epoch=-1)
-        loader = (self.trainer.val_dataloaders if self.trainer.validating or self.trainer.training else
-                  self.trainer.test_dataloaders if self.trainer.testing else self.trainer.predict_dataloaders)  # fmt: skip
-        # For predictions Lightning makes loaders anew, around batches that are chosen already.
-        sampler = getattr(loader, "batch_sampler", None)
-        nominal = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None) or batch_size
-        if self.trainer.training:  # validation inside fit
-            loop = self.trainer.fit_loop.epoch_loop.val_loop
-        progress = loop.batch_progress.current  # type: ignore[union-attr]
-        return SampleRandom(self.random_seed, self._positions(batch_size, progress.ready - 1, nominal), epoch=-1)
+        return SampleRandom(self.random_seed, eval_positions(self, batch_size), epoch=-1)
 
-    def _positions(self, batch_size: int, batch_idx: int, nominal: int) -> Tensor:
-        """Positions (batch_size,) of this process's samples in the global order; rank r of W holds r, r+W, r+2W, ..."""
-        within = torch.arange(batch_size, device=self.device)
-        if self._trainer is None:
-            return batch_idx * nominal + within
-        # A strategy that deals out samples in another way says which ones these are.
-        positions = sample_positions(self.trainer.strategy, batch_size)
-        if positions is not None:
-            return positions.to(self.device)
-        num_replicas, rank = data_replicas(self.trainer.strategy)
-        return (batch_idx * nominal + within) * num_replicas + rank
-
+    @override
     def configure_callbacks(self) -> list[Callback]:
-        """Callbacks that each run of this module needs (Lightning hook); extend the list of ``super()``."""
-        return [_SeedEachBatch()]
+        """Callbacks that each run of this module needs; extend the list of ``super()``."""
+        callbacks: list[Callback] = [SeedEachBatch(self.random_seed)]
+        return callbacks if self.automatic_optimization else [*callbacks, ManualOptimization(self.trainer)]
 
     # Checkpoints
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the package version and the seed (Lightning hook)."""
+        """Add the package version and the seed."""
         checkpoint["zoo_version"] = zoo.__version__
         checkpoint["zoo_seed"] = self.random_seed
-        checkpoint["zoo_applied_steps"] = self.applied_steps
+        checkpoint["zoo_applied_steps"] = list(self.applied_steps_by_optimizer)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say so if a run is continued with another seed (Lightning hook)."""
-        self.applied_steps = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
+        """Say so if a run is continued with another seed."""
+        applied = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
+        self.applied_steps_by_optimizer = list(applied) if isinstance(applied, list) else [applied]
         seed = checkpoint.get("zoo_seed", self.random_seed)
         if self._trainer is not None and self.trainer.training and seed != self.random_seed:
             rank_zero_warn(
@@ -288,7 +295,7 @@ class ZooModule(Configurable, LightningModule):
             raise ValueError(f"{checkpoint_path} holds no hyperparameters, so the module cannot be rebuilt from it.")
         module = cls._build({**checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY]}, overrides)
         if module.keeps_stored_types:
-            _take_types(module, checkpoint["state_dict"])
+            take_types(module, checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
         check_weights(module, checkpoint["state_dict"], str(checkpoint_path), strict)
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
@@ -304,22 +311,10 @@ class ZooModule(Configurable, LightningModule):
             description: one line on what the weights were trained on and what they reach, stored in ``config.json``.
             half: store float32 weights in float16, half as large; they are float32 again when loaded.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {**self.hparams_initial, "zoo_version": zoo.__version__, **self.shared_entries()}
         if description:
             config["_description"] = description
-        if half:
-            config["_half"] = True
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        path = folder / WEIGHTS_FILE
-        save_model(self, str(path))
-        if half:
-            weights = load_file(path)
-            halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
-            save_file(halved, path)
-        as_new_files_are(path)
-        return folder
+        return write_pretrained(self, Path(folder), config, half)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **overrides: Any) -> Self:
@@ -340,7 +335,7 @@ class ZooModule(Configurable, LightningModule):
         config, weights = read_pretrained(folder)
         module = cls._build(config, overrides)
         if module.keeps_stored_types and not config.get("_half"):
-            _take_types(module, weights)
+            take_types(module, weights)
         check_weights(module, weights, str(folder))
         load_model(module, str(folder / WEIGHTS_FILE))
         module.take_shared_entries(config)
@@ -357,142 +352,6 @@ class ZooModule(Configurable, LightningModule):
             config: all entries of ``config.json``.
         """
 
-    # Officially released weights: a method that has some overrides the hooks
-
-    #: Entries of the dictionary in which the published code looks for the weights; none: the file is the weights themselves.
-    official_entries: ClassVar[tuple[str, ...]] = ()
-
-    def load_official(self, path: str | Path) -> None:
-        """Load a file of the weights that the method's authors released.
-
-        Raises:
-            ValueError: this method has none, or the file's weights are not this module's.
-        """
-        raise ValueError(f"{type(self).__name__} has no officially released weights to load.")
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The weights as the method's published code names and stores them.
-
-        Raises:
-            ValueError: this method has no published format.
-        """
-        raise ValueError(f"{type(self).__name__} has no official format of weights; leave out --official.")
-
-    def write_official(self, path: Path) -> int:
-        """Write what the published code loads; override where that is more than one file.
-
-        Args:
-            path: ``.safetensors``, or a file of ``torch.save``.
-
-        Returns:
-            How many tensors were written.
-
-        Raises:
-            ValueError: this method has no published format, or ``path`` is a folder.
-        """
-        weights = self.to_official()
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; --official writes one file, such as {path / 'weights.pt'}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(weights, path)
-            as_new_files_are(path)
-        else:
-            entries = self.official_entries
-            torch.save(dict.fromkeys(entries, weights) if entries else weights, path)
-        return len(weights)
-
-    @classmethod
-    def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read a configuration of the method's published code.
-
-        Args:
-            config: the file, parsed.
-
-        Returns:
-            ``{"class_path", "init_args"}`` of a module, or None if the file is no such configuration.
-
-        Raises:
-            ValueError: it is one, but says something that this module cannot do.
-        """
-        return None
-
-    @classmethod
-    def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
-        """What a configuration of the published code says that `from_official` does not take over, a line each.
-
-        Args:
-            config: the file, parsed; any other gives nothing.
-        """
-        return []
-
-    @classmethod
-    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
-        """Tell the module from a file of official weights alone.
-
-        Args:
-            path: the file.
-
-        Returns:
-            ``{"class_path", "init_args"}`` of a module, or None if these are not the method's, or do not say enough.
-
-        Raises:
-            ValueError: they are the method's, but no module can be told from them, or the file is unsafe or damaged.
-        """
-        return None
-
-    @classmethod
-    def from_official(cls, path: str | Path, config: str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> Self:
-        """Build the module that officially released weights belong to.
-
-        Args:
-            path: the file of the weights.
-            config: a YAML file, or what it holds: a configuration of the zoo, or one of the method's published code. None, if
-                the weights say enough by themselves.
-            overrides: constructor arguments to replace.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the configuration is neither, or missing where one is needed, or the weights do not fit the module.
-        """
-        model = infer_official(path, cls) if config is None else cls._official_model(config)
-        if model is None:
-            raise ValueError(
-                f"{path} holds weights from which no {cls.__name__} can be told: give config, a YAML file of the zoo or of the"
-                " published code."
-            )
-        model = {**model, "init_args": {**model.get("init_args", {}), **overrides}}
-        named = (c for c in _family(cls) if model["class_path"] in (c.__name__, class_path(c)))
-        return cast(Self, next(named, cls).build_official(model, path))
-
-    @classmethod
-    def build_official(cls, model: Mapping[str, Any], path: str | Path) -> Self:
-        """Build the module and fill it with official weights; override where they should not be in memory beside it.
-
-        Args:
-            model: ``{"class_path", "init_args"}`` of this class.
-            path: the weights.
-        """
-        module = build(cls, dict(model), trusted=True)
-        module.load_official(path)
-        return module
-
-    @classmethod
-    def _official_model(cls, config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-        """The module that a configuration describes, as ``{"class_path", "init_args"}``."""
-        import_methods()
-        parsed = config if isinstance(config, Mapping) else read_config(config)
-        model = parsed.get("model")
-        if not (isinstance(model, Mapping) and "class_path" in model):
-            read = (found for c in _family(cls) if (found := c.from_official_config(parsed)) is not None)
-            model = next(read, None)
-        if model is None:
-            raise ValueError(
-                "This is neither a configuration of the zoo (it has no model.class_path) nor one of published code that"
-                f" {cls.__name__} can read: {', '.join(map(str, parsed)) or 'it is empty'}."
-            )
-        return model
-
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Upload") -> str:
         """Upload `save_pretrained`'s folder to the Hugging Face hub.
 
@@ -505,15 +364,8 @@ class ZooModule(Configurable, LightningModule):
         Returns:
             Address of the commit.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+        with TemporaryDirectory() as folder:
+            return upload(self.save_pretrained(folder), repo_id, private, token, message)
 
     @classmethod
     def _build(cls, hyperparameters: dict[str, Any], overrides: dict[str, Any]) -> Self:
@@ -543,50 +395,3 @@ def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
         ValueError: the files are damaged or do not fit.
     """
     return ZooModule.from_pretrained(name_or_folder, **overrides).eval()
-
-
-def infer_official(path: str | Path, base: type[ZooModule] = ZooModule) -> dict[str, Any] | None:
-    """The module that a file of official weights is of, told from it alone; see `ZooModule.infer_official_config`.
-
-    Args:
-        path: the file.
-        base: the class that the module must be of.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is unsafe or damaged, or no module can be told from its weights.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path} of official weights.")
-    import_methods()
-    read = (found for c in _family(base) if (found := c.infer_official_config(path)) is not None)
-    return next(read, None)
-
-
-def _family(cls: type[ZooModule]) -> list[type[ZooModule]]:
-    """A class and all that derive from it, parents first."""
-    found, waiting = [], [cls]
-    while waiting:
-        found.append(waiting.pop(0))
-        waiting += found[-1].__subclasses__()
-    return found
-
-
-def _take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Convert parameters to the types of the weights that they are about to get."""
-    for name, parameter in module.state_dict(keep_vars=True).items():
-        if isinstance(parameter, nn.Parameter) and name in weights and weights[name].is_floating_point():
-            parameter.data = parameter.data.to(weights[name].dtype)
-
-
-class _SeedEachBatch(Callback):
-    """Seeds torch before each training batch from (seed, epoch, batch, rank), so that dropout resumes exactly too."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not isinstance(pl_module, ZooModule):
-            return
-        key = (pl_module.random_seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        seed = hash(key) & 0x7FFFFFFFFFFFFFFF
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
-            torch.cuda.manual_seed(seed)

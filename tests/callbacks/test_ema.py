@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from tiny import MLP, Tiny, TinyData
 
 from zoo.base.checkpoint import read_checkpoint
-from zoo.callbacks import EMA
+from zoo.callbacks import EMA, RunCheckpoint
 
 
 class Record(Callback):
@@ -94,7 +94,7 @@ def test_a_step_that_the_scaler_skips_does_not_count(tmp_path):
 
     counted = EMA(0.5)
     run(tmp_path, counted, SkipOdd(), max_epochs=1)
-    assert counted.state_dict()["applied"] == 4
+    assert counted.state_dict()["applied"] == [4]
 
 
 def test_checkpoints_hold_the_average_and_the_weights(tmp_path):
@@ -137,3 +137,60 @@ def test_sharding_strategies_are_refused_by_name():
     trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(ValueError, match="FSDPStrategy shards the weights"):
         EMA(0.9).setup(trainer, Tiny(MLP()), "fit")
+
+
+def sgd(parameters):
+    """An optimizer whose numbers fit into float16."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+FORMATS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "32-true": torch.float32}
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+def test_average_is_in_float32_or_wider_and_a_run_continues_exactly(tmp_path, precision):
+    """A module built in float32, as the command line builds it."""
+
+    def fit(steps: int, ckpt_path=None) -> tuple[Record, dict]:
+        torch.manual_seed(0)
+        record = Record()
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, precision=precision,
+            enable_model_summary=False, callbacks=[EMA(0.9), record, RunCheckpoint(folder=tmp_path / str(steps))],
+            num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(Tiny(MLP(5), optimizer=sgd), TinyData(), ckpt_path=ckpt_path, weights_only=True)
+        return record, read_checkpoint(tmp_path / str(steps) / "last.ckpt")
+
+    record, whole = fit(13)
+    _, half = fit(11)
+    (tmp_path / "13" / "last.ckpt").unlink()
+    _, continued = fit(13, tmp_path / "11" / "last.ckpt")
+    wide = torch.float64 if precision == "64-true" else torch.float32
+    average = recursion([weights.to(wide) for weights in record.steps], 0.9)
+    assert torch.allclose(torch.cat([t.flatten() for t in whole["state_dict"].values()]), average, rtol=1e-6, atol=1e-6)
+    for key, dtype in (("state_dict", wide), ("current_model_state", FORMATS[precision])):
+        for name, tensor in whole[key].items():
+            assert tensor.dtype == dtype and torch.equal(tensor, continued[key][name]), (key, name)
+        assert any(not torch.equal(tensor, half[key][name]) for name, tensor in whole[key].items())
+    # Validation at the end of the first epoch gives the weights back bit for bit.
+    assert torch.equal(record.after_validation[1], record.steps[8])
+    assert torch.allclose(record.validated[0].to(wide), recursion([w.to(wide) for w in record.steps[:9]], 0.9), atol=4e-3)
+
+
+def test_part_of_a_module_is_averaged(tmp_path):
+    record = Record()
+    ema = EMA(0.9, modules=["net.layers.3"])
+    module, _ = run(tmp_path, ema, record)
+    first = 4 * 5 + 5
+    assert torch.equal(flat(module)[:first], record.steps[-1][:first])
+    assert torch.allclose(flat(module)[first:], recursion(record.steps, 0.9)[first:], atol=1e-14)
+    assert torch.equal(record.validated[0][:first], record.steps[8][:first])
+    assert not torch.equal(record.validated[0][first:], record.steps[8][first:])
+
+
+def test_part_that_is_not_there_is_refused_before_training(tmp_path):
+    record = Record()
+    with pytest.raises(ValueError, match="modules='generator' names no parameter of Tiny: give names of its parts, such as net"):
+        run(tmp_path, EMA(0.9, modules=["net", "generator"]), record)
+    assert not record.steps

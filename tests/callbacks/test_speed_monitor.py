@@ -90,6 +90,25 @@ def test_accumulated_steps_count_all_their_micro_batches(clock):
     assert monitor.latest["throughput/step_seconds"] == pytest.approx(6.0)
 
 
+class Several(Slow):
+    """Takes three steps a batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        for _ in range(3):
+            self.optimizers().step()
+
+
+def test_a_batch_of_several_steps_counts_each(clock):
+    monitor = SpeedMonitor(every_n_steps=10)
+    trainer = run(Several(clock, [9.0, 3.0, 6.0, 12.0, 1.0]), monitor, batches=5)
+    assert trainer.global_step == 15  # logged after the fourth batch, at step 12
+    assert monitor.latest["throughput/tokens_per_second"] == pytest.approx(60 / 21)
+    assert monitor.latest["throughput/step_seconds"] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_validation_and_saving_do_not_count(clock, tmp_path, accumulate):
     monitor = SpeedMonitor(every_n_steps=4)

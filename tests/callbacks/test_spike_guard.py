@@ -136,7 +136,7 @@ class Watch(Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "applied": getattr(module, "applied_steps", None),
-            "average": [average._average_model.state_dict() for average in averages],
+            "average": [dict(average._average.tensors) for average in averages],
             "averaged": [average._applied for average in averages],
         }
         self.states.append(copy.deepcopy(state))

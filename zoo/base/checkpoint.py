@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "read_plain",
     "read_pretrained",
     "refuse_text",
+    "take_types",
+    "write_pretrained",
 ]
 
 CONFIG_FILE = "config.json"
@@ -131,6 +133,28 @@ def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     return config, weights
 
 
+def write_pretrained(module: nn.Module, folder: Path, config: Mapping[str, Any], half: bool = False) -> Path:
+    """Write a safetensors folder, as `read_pretrained` reads it.
+
+    Args:
+        module: the weights.
+        folder: made if missing.
+        config: for ``config.json``.
+        half: store float32 weights in float16, and say so in ``config.json`` (``_half``).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "_half": True} if half else config
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / WEIGHTS_FILE
+    save_model(module, str(path))
+    if half:
+        weights = load_file(path)
+        halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
+        save_file(halved, path)
+    as_new_files_are(path)
+    return folder
+
+
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> None:
     """Compare names and shapes of weights with a module before any of them is copied.
 
@@ -161,6 +185,13 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str,
             f"The weights of {source} do not fit {type(module).__name__} ({'; '.join(parts)}):"
             " build the module with the hyperparameters that the weights were made with."
         )
+
+
+def take_types(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Convert parameters to the types of the weights that they are about to get."""
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        if isinstance(parameter, nn.Parameter) and name in weights and weights[name].is_floating_point():
+            parameter.data = parameter.data.to(weights[name].dtype)
 
 
 def refuse_text(path: Path) -> None:

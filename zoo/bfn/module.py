@@ -24,6 +24,7 @@ from zoo.bfn.statistics import DataStatistics
 from zoo.metrics.mean_and_error import Mean, MeanAndError
 from zoo.module import ZooModule
 from zoo.nn import evaluation_mode
+from zoo.sample_positions import global_positions
 
 __all__ = ["BFN"]
 
@@ -156,7 +157,7 @@ class BFN(ZooModule):
         start = 0
         for batch in batches:
             size = self._batch_size(batch)
-            random = SampleRandom(self.random_seed, self._positions(size, start, nominal=1), epoch=-1)
+            random = SampleRandom(self.random_seed, global_positions(self, size, start, nominal=1), epoch=-1)
             start += size
             yield self.flow.encode(self.encode(batch, random))
 

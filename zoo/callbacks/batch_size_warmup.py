@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
 
 from zoo.strategy_contract import data_replicas, is_asynchronous
 
@@ -80,8 +81,9 @@ class BatchSizeWarmup(Callback):
         """
         return self.start + (self.end - self.start) * min(1.0, tokens_seen / self.tokens)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work (Lightning hook)."""
+        """Refuse what cannot work."""
         if stage != "fit":
             return
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -104,8 +106,9 @@ class BatchSizeWarmup(Callback):
                 " 1."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the first batch size, or the one of the checkpoint (Lightning hook)."""
+        """Set the first batch size, or the one of the checkpoint."""
         micro_batch = getattr(trainer.train_dataloader, "batch_size", None)
         if micro_batch is None:
             raise ValueError(
@@ -124,10 +127,11 @@ class BatchSizeWarmup(Callback):
         self._seen_step = trainer.global_step
         self._set(trainer)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Count a micro-batch; after a step, set the size of the next (Lightning hook)."""
+        """Count a micro-batch; after a step, set the size of the next."""
         growing = self.tokens_seen < self.tokens
         if growing:
             self._tokens_of_step += _num_tokens(batch)
@@ -146,10 +150,12 @@ class BatchSizeWarmup(Callback):
         pl_module.log("global_batch_size", float(trainer.accumulate_grad_batches * self._unit))
         self._set(trainer)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint, plain data."""
         return {"tokens_seen": self.tokens_seen, "first": self._first}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """State from the checkpoint."""
         self.tokens_seen = state_dict["tokens_seen"]

@@ -1,16 +1,18 @@
 """Exponential moving average of the weights."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim import Optimizer
+from typing_extensions import override
 
+from zoo.callbacks.weight_average import WeightAverage, named_part
 from zoo.strategy_contract import AveragesShards, CallbackContract, ShardedAverage, shards_parameters
 
 __all__ = ["EMA"]
@@ -21,145 +23,188 @@ class EMA(CallbackContract, WeightAveraging):
 
     Validation and everything after training use the average; checkpoints hold it as ``state_dict``, beside the current
     weights for resuming. Steps that a gradient scaler skipped, and micro-batches of an accumulated step, do not count.
-    The average starts at the initial weights and includes parameters only, buffers are copied (the convention of most
-    published code).
+    The average starts at the initial weights and includes parameters only (the convention of most published code); it is
+    kept in float32 or wider. In manual optimization each optimizer's steps average its own parameters.
 
     Args:
         decay: weight of the old average, in [0, 1).
         warmup: grow the decay as ``min(decay, (1 + steps) / (10 + steps))``, so that short runs forget the initial weights.
         device: where the average is kept, such as ``cpu``; default is the module's device.
+        modules: names of the parts of the module to average, such as ``generator`` or ``layers.*.mlp``; default is all. The
+            other weights are used and saved as they are.
 
     Raises:
-        ValueError: decay outside [0, 1), or a strategy that shards the weights and does not average its own shards.
+        ValueError: If decay is outside [0, 1), the strategy shards the weights and does not average its own shards, or a name
+            in ``modules`` matches nothing.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = False, device: str | None = None) -> None:
+    def __init__(
+        self, decay: float = 0.9999, warmup: bool = False, device: str | None = None, modules: list[str] | None = None
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay={decay} must lie in [0, 1); 0.999 or 0.9999 are usual.")
-        super().__init__(device=device, use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(device=device, use_buffers=False)
         self.decay = decay
         self.warmup = warmup
-        self._applied = 0
+        self.modules = modules
+        self._applied = [0]  # applied steps of each optimizer
         self._averaged = 0
         self._swapped = False
+        self._average: WeightAverage | None = None
         self._sharded: ShardedAverage | None = None
+        self._loaded: dict[str, Any] | None = None  # averaged weights of a checkpoint that was read before the run was set up
         self._kept_on = device
 
     def averages_shards(self) -> bool:
         """Yes: a strategy that divides the weights is asked for an average (`AveragesShards`)."""
         return True
 
-    def _average(self, average: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        update: Callable[..., None] = get_ema_multi_avg_fn(self._decay_now())
-        update(average, [tensor.to(average[0].device) for tensor in current], num_averaged)
+    def _decay_after(self, steps: int) -> float:
+        return min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
 
-    def _decay_now(self) -> float:
-        return min(self.decay, (1 + self._averaged) / (10 + self._averaged)) if self.warmup else self.decay
-
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights (Lightning hook)."""
+        self._average, self._sharded, self._loaded, self._swapped = None, None, None, False
         strategy: Strategy = trainer.strategy
-        if isinstance(strategy, AveragesShards):
-            return
-        if stage == "fit" and shards_parameters(strategy):
+        name = type(strategy).__name__
+        if stage == "fit" and isinstance(strategy, AveragesShards) and self.modules is not None:
+            raise ValueError(f"EMA: {name} averages its shards of all weights: leave out modules, or use ddp.")
+        if stage == "fit" and not isinstance(strategy, AveragesShards) and shards_parameters(strategy):
             raise ValueError(
-                f"EMA: {type(strategy).__name__} shards the weights, which this callback cannot average:"
+                f"EMA: {name} shards the weights, which this callback cannot average:"
                 " remove EMA, or use ddp or a strategy of the zoo that averages its own shards."
             )
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
-            # torch averages the very first time by copying; the published recursion starts at the initial weights.
-            self._average_model.n_averaged.fill_(1)
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an average of shards (Lightning hook)."""
+        """Begin the average, of weights that lie where and have the format in which they are trained."""
         if isinstance(trainer.strategy, AveragesShards):
             self._sharded = trainer.strategy.average_shards(self._kept_on)
+            return
+        self._average = WeightAverage(named_part(pl_module, ["*"] if self.modules is None else self.modules), self._kept_on)
+        if self._loaded is not None:
+            self._average.restart(self._loaded)
+            self._loaded = None
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the steps that optimizers really apply (Lightning hook)."""
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._count_applied)
+        """Count the steps that optimizers really apply; in manual optimization there may be several in a batch."""
+        self._applied += [0] * (len(trainer.optimizers) - len(self._applied))
+        self._averaged = self._applied[0]
+        parts = _names_by_optimizer(pl_module, trainer.optimizers)
+        for index, (optimizer, names) in enumerate(zip(trainer.optimizers, parts, strict=True)):
+            optimizer.register_step_post_hook(partial(self._on_step, index, None if pl_module.automatic_optimization else names))
 
-    def _count_applied(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._applied += 1
+    def _on_step(self, index: int, names: list[str] | None, *args: Any) -> None:
+        if names is not None:
+            self._update(self._decay_after(self._applied[index]), names)
+        self._applied[index] += 1
 
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether a step was applied since the last update (Lightning hook)."""
-        return step_idx is not None and self._applied > self._averaged
+    def _update(self, decay: float, names: list[str] | None = None) -> None:
+        if self._sharded is not None:
+            self._sharded.update(decay)
+        elif self._average is not None:
+            self._average.update(decay, names)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Average after an applied step (Lightning hook)."""
-        if self._sharded is None:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif self.should_update(trainer.global_step - 1):
-            self._sharded.update(self._decay_now())
-            self._latest_update_step = trainer.global_step
-        self._averaged = self._applied
+        """Average after an applied step; in automatic optimization a batch has one at most."""
+        if pl_module.automatic_optimization and self._applied[0] > self._averaged:
+            self._update(self._decay_after(self._averaged))
+        self._averaged = self._applied[0]
 
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the average follows steps."""
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the average (Lightning hook)."""
-        self._swap(pl_module)
+        """Validate the average."""
+        self._swap()
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the weights return in `on_validation_end`, after every other callback has seen the average."""
+        """Do nothing: the weights return in `on_validation_end`, after every other callback has seen the average."""
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the current weights back (Lightning hook)."""
-        self._swap(pl_module)
+        """Give the current weights back."""
+        self._swap()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the current weights back before a checkpoint is saved (Lightning hook)."""
+        """Give the current weights back before a checkpoint is saved."""
         if self._swapped and self._sharded is None:  # ranks that fail are not together
-            self._swap(pl_module)
+            self._swap()
 
-    def _swap(self, pl_module: LightningModule) -> None:
-        if self._sharded is not None:
-            self._sharded.swap()
-            self._swapped = not self._swapped
-        if self._average_model is not None:
-            self._swap_models(pl_module)
+    def _swap(self) -> None:
+        average = self._sharded or self._average
+        if average is not None:
+            average.swap()
             self._swapped = not self._swapped
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the last checkpoint, saved in this hook, shall hold the current weights too."""
+        """Do nothing: the last checkpoint, saved in this hook, shall hold the current weights too."""
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the module (Lightning hook)."""
-        if self._average_model is not None:
-            self._copy_average_to_current(pl_module)
-            self._average_model = None
+        """Leave the average in the module."""
+        if self._average is not None:
+            self._average.leave()
+        self._average = None
         self._sharded = None  # the strategy has left the average there
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """State for the checkpoint."""
-        return {**super().state_dict(), "applied": self._applied}
+        return {"applied": list(self._applied)}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State from the checkpoint."""
-        super().load_state_dict(state_dict)
-        self._applied = self._averaged = state_dict["applied"]
+        applied = state_dict["applied"]
+        self._applied = list(applied) if isinstance(applied, list) else [applied]  # a number in older checkpoints
+        self._averaged = self._applied[0]
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Load current and averaged weights (Lightning hook); outside of training the average is all that is needed."""
+        """Load current and averaged weights; outside of training the average is all that is needed."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        current = checkpoint.get("current_model_state")
         if self._sharded is not None:
             self._sharded.restart()
-            if "current_model_state" in checkpoint:
-                trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]})
-        if self._average_model is not None:
-            if "averaged_model_state" in checkpoint:
-                checkpoint = {**checkpoint, "state_dict": checkpoint["averaged_model_state"]}
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            if current is not None:
+                trainer.strategy.load_model_state_dict({"state_dict": current})
+            return
+        if current is not None:
+            self._loaded = checkpoint["averaged_model_state" if "averaged_model_state" in checkpoint else "state_dict"]
+            pl_module.load_state_dict(current)
+        if self._average is not None:  # the strategy reads checkpoints after the run was set up
+            self._average.restart(self._loaded)
+            self._loaded, self._swapped = None, False
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average where checkpoints keep the weights (Lightning hook)."""
+        """Put the average where checkpoints keep the weights."""
+        average = self._sharded or self._average
+        if average is None:
+            return
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(1 + self._applied[0])}
         if self._sharded is not None:
-            checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = self._sharded.weights(keep=trainer.is_global_zero)
-            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(1 + self._applied)}
-        if self._average_model is not None:
-            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        elif self._average is not None:
+            checkpoint["state_dict"] = self._average.weights(pl_module, checkpoint["state_dict"])
             if isinstance(trainer.strategy, DeepSpeedStrategy):  # which writes the engine's weights as `state_dict`
                 checkpoint["averaged_model_state"] = checkpoint["state_dict"]
+
+
+def _names_by_optimizer(module: LightningModule, optimizers: list[Optimizer]) -> list[list[str]]:
+    """Names of the parameters that each optimizer steps; the first has those of none, too."""
+    index_of = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    parts: list[list[str]] = [[] for _ in optimizers]
+    for name, parameter in module.named_parameters():
+        parts[index_of.get(id(parameter), 0)].append(name)
+    return parts

@@ -12,7 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
 
+from zoo.base.step_interval import crosses_multiple
 from zoo.strategy_contract import agree, agree_at_end, agrees_without_waiting, is_asynchronous
 
 __all__ = ["RunCheckpoint"]
@@ -25,10 +27,10 @@ _SAME_INTERRUPT = 3.0
 class RunCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` of a run current, so that whatever stops it, the run continues exactly.
 
-    Saved every ``every_n_steps`` optimizer steps or ``minutes``, at the end of training, and when training stops by an
-    exception, Ctrl-C or SIGTERM. The file always describes the moment after an optimizer step: a batch that was fetched but
-    not applied, or the first micro-batches of an accumulated step, are trained again after resuming, none is lost.
-    Add Lightning's ``ModelCheckpoint`` beside it to keep the best or every n-th state.
+    Saved every ``every_n_steps`` optimizer steps or ``minutes``, at the end of a batch; at the end of training; and when
+    training stops by an exception, Ctrl-C or SIGTERM. The file always describes the moment after an optimizer step: a batch
+    that was fetched but not applied, or the first micro-batches of an accumulated step, are trained again after resuming, none
+    is lost. Add Lightning's ``ModelCheckpoint`` beside it to keep the best or every n-th state.
 
     Args:
         every_n_steps: optimizer steps between two saves; None: by time only.
@@ -61,8 +63,9 @@ class RunCheckpoint(Checkpoint):
         """The checkpoint file."""
         return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where the run starts (Lightning hook)."""
+        """Remember where the run starts."""
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
         self._boundary, self._boundary_step = copy.deepcopy(trainer.fit_loop.state_dict()), trainer.global_step
@@ -84,43 +87,48 @@ class RunCheckpoint(Checkpoint):
             signal.signal(signal.SIGINT, self._interrupt)
             self._interrupt = None
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C its own way back (Lightning hook)."""
+        """Give Ctrl-C its own way back."""
         self._free_interrupt()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, after a batch that applied a step (Lightning hook)."""
+        """Save if it is time, after a batch that applied a step."""
         strategy = trainer.strategy
         if agree(strategy, "stop", self._told_to_stop):
             trainer._signal_connector.received_sigterm = True  # Lightning raises SIGTERMException after this batch
-        stepped = trainer.global_step != self._seen_step
+        before, now = self._seen_step, trainer.global_step
+        stepped = now != before
         # Ranks that step at different batches save in the batch in which they agreed, before they validate in it.
         if not stepped and not is_asynchronous(strategy):
             return
         due = late = False
         if stepped:
-            self._seen_step = self._boundary_step = trainer.global_step
+            self._seen_step = self._boundary_step = now
             self._boundary = _state_after_batch(trainer)
-            due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+            due = self.every_n_steps is not None and crosses_multiple(before, now, self.every_n_steps)
             late = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
         if agrees_without_waiting(strategy):
             counted = due and not is_asynchronous(strategy)
             due = agree(strategy, "save", trainer.is_global_zero and (due or late) and not counted) or counted
         # Ranks ask rank 0 for the time, which makes them wait for it: not at every step.
-        elif self.minutes is not None and not due and trainer.global_step % 10 == 0:
+        elif self.minutes is not None and not due and crosses_multiple(before, now, 10):
             due = bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
         if due:
             self._save(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of training (Lightning hook)."""
+        """Save the end of training."""
         if agree_at_end(trainer.strategy, trainer.global_step != self._saved_step):
             self._save(trainer)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what is done before an exception, Ctrl-C or SIGTERM ends the run (Lightning hook)."""
+        """Save what is done before an exception, Ctrl-C or SIGTERM ends the run."""
         self._free_interrupt()
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not in_training or (trainer.world_size > 1 and not _is_agreed_stop(exception)):
@@ -130,8 +138,9 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer)
         rank_zero_info(f"Saved {self.path(trainer)}; the same command with --ckpt_path last continues.")
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Describe the last applied step, not the batch that was cut off (Lightning hook)."""
+        """Describe the last applied step, not the batch that was cut off."""
         if self._boundary is not None and trainer.global_step == self._boundary_step:
             checkpoint["loops"]["fit_loop"] = self._boundary
 

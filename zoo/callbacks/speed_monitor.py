@@ -12,8 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.base.anomaly import EWMADetector
+from zoo.base.step_interval import crosses_multiple
 from zoo.strategy_contract import data_replicas
 
 __all__ = ["PEAK_FLOPS", "CountsFlops", "SpeedMonitor", "peak_flops_of"]
@@ -72,22 +74,24 @@ class _Mark:
 
 @dataclass
 class _Step:
-    """An optimizer step whose time is not known yet."""
+    """The optimizer steps of a batch, in manual optimization several, whose time is not known yet."""
 
     number: int
+    count: int
     tokens: int
     seq_len: int
     stretches: list[tuple[_Mark, _Mark]]
 
     def seconds(self) -> float:
-        return sum(end.seconds_since(begin) for begin, end in self.stretches)
+        """Seconds that each of the steps took on average."""
+        return sum(end.seconds_since(begin) for begin, end in self.stretches) / self.count
 
 
 class SpeedMonitor(Callback):
     """Logs tokens per second, step times and MFU, and warns of steps that are far slower than usual.
 
     A step lasts from the end of the one before to its own end, waiting for data included; validation and saving of checkpoints
-    are left out, and so is the first step, which compiles and allocates. On CUDA the device's own clock is read, late and
+    are left out, and so is the first batch, which compiles and allocates. On CUDA the device's own clock is read, late and
     without ever waiting for it. (Lightning has a callback called ThroughputMonitor, hence the name.)
 
     ============================  ==================================================================================
@@ -147,8 +151,9 @@ class SpeedMonitor(Callback):
         self._running: deque[_Step] = deque()
         self._known: list[tuple[_Step, float]] = []
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the device (Lightning hook)."""
+        """Look up the device."""
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
         self._peak = self.peak_flops or peak_flops_of(name)
@@ -161,38 +166,43 @@ class SpeedMonitor(Callback):
         self._known.clear()
         self._seen_step = trainer.global_step
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on after an interruption (Lightning hook)."""
+        """Go on after an interruption."""
         if self._open is None:
             self._open = _Mark(pl_module.device)
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave validation out (Lightning hook)."""
+        """Leave validation out."""
         self._interrupt(pl_module)
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave saving out (Lightning hook)."""
+        """Leave saving out."""
         self._interrupt(pl_module)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Count a micro-batch; note the end of a step, and log if it is time (Lightning hook)."""
+        """Count a micro-batch; note the end of a step, and log if it is time."""
         self._unit, number, self._seq_len = _amount(batch)
         self._tokens += number
-        if trainer.global_step == self._seen_step:
+        before, now = self._seen_step, trainer.global_step
+        if now == before:
             return
-        self._seen_step = trainer.global_step
+        self._seen_step = now
         end = _Mark(pl_module.device)
         if self._open is not None:
             self._stretches.append((self._open, end))
         if not self._first:
-            self._running.append(_Step(trainer.global_step - 1, self._tokens, self._seq_len, self._stretches))
+            self._running.append(_Step(now - 1, now - before, self._tokens, self._seq_len, self._stretches))
         self._open, self._stretches, self._tokens, self._first = end, [], 0, False
         while self._running and self._running[0].stretches[-1][1].reached():
             self._take(self._running.popleft())
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 and self._known:
+        if crosses_multiple(before, now, every) and self._known:
             self.latest = self._summary(trainer, pl_module)
             for name, value in self.latest.items():
                 pl_module.log(name, value)
@@ -213,7 +223,7 @@ class SpeedMonitor(Callback):
         self._detector.update(min(seconds, self._detector.value_limit))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        seconds = [taken for _, taken in self._known]
+        seconds = [taken for step, taken in self._known for _ in range(step.count)]
         (replicas, _), total = data_replicas(trainer.strategy), sum(seconds)
         values = {
             f"{self._unit}_per_second": replicas * sum(step.tokens for step, _ in self._known) / total,

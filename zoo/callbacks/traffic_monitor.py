@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
+from zoo.base.step_interval import crosses_multiple
 from zoo.strategy_contract import CountsTraffic
 
 __all__ = ["TrafficMonitor"]
@@ -60,11 +61,12 @@ class TrafficMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Log, if it is time."""
-        if trainer.global_step == self._seen_step:
+        before, now = self._seen_step, trainer.global_step
+        if now == before:
             return
-        self._seen_step = trainer.global_step
+        self._seen_step = now
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every:
+        if not crosses_multiple(before, now, every):
             return
         strategy, steps = self._strategy(trainer), trainer.global_step - self._logged_step
         sent = strategy.comm_stats()

@@ -7,7 +7,8 @@ from pathlib import Path
 from zoo.base.checkpoint import CONFIG_FILE, is_pretrained_folder, read_plain
 from zoo.base.hyperparameters import find_class, read_config
 from zoo.cli.configs import find_config
-from zoo.module import ZooModule, infer_official
+from zoo.module import ZooModule
+from zoo.official import infer_official
 
 __all__ = ["convert"]
 
