@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from zoo.base.random import SampleRandom
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import Generation
 from zoo.ling.generation import stream
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
-from zoo.ling.network import LingForCausalLM
 from zoo.module import ZooModule
 
 __all__ = ["Conversation", "LingLM", "Tokenizer"]

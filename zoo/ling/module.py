@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from zoo.base.hyperparameters import build
 from zoo.base.random import SampleRandom
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import Generation, LingConfig, Preset, preset
 from zoo.ling.experts import Backend
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
-from zoo.ling.network import LingForCausalLM, LingOutput, RouterNoise
+from zoo.ling.network import LingOutput, RouterNoise
 from zoo.ling.router import RouterStatistics, assignment_counts, balance_loss, router_statistics, z_loss
 from zoo.ling.state_dict_adapter import infer_hf, load_hf, load_official, save_hf, to_hf_state_dict
 from zoo.ling.step_mean import StepMean

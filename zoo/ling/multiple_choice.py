@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zoo.ling.cache import KVCache
-from zoo.ling.network import LingForCausalLM
+from zoo.ling.decoder import cache_dtype
+from zoo.ling.network import LingNetwork
 from zoo.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["MOST_OPTIONS", "Encodes", "Likelihoods", "encode_pair", "loglikelihoods"]
@@ -72,7 +73,7 @@ def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[li
 
 @torch.no_grad()
 def loglikelihoods(
-    network: LingForCausalLM,
+    network: LingNetwork,
     pairs: Sequence[tuple[Ids, Ids]],
     batch_size: int = 16,
     logit_tokens: int = 8192,
@@ -195,7 +196,7 @@ def _num_calls(plan: _Plan, logit_tokens: int) -> int:
 
 
 def _pass(
-    network: LingForCausalLM, contexts: Sequence[Ids], owner_R: list[int], continuations: Sequence[Ids], logit_tokens: int
+    network: LingNetwork, contexts: Sequence[Ids], owner_R: list[int], continuations: Sequence[Ids], logit_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (R,) and whether they are greedy, of continuations whose contexts are rows ``owner_R``."""
     device = network.lm_head.weight.device
@@ -236,12 +237,9 @@ def _pass(
     return logp_R, greedy_R
 
 
-def _cache(network: LingForCausalLM, rows: int, length: int) -> KVCache:
+def _cache(network: LingNetwork, rows: int, length: int) -> KVCache:
     """Room for keys and values in the type that attention computes with."""
-    weight = network.lm_head.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(network.config, rows, length, dtype, weight.device)
+    return KVCache(network.config, rows, length, cache_dtype(network), network.lm_head.weight.device)
 
 
 def _segments(length: int, size: int) -> Iterator[slice]:

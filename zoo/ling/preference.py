@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
 from zoo.ling.module import Ling
-from zoo.ling.network import LingForCausalLM, LingOutput
+from zoo.ling.network import LingOutput
 from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
 from zoo.metrics.mean_and_error import Mean

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from zoo.base.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
 from zoo.base.hyperparameters import class_path
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
-from zoo.ling.network import LingForCausalLM
 from zoo.ling.official_config import (
     ARCHITECTURE,
     CONFIG_FILE,
