@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.ling.batches import check_vocabulary
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
+from zoo.ling.head import IGNORED
 from zoo.ling.module import Ling
 from zoo.ling.network import LingOutput
 from zoo.ling.router import router_statistics
@@ -125,9 +127,9 @@ class LingDPO(Ling):
             shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in wanted)
             raise ValueError(f"LingDPO: pad all answers of a batch to one width ({shapes}).")
         for side in ["packed"] if packed else _SIDES:
-            self._check_ids(batch[f"{side}_input_ids"])
+            check_vocabulary(batch[f"{side}_input_ids"], self.config.vocab_size)
             labels = batch[f"{side}_labels"]
-            self._check_ids(labels[labels != -100])
+            check_vocabulary(labels[labels != IGNORED], self.config.vocab_size)
         if packed:
             _check_packing(batch)
         return batch

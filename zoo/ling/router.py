@@ -17,6 +17,7 @@ __all__ = [
     "Routing",
     "assignment_counts",
     "balance_loss",
+    "layer_losses",
     "router_statistics",
     "warm_up_logits",
     "z_loss",
@@ -123,6 +124,21 @@ def router_statistics(routings: Sequence[Routing], valid_N: Tensor | None = None
         torch.stack([masked_mean(routing.logits_NE.mean(-1), valid_N) for routing in routings]),
         torch.stack([masked_mean(routing.logits_NE.square().mean(-1), valid_N) for routing in routings]),
     )
+
+
+def layer_losses(routings: Sequence[Routing], load_LE: Tensor, valid_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Balance loss and z-loss of each layer, (L,) each.
+
+    Args:
+        routings: One a layer.
+        load_LE: Assignments to each expert that balance is judged by.
+        valid_N: Bool, tokens that count; None: all.
+    """
+    aux = [
+        balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
+        for routing, load_E in zip(routings, load_LE.unbind(), strict=True)
+    ]
+    return torch.stack(aux), torch.stack([z_loss(routing.logits_NE, valid_N) for routing in routings])
 
 
 class Router(nn.Module):
