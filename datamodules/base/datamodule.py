@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -43,6 +43,10 @@ class ZooDataModule(Configurable, LightningDataModule):
     Raises:
         ValueError: ``batch_size`` < 1 or ``num_workers`` < 0.
     """
+
+    #: Attributes that are arguments of models: the command line gives them to a model that has such an argument, None by
+    #: default, and did not get it otherwise. Reading one may prepare the data.
+    model_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, batch_size: int = 64, num_workers: int = 0, pin_memory: bool | None = None, seed: int | None = None

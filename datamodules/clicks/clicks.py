@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class ClickData(ZooDataModule, ABC):
     Raises:
         ValueError: An argument is out of range.
     """
+
+    model_arguments: ClassVar[tuple[str, ...]] = ("field_dims", "num_dense")
 
     def __init__(
         self,

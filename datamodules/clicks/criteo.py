@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from datamodules.assets.fetch import cache_folder
 from datamodules.base.json_lines import MalformedRows, OnError
@@ -113,7 +114,7 @@ class Criteo(ClickData):
         common = [count.at_least(self.min_count) for count in counts]
         for column, values in enumerate(common):
             np.save(folder / f"common.{column}.npy", values)
-        writer = TableWriter(folder, self.table_columns, num_rows)
+        writer = TableWriter(folder, self.columns, num_rows)
         for rows, split_n in _numbered(files, "skip", quiet=True):
             ids = self.encode(rows, common)
             for number, split in enumerate(SPLITS):
@@ -121,8 +122,9 @@ class Criteo(ClickData):
         writer.close()
 
     @property
-    def table_columns(self) -> ClickColumns:
-        """What the encoded columns are."""
+    @override
+    def columns(self) -> ClickColumns:
+        """The encoded columns, known without the files."""
         names = (*(f"I{n}" for n in range(1, NUM_INTEGERS + 1)), *(f"C{n}" for n in range(1, NUM_CATEGORIES + 1)))
         return ClickColumns(names, (_INTEGER_IDS,) * NUM_INTEGERS + (self.hash_size + 2,) * NUM_CATEGORIES)
 
