@@ -26,6 +26,8 @@ WIRING = (
     "official",
     "evaluation",
     "likelihood_bounds",
+    "step_weights",
+    "trained_types",
     "state_dict_adapter",
     "transformers_model",
     "lm_eval_adapter",

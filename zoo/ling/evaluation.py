@@ -48,7 +48,7 @@ class Evaluation(nn.Module):
             self.max_violation.update(violation.mean(), count)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means since the last call, by name, and ``perplexity``; those without a batch are left out."""
+        """Means since the last call, by name; those without a batch are left out."""
         values = {}
         for name, metric in (("loss", self.loss), ("bits_per_byte", self.bits_per_byte), ("max_violation", self.max_violation)):
             if metric.update_called:

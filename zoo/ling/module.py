@@ -1,4 +1,4 @@
-"""The language model as a Lightning module: loss, router, optimization, generation.
+"""The language model as a Lightning module.
 
 Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with experts, E experts.
 """
@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -30,14 +29,16 @@ from zoo.ling.router import RouterStatistics, layer_losses, router_statistics
 from zoo.ling.routing_warm_up import RoutingWarmUp
 from zoo.ling.state_dict_adapter import load_hf
 from zoo.ling.step_mean import StepMean
+from zoo.ling.step_weights import StepWeights
 from zoo.ling.tokenizer import check_special_tokens, check_tokenizer, text_until_end
+from zoo.ling.trained_types import settle_types
 from zoo.module import ZooModule
-from zoo.strategy_contract import forwards_are_collective, keeps_float32_weights, step_group, weighs_batches
+from zoo.strategy_contract import forwards_are_collective
 
 __all__ = ["Ling"]
 
 
-class Ling(LingOfficialWeights, ZooModule):
+class Ling(StepWeights, LingOfficialWeights, ZooModule):
     """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
 
     Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
@@ -195,26 +196,9 @@ class Ling(LingOfficialWeights, ZooModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Settle the type of trained weights before callbacks and strategies copy or divide them.
-
-        An optimizer that adds small updates needs float32, so that only true half precision trains weights of half precision.
-        """
+        """Settle the type of trained weights before callbacks and strategies copy or divide them."""
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            precision = str(self.trainer.precision)
-            small = [p for p in self.network.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-            if small and (precision == "32-true" or precision.endswith("-mixed")):
-                rank_zero_info(
-                    f"Ling: {len(small)} parameters of half precision are trained in float32, as precision={precision} says;"
-                    " bf16-true trains them as they are."
-                )
-                for parameter in small:
-                    parameter.data = parameter.data.float()
-            if precision == "bf16-true" and not keeps_float32_weights(self.trainer.strategy):
-                rank_zero_warn(
-                    "Ling: with precision=bf16-true the optimizer adds its updates to bfloat16 weights, which do not notice small"
-                    " ones (at a learning rate of 1e-5, nearly all): use bf16-mixed, or a strategy that keeps float32 weights"
-                    " beside them, such as DeepSpeed and PaRO."
-                )
+            settle_types(self.network, self.trainer)
         return super().configure_callbacks()
 
     @override
@@ -240,8 +224,6 @@ class Ling(LingOfficialWeights, ZooModule):
             if stage == "fit":
                 check_special_tokens(self.config, tokenizer.eos_id, tokenizer.pad_id)
 
-    # Batches
-
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check ids, and drop a mask that attention does not need, before the batch leaves the CPU.
@@ -255,13 +237,10 @@ class Ling(LingOfficialWeights, ZooModule):
                 f"{type(self).__name__} needs batches that are dictionaries with input_ids, as the DataModule Text gives"
                 f" them, not {found}."
             )
-        batch = dict(batch)
         check_vocabulary(batch["input_ids"], self.config.vocab_size)
         if "labels" in batch:
             check_vocabulary(batch["labels"][batch["labels"] != IGNORED], self.config.vocab_size)
-        return drop_mask(batch)
-
-    # Training
+        return drop_mask(dict(batch))
 
     def run_network(self, batch: Batch, noise: RouterNoise | None = None, share: Any = 1.0) -> LingOutput:
         """Losses of a batch, at each position."""
@@ -313,49 +292,11 @@ class Ling(LingOfficialWeights, ZooModule):
         aux, z = layer_losses(output.routings, counts_LE, valid_N)
         return (aux.sum(), z.sum()) if self.aux_reduction == "sum" else (aux.mean(), z.mean())
 
-    # The mean over an optimizer step
-
-    @property
-    def _weighs_steps(self) -> bool:
-        """Whether this module weights micro-batches; a strategy with batches of its own sizes does it by itself."""
-        if self._trainer is None or self.loss_over == "micro_batch":
-            return False
-        return not weighs_batches(self.trainer.strategy)
-
-    def _begin_mean(self, count: Tensor, batch_idx: int) -> None:
-        """Count the labels (or pairs) of a micro-batch; those of other processes arrive while the network runs."""
-        if self._weighs_steps:
-            self._step_mean.begin(count, batch_idx % self.trainer.accumulate_grad_batches == 0, *self._step_group())
-
-    def _weight(self, loss: Tensor) -> Tensor:
-        """Factor of the mean loss of that micro-batch."""
-        return self._step_mean.weight(loss.dtype) if self._weighs_steps else torch.ones_like(loss)
-
-    @override
-    def on_after_backward(self) -> None:
-        """Make the gradient the mean over the step, before it is judged or clipped."""
-        super().on_after_backward()
-        if not self._weighs_steps or self.trainer.fit_loop._should_accumulate():
-            return
-        factor = self._step_mean.finish(self.trainer.accumulate_grad_batches)
-        if factor != 1:
-            for optimizer in self.trainer.optimizers:
-                for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
-
     def loss_denominator(self, batch: Any) -> int:
         """Number of terms of a batch's mean loss, for strategies that weigh batches: labels, or samples (`loss_over`)."""
         if self.loss_over == "micro_batch":
             return len(batch["input_ids"])
         return int((counted_labels(batch)[:, 1:] != IGNORED).sum())
-
-    def _step_group(self) -> tuple[dist.ProcessGroup | None, int]:
-        """The processes that take this step together (None: all), and their number."""
-        if not (dist.is_available() and dist.is_initialized()) or self.trainer.world_size == 1:
-            return None, 1
-        group = step_group(self.trainer.strategy)
-        return group, dist.get_world_size(group)
 
     # Stochastic routing warm-up
 
@@ -366,14 +307,6 @@ class Ling(LingOfficialWeights, ZooModule):
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         random = self.train_random(len(input_ids))
         return self._warm_up.noise(self.config, input_ids.shape[1], self.applied_steps, random, dtype)
-
-    def _summed(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The sum over the processes that take this step together, and their number."""
-        group, num_processes = self._step_group()
-        if num_processes > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor, group=group)
-        return tensor, num_processes
 
     @override
     def on_applied_step(self) -> None:
@@ -435,8 +368,6 @@ class Ling(LingOfficialWeights, ZooModule):
             raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
         return tokenizer
 
-    # Generation
-
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Continue the prompts: ``index``, ``prompt`` and ``text`` for `JSONLWriter`.
@@ -449,7 +380,7 @@ class Ling(LingOfficialWeights, ZooModule):
         """
         tokenizer = self._tokenizer()
         together = self._trainer is not None and forwards_are_collective(self.trainer.strategy)
-        agree = self._any if together else None
+        agree = (lambda here: self._largest(int(here)) > 0) if together else None
         blank = int(batch["index"][0]) < 0
         options = dataclasses.replace(self.generation, max_new_tokens=1) if blank else self.generation
         if not blank or agree is not None:
@@ -463,13 +394,5 @@ class Ling(LingOfficialWeights, ZooModule):
             )
         if blank:
             return {"index": batch["index"][:0], "prompt": [], "text": []}
-        new_BT = ids_BT[:, batch["input_ids"].shape[1] :]
-        return {
-            "index": batch["index"],
-            "prompt": batch["prompt"],
-            "text": [text_until_end(ids, tokenizer) for ids in new_BT.tolist()],
-        }
-
-    def _any(self, here: bool) -> bool:
-        """Whether ``here`` is true in any process."""
-        return self._largest(int(here)) > 0
+        texts = [text_until_end(ids, tokenizer) for ids in ids_BT[:, batch["input_ids"].shape[1] :].tolist()]
+        return {"index": batch["index"], "prompt": batch["prompt"], "text": texts}
