@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from datamodules.base.cached_folder import Preparing
 from datamodules.base.datamodule import ZooDataModule
@@ -77,8 +78,9 @@ class ClickData(ZooDataModule, ABC):
             ValueError: A row is malformed, or there is none.
         """
 
+    @override
     def prepare_data(self) -> None:
-        """Make the table, unless it is in the cache (Lightning hook)."""
+        """Make the table, unless it is in the cache."""
         folder = self.folder()
         if not folder.is_dir():
             with Preparing(folder) as partial:
@@ -117,8 +119,9 @@ class ClickData(ZooDataModule, ABC):
             return type(table)(table.folder, split, table.columns, table.num_rows, np.sort(drawn.numpy()))
         return table
 
+    @override
     def setup(self, stage: str) -> None:
-        """Open the table; read the user's file (Lightning hook)."""
+        """Open the table; read the user's file."""
         _ = self.tables
         if stage == "predict":
             self._predict_set = self._read_predict_set()
@@ -126,18 +129,20 @@ class ClickData(ZooDataModule, ABC):
     def _read_predict_set(self) -> ClickRows:
         return self.dataset(self.predict_split) if self.predict_file is None else self.read_file(self.predict_file)
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self.dataset("train"))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[Any]:
-        """Validation batches; none where no rows are held out (Lightning hook)."""
+        """Validation batches; none where no rows are held out."""
         return self.eval_loader(self.dataset("val")) if len(self.dataset("val")) else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(self.dataset("test"))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of the rows to score (Lightning hook)."""
+        """Batches of the rows to score."""
         return self.eval_loader(self._predict_set or self._read_predict_set())

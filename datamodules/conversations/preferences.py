@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.held_out import held_out
 from datamodules.base.json_lines import MalformedRow, MalformedRows, encodable, is_finite, read_json_lines
@@ -385,24 +386,26 @@ class Preferences(LanguageData):
             return ids, np.ones(len(ids), dtype=bool)
         return ids, self.format_tokens.marks(*self.template.encode_answer([*prompt, *answer], tools))
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the pairs, or the prompts (Lightning hook)."""
+        """Read the pairs, or the prompts."""
         super().setup(stage)
         if stage != "predict":
             _ = self.splits
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         if not self.splits[0]:
             raise ValueError(f"No pair of {self.path} is left to train on: lower val_fraction.")
         return self.train_loader(self._batches(self.splits[0]), mark_retries=True)
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(self._batches(self.splits[1])) if self.splits[1] else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out (Lightning hook)."""
+        """The validation batches; no third part is held out."""
         return self.val_dataloader()
 
     def _batches(self, pairs: list[Pair]) -> Pairs | PackedPairs:

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.held_out import held_out
 from datamodules.base.json_lines import MalformedRows, read_json_lines
@@ -285,22 +286,24 @@ class SFT(LanguageData):
             raise ValueError(f"{path} holds no conversation that can be used.")
         return conversations
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the conversations, or the prompts (Lightning hook)."""
+        """Read the conversations, or the prompts."""
         super().setup(stage)
         if stage != "predict":
             _ = self.splits
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self._rows(self.splits[0], self.length_shares), mark_retries=True)
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(self._rows(self.splits[1])) if self.splits[1] else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out (Lightning hook)."""
+        """The validation batches; no third part is held out."""
         return self.val_dataloader()
 
     def _rows(self, conversations: list[Conversation], length_shares: dict[int, float] | None = None) -> ConversationRows:

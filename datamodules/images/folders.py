@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.loader import ResumableLoader
 from datamodules.images.in_memory import stratified_split
@@ -210,8 +211,9 @@ class ImageFolder(ImagePrediction):
             return super().read_predict_set()
         return FolderPictures(self.files(self.predict_split), self.image_size, self.on_error)
 
+    @override
     def setup(self, stage: str) -> None:
-        """List the pictures that the stage needs (Lightning hook).
+        """List the pictures that the stage needs.
 
         Raises:
             FileNotFoundError: A folder is missing, or a class folder is empty.
@@ -222,23 +224,24 @@ class ImageFolder(ImagePrediction):
         for split in splits.get(stage, ()):
             self.files(split)
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Report the pictures that were left out (Lightning hook)."""
+        """Report the pictures that were left out."""
         for files in {id(files): files for files in self._files.values()}.values():
             if (report := files.skipped()) is not None:
                 _logger.warning(report)
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         flip_seed = self.data_seed if self.flip else None
         return self.train_loader(FolderImages(self.files("train"), self.image_size, self.on_error, flip_seed))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(FolderImages(self.files("val"), self.image_size, self.on_error))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(FolderImages(self.files("test"), self.image_size, self.on_error))
 
     def _list_train_and_val(self, split: Split) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.loader import ResumableLoader
@@ -299,8 +300,9 @@ class CachedLatents(ZooDataModule):
             self._cache = _open_cache(self.root, self.kind, self.scale)
         return self._cache
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the manifest and the list of samples, not the latents (Lightning hook).
+        """Read the manifest and the list of samples, not the latents.
 
         Raises:
             FileNotFoundError: there is no cache.
@@ -325,16 +327,18 @@ class CachedLatents(ZooDataModule):
             training=training,
         )
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self.latent_set("train"))
 
+    @override
     def val_dataloader(self) -> Any:
-        """Batches of the samples held out; none where none are (Lightning hook)."""
+        """Batches of the samples held out; none where none are."""
         return [] if self.val_fraction is None else self.eval_loader(self.latent_set("val"))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of the samples held out (Lightning hook).
+        """Batches of the samples held out.
 
         Raises:
             ValueError: none are held out.
@@ -343,8 +347,9 @@ class CachedLatents(ZooDataModule):
             raise ValueError("CachedLatents holds out no samples to test on: set val_fraction, as it was in training.")
         return self.eval_loader(self.latent_set("val"))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers (Lightning hook)."""
+        """Batches of sample numbers."""
         return self.eval_loader(SampleIndices(self.predict_samples, self.predict_labels))
 
 

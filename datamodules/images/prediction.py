@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.loader import ResumableLoader
@@ -142,11 +143,13 @@ class ImagePrediction(ZooDataModule, ABC):
             masks = read_masks(self.predict_masks, paths, self.image_shape, self.predict_resize)
         return Pictures(images, masks, paths, self.predict_labels)
 
+    @override
     def setup(self, stage: str) -> None:
-        """For ``predict``, read what it works on (Lightning hook); a subclass does the rest."""
+        """For ``predict``, read what it works on; a subclass does the rest."""
         if stage == "predict":
             self._predict_set = self.read_predict_set()
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers, or of the user's pictures (Lightning hook)."""
+        """Batches of sample numbers, or of the user's pictures."""
         return self.eval_loader(self._predict_set or self.read_predict_set())

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.assets.fetch import fetch
 from datamodules.base.datamodule import ZooDataModule
@@ -204,8 +205,9 @@ class CharacterText(ZooDataModule, ABC):
         texts = map(decode, self.splits[1:])
         return [text[start : start + size] for text in texts for start in range(0, len(text) - size + 1, size)]
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read what the stage needs (Lightning hook).
+        """Read what the stage needs.
 
         Raises:
             FileNotFoundError: Files of the text, or the user's text, are missing.
@@ -221,20 +223,21 @@ class CharacterText(ZooDataModule, ABC):
             return SampleIndices(self.predict_samples)
         return LinesWithGaps(*read_lines_with_gaps(self.predict_text, self.seq_len, self.unknown))
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(Windows(self.splits.train, self.seq_len, shift_seed=self.data_seed))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(Windows(self.splits.val, self.seq_len, self.eval_stride))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(Windows(self.splits.test, self.seq_len, self.eval_stride))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers, or of the user's lines (Lightning hook)."""
+        """Batches of sample numbers, or of the user's lines."""
         return self.eval_loader(self._predict_set or self._read_predict_set())
 
 
@@ -249,8 +252,9 @@ class Shakespeare(CharacterText):
     Its arguments are those of `CharacterText` and `ZooDataModule`.
     """
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch the asset ``shakespeare`` (Lightning hook)."""
+        """Fetch the asset ``shakespeare``."""
         fetch("shakespeare")
 
     def read(self) -> TextSplits:

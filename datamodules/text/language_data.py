@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.json_lines import OnError
@@ -61,8 +62,9 @@ class LanguageData(ZooDataModule, ABC):
         """Writes conversations."""
         return chat_template(self.template_name, self.tokenizer, self.system)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the prompts, if that is the stage (Lightning hook).
+        """Read the prompts, if that is the stage.
 
         Raises:
             FileNotFoundError: The file of prompts is missing.
@@ -78,8 +80,9 @@ class LanguageData(ZooDataModule, ABC):
             prompts = read_prompts(self.predict_prompts, self.tokenizer, self.template, self.on_error)
         return Prompts(prompts, self.tokenizer.pad_id)
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of prompts (Lightning hook)."""
+        """Batches of prompts."""
         return self.eval_loader(self._prompts or self._read_prompts())
 
     def sample_text(self, index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from zoo.ling.batches import check_vocabulary
 from zoo.ling.causal_lm import LingForCausalLM
@@ -80,8 +81,9 @@ class LingDPO(Ling):
         self._reference: list[LingForCausalLM] = []
         self.val_preferences, self.test_preferences = _Preferences(), _Preferences()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Make the reference, before a strategy takes the weights apart (Lightning hook).
+        """Make the reference, before a strategy takes the weights apart.
 
         Raises:
             FileNotFoundError: there is no folder of that name.
@@ -103,8 +105,9 @@ class LingDPO(Ling):
     def _keep(self, network: LingForCausalLM) -> None:
         self._reference = [network.requires_grad_(False).eval()]
 
+    @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check ids and what the batch holds (Lightning hook).
+        """Check ids and what the batch holds.
 
         Raises:
             ValueError: these are no pairs, entries are missing, the answers are not of one width, an id or label is
@@ -134,32 +137,34 @@ class LingDPO(Ling):
             _check_packing(batch)
         return batch
 
+    @override
     def on_fit_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         if self.reference == "copy" and not self._reference:  # continued from weights that were trained without one
             self._keep(copy.deepcopy(self.network))
         self._place_reference()
 
+    @override
     def on_validation_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         self._place_reference()
 
+    @override
     def on_test_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         self._place_reference()
 
     def _place_reference(self) -> None:
         for network in self._reference:
             network.to(self.network.lm_head.weight)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the copied reference (Lightning hook)."""
+        """Keep the copied reference."""
         super().on_save_checkpoint(checkpoint)
         if self.reference == "copy" and self._reference:
             checkpoint["ling_reference"] = self._reference[0].state_dict()
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the reference of the run that is continued (Lightning hook)."""
+        """Take the reference of the run that is continued."""
         super().on_load_checkpoint(checkpoint)
         if self.reference != "copy":
             return
@@ -203,8 +208,9 @@ class LingDPO(Ling):
         chosen_B, rejected_B, output = self._run(self.network, batch)
         return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
 
+    @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Weighted loss of a batch of pairs (Lightning hook)."""
+        """Weighted loss of a batch of pairs."""
         self._begin_mean(torch.tensor(_num_pairs(batch), device=self.device), batch_idx)
         result, output = self.preferences(batch)
         sides = ["packed"] if "packed_input_ids" in batch else _SIDES
@@ -225,12 +231,13 @@ class LingDPO(Ling):
         """The pairs of a batch."""
         return _num_pairs(batch)
 
+    @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss without the routers' part, accuracy and margin of the rewards (Lightning hook)."""
+        """Loss without the routers' part, accuracy and margin of the rewards."""
         self._log_preferences("val", batch)
 
+    @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As `validation_step` (Lightning hook)."""
         self._log_preferences("test", batch)
 
     def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
+from typing_extensions import override
 
 from zoo.strategy_contract import step_group
 
@@ -77,23 +78,26 @@ class RouterMonitor(Callback):
         self._sums: Tensor | None = None
         self._seen_step = 0
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module without routers (Lightning hook)."""
+        """Refuse a module without routers."""
         if stage == "fit" and not hasattr(pl_module, "router_stats"):
             raise ValueError(
                 f"RouterMonitor: {type(pl_module).__name__} has no router_stats, so it has no experts or does not report its"
                 " routers: remove RouterMonitor."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count (Lightning hook)."""
+        """Begin to count."""
         self._counts_LE = self._sums = None
         self._seen_step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        """Add a micro-batch, and log if it is time (Lightning hook)."""
+        """Add a micro-batch, and log if it is time."""
         stats: RouterStats | None = pl_module.router_stats  # type: ignore[assignment]
         if stats is not None:
             self._add(stats)
