@@ -101,7 +101,7 @@ class ZooDataModule(Configurable, LightningDataModule):
     def train_loader(
         self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None, mark_retries: bool = False
     ) -> ResumableLoader[Any]:
-        """A loader for training: shuffled anew each epoch; the last incomplete *global* batch is left out.
+        """A loader for training: shuffled again each epoch; the last incomplete *global* batch is left out.
 
         Args:
             dataset: Map-style data set; if it has ``set_epoch(epoch)``, it is told the epoch; if it has

@@ -1,4 +1,4 @@
-"""What data sets of clicks have in common: a table in the cache, its splits, and what is predicted.
+"""Base of data sets of clicks: a table in the cache, its splits, and the rows of ``predict``.
 
 Batches are :class:`~datamodules.clicks.click_table.ClickBatch`: ``{"index", "dense", "sparse", "label"}``.
 """
@@ -29,7 +29,7 @@ class ClickData(ZooDataModule, ABC):
         train_rows: Train on so many rows only, drawn once by ``seed``; ``None``: on all.
         predict_split: The split whose rows ``predict`` scores, unless ``predict_file`` is given.
         predict_file: The user's own rows for ``predict``, with or without labels.
-        on_error: What is done about malformed rows: ``raise`` an error that counts them and shows the first, or ``skip`` them
+        on_error: Treatment of malformed rows: ``raise`` an error that counts them and shows the first, or ``skip`` them
             and log their number.
         **kwargs: Arguments of `ZooDataModule`.
 
@@ -63,7 +63,7 @@ class ClickData(ZooDataModule, ABC):
 
     @abstractmethod
     def folder(self) -> Path:
-        """Where the table lies in the cache; the name depends on everything that the table depends on."""
+        """Folder of the table in the cache; its name depends on everything that the table depends on."""
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -98,17 +98,17 @@ class ClickData(ZooDataModule, ABC):
 
     @property
     def columns(self) -> ClickColumns:
-        """What the columns are."""
+        """The encoded columns."""
         return self.tables["train"].columns
 
     @property
     def field_dims(self) -> tuple[int, ...]:
-        """How many ids each field of categories has: what a model is built for."""
+        """Number of ids of each field of categories, an argument of models."""
         return self.columns.field_dims
 
     @property
     def num_dense(self) -> int:
-        """How many numbers a row has."""
+        """Numbers of a row."""
         return len(self.columns.numbers)
 
     def dataset(self, split: Literal["train", "val", "test"]) -> Any:

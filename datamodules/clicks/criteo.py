@@ -33,7 +33,7 @@ from datamodules.clicks.criteo_rows import (
 
 __all__ = ["Criteo", "integer_ids"]
 
-_FORMAT = "1"  # another one makes the cache anew
+_FORMAT = "1"  # another one makes the cache again
 _INTEGER_IDS = 468  # of 2^31 - 1, plus one
 _SHARES = (0.8, 0.9)  # where validation and test begin
 
@@ -50,8 +50,8 @@ class Criteo(ClickData):
 
     Args:
         root: Folder with ``train.txt`` of the Kaggle challenge, or ``day_0.gz`` ... of the terabyte (unpacked or not).
-        min_count: How often a category must occur in the training rows to have an id of its own; 1: no counting, which needs
-            memory for every distinct category.
+        min_count: Occurrences in the training rows that give a category an id of its own; 1: no counting, which needs memory
+            for every distinct category.
         hash_size: Ids of each field of categories, besides those of missing and rare ones.
         **kwargs: Arguments of `ClickData` and `ZooDataModule`.
 
@@ -88,7 +88,7 @@ class Criteo(ClickData):
         return [days[day] for day in sorted(days)]
 
     def folder(self) -> Path:
-        """Where the table lies in the cache."""
+        """Folder of the table in the cache."""
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
         key = repr((_FORMAT, facts, self.min_count, self.hash_size, self.on_error))
         return cache_folder() / "clicks" / f"criteo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -186,7 +186,7 @@ def integer_ids(integers: np.ndarray) -> np.ndarray:
 
 
 class _Counts:
-    """How often each value was seen; new ones are gathered before they are merged, so that the whole is seldom copied."""
+    """Counts of values; new ones are gathered before they are merged, so that the whole is seldom copied."""
 
     def __init__(self) -> None:
         self.values = np.zeros(0, np.int64)

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
         key: Decides whether it is for training or validation: the prompt.
         chosen: Ids of prompt and preferred answer.
         rejected: Ids of prompt and other answer.
-        chosen_learned: Which of ``chosen`` count, bool (N,); none of the prompt's, at least one of the answer's.
+        chosen_learned: Ids of ``chosen`` that count, bool (N,); none of the prompt's, at least one of the answer's.
         rejected_learned: The same of ``rejected``; where only a format counts, the answer may have nothing of it.
         reference_logps: Log-probabilities (nats) of the answers under a reference model, preferred one first, or ``None``.
     """
@@ -99,7 +99,7 @@ class PackedPairBatch(TypedDict, total=False):
         packed_input_ids: int64 (R, T).
         packed_labels: int64 (R, T), as the labels of `PairBatch`.
         packed_attention_mask: int64 (R, T), 0 for padding.
-        packed_position_ids: int64 (R, T), from 0 in each answer; padding goes on with the last one.
+        packed_position_ids: int64 (R, T), from 0 in each answer; padding continues the last one.
         packed_answer_ids: int64 (R, T), the number of the answer; padding has that of the last one.
         reference_chosen_logps: float32 (B,), where the file gives them.
         reference_rejected_logps: float32 (B,).
@@ -241,7 +241,7 @@ class Preferences(LanguageData):
         val_fraction: Share of the pairs that is held out, by a fixed hash of the prompt, so that a prompt is on one side only; 0:
             no validation. Without effect if ``val_path`` is given.
         seq_len: Ids that a prompt with an answer may have.
-        too_long: What is done about pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
+        too_long: Treatment of pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
             lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one or the
             two are the same then. Log-probabilities of a reference are left out with a warning where answers lose their ends,
             since they are those of whole answers.

@@ -40,7 +40,7 @@ class Conversation(NamedTuple):
     Attributes:
         key: Decides whether it is for training or validation.
         ids: Its ids, int32 (N,).
-        labels: What is to be learned at each place, int32 (N,), -100 for nothing.
+        labels: Labels, int32 (N,), -100 where nothing is learned.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Conversation(NamedTuple):
 
     @property
     def learned(self) -> np.ndarray:
-        """Where something is to be learned, bool (N,)."""
+        """Places with a label, bool (N,)."""
         return self.labels != -100
 
 
@@ -202,7 +202,7 @@ class SFT(LanguageData):
             effect if ``val_path`` is given.
         seq_len: Ids that a conversation, or a row of several, may have.
         packing: Whether short conversations share rows, without seeing one another. The sample of a batch is the row then.
-        too_long: What is done about conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
+        too_long: Treatment of conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
             (``skip``); they lose their end (``truncate``), and are left out only if the assistant's first word lies behind it.
             How many is said.
         length_shares: Share of the rows of an epoch for each kind of conversations, such as ``{4096: 0.95, 16384: 0.05}`` for 95

@@ -39,7 +39,7 @@ class FolderImages(MirroredImages):
     Args:
         files: The pictures' files.
         image_size: Height and width of the images.
-        on_error: What to do where a picture cannot be read: raise, or make a smaller batch.
+        on_error: Treatment of a picture that cannot be read: raise, or make a smaller batch.
         flip_seed: If given, each image is mirrored left to right in half of the epochs, as a pure function of
             (``flip_seed``, epoch, index).
     """
@@ -65,7 +65,7 @@ class FolderPictures(Dataset[dict[str, Any]]):
     Args:
         files: The pictures' files.
         image_size: Height and width of the images.
-        on_error: What to do where a picture cannot be read: raise, or make a smaller batch.
+        on_error: Treatment of a picture that cannot be read: raise, or make a smaller batch.
     """
 
     def __init__(self, files: PictureFiles, image_size: int, on_error: OnError = "raise") -> None:
@@ -99,7 +99,7 @@ class ImageFolder(ImagePrediction):
         flip: Whether training pictures are mirrored left to right in half of the epochs.
         val_fraction: Share of the training pictures held out for validation, the same of every class, where ``root``
             has no ``val``.
-        on_error: What to do with a picture that cannot be read: ``raise``, or ``skip``: leave it out of its batch, name
+        on_error: Treatment of a picture that cannot be read: ``raise``, or ``skip``: leave it out of its batch, name
             the first few, and report the number at the end.
         predict_split: Let ``predict`` run over this split, in order and not mirrored, instead of drawing samples; to
             store latents, for example.
@@ -181,7 +181,7 @@ class ImageFolder(ImagePrediction):
         return self._files[split]
 
     def reference_images(self) -> Tensor:
-        """What generated images are compared with: all pictures of ``train``, not mirrored.
+        """Images to compare generated ones with: all pictures of ``train``, not mirrored.
 
         Returns:
             uint8 (N, 3, H, W).
@@ -200,7 +200,7 @@ class ImageFolder(ImagePrediction):
         return torch.cat([part.read(list(range(len(part))), self.image_size, self.on_error)[1] for part in parts])
 
     def read_predict_set(self) -> Dataset[Any]:
-        """What ``predict`` works on: a split, or what `ImagePrediction` says.
+        """Data of ``predict``: a split, or those of `ImagePrediction`.
 
         Raises:
             FileNotFoundError: Pictures or masks are missing.
@@ -296,7 +296,7 @@ class ImageFolder(ImagePrediction):
             )
 
     def _how_to_lay_out(self) -> str:
-        """What else to say where there are no class folders; a subclass that knows its files says more."""
+        """Advice for folders without class folders; a subclass that knows its files extends it."""
         return ""
 
     def _check_classes(self, found: list[str], folder: Path) -> None:

@@ -134,7 +134,7 @@ class ImageDataModule(ImagePrediction, ABC):
         return self._splits
 
     def reference_images(self) -> Tensor:
-        """What generated images are compared with: all real images but the test set's, so the official training set.
+        """Images to compare generated ones with: all real images but the test set's, so the official training set.
 
         Returns:
             uint8 (N, C, H, W), 255 for 1.0.
@@ -144,7 +144,7 @@ class ImageDataModule(ImagePrediction, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        """Read what the stage needs.
+        """Read the data of the stage.
 
         Raises:
             FileNotFoundError: Files of the data set, or the user's pictures or masks, are missing.
@@ -208,7 +208,7 @@ class IdxImages(ImageDataModule, ABC):
 
     image_shape = (1, 28, 28)
     asset: ClassVar[str]
-    """What is fetched where ``root`` is ``None``."""
+    """Asset that is fetched if ``root`` is ``None``."""
     official: ClassVar[type[torchvision.datasets.MNIST]]
     """Torchvision's class, which downloads."""
 

@@ -45,7 +45,7 @@ class LatentBatch(TypedDict):
 
 
 class _Store(Protocol):
-    """What is on disk, by the number of the sample.
+    """Latents on disk, by the number of the sample.
 
     Attributes:
         shape: Of what is stored of one sample.
@@ -56,7 +56,7 @@ class _Store(Protocol):
     labels: np.ndarray
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """What is stored (B, *shape) of samples, of the mirrored image where bool (B,) says so."""
+        """Stored values (B, *shape) of samples, of the mirrored image where ``mirrored``, bool (B,), is true."""
 
 
 class _Shards:
@@ -149,17 +149,17 @@ class _Files:
 class LatentSet(Dataset[LatentBatch]):
     """Latents of some samples of a cache.
 
-    What is drawn, mirrored or not and the noise of the posterior, is a pure function of (seed, epoch, number of the sample
-    in the cache): the same whatever batch, worker, process or split it comes in.
+    Mirroring and the noise of the posterior are pure functions of (seed, epoch, number of the sample in the cache), whatever
+    its batch, worker, process or split.
 
     Args:
-        store: what is on disk.
+        store: Latents on disk.
         indices: numbers of the samples in it, int64 (N,).
         kind: ``moments`` (mean and log-variance side by side, unscaled) or ``latent`` (scaled already).
         scale: factor of latents that are drawn from moments.
         seed: seed of the draws.
         flip: whether the mirrored image's latents are taken in half of the epochs.
-        training: whether each epoch draws anew; otherwise the image itself with one fixed noise.
+        training: Whether each epoch has its own draws; otherwise the image itself with one fixed noise.
     """
 
     def __init__(
@@ -210,23 +210,23 @@ class LatentSet(Dataset[LatentBatch]):
 
 
 class CachedLatents(ZooDataModule):
-    """Latents that were encoded once: what `LatentCacheWriter` wrote, or a cache of the published code (one npz an image).
+    """Latents that were encoded once, by `LatentCacheWriter` or by the published code (one npz an image).
 
     In training the latents of the image or of its mirror image are taken, each with probability 1/2, and where mean and
-    log-variance (limited to [-30, 20]) are stored, ``(mean + std * noise) * scale`` is drawn anew in each epoch.
+    log-variance (limited to [-30, 20]) are stored, each epoch draws ``(mean + std * noise) * scale``.
 
     Args:
         root: the cache: a folder with ``manifest.json``, or one with ``<class>/<image>.npz`` below it; labels then are the
             places of the class folders in the order of their names.
-        kind: what is stored: ``moments``, or ``latent``, scaled already. ``auto`` takes it from the manifest. The two
+        kind: Stored values: ``moments``, or ``latent``, scaled already. ``auto`` takes it from the manifest. The two
             published caches have none, and the same shape (32, 16, 16): for 256 x 256 it is ``moments``, for 512 x 512
             ``latent``.
         scale: factor of latents that are drawn from moments. None: the manifest's, without one 0.2325, that of KL-16. Of
             latents that are scaled already, by what they were; they are taken as they are.
         flip: whether mirrored images are taken, too.
         val_fraction: share of the samples held out, stratified by class, for validation and test. None: nothing is.
-        predict_samples: how many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
-        predict_labels: the class of what ``predict`` draws, or a list of classes that is cycled over the sample numbers. None:
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
+        predict_labels: Class of the samples of ``predict``, or a list of classes that is cycled over their numbers. None:
             the model chooses.
         **kwargs: arguments of `ZooDataModule`.
 
@@ -290,7 +290,7 @@ class CachedLatents(ZooDataModule):
 
     @property
     def cache(self) -> _Cache:
-        """What is on disk; opened on first use.
+        """Latents on disk; opened on first use.
 
         Raises:
             FileNotFoundError: there is no cache.

@@ -1,4 +1,4 @@
-"""What `predict` works on where images are concerned: sample numbers, or the user's own pictures; classes if chosen."""
+"""Data of `predict` for images: sample numbers, or the user's own pictures; classes if chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ImagePrediction", "Pictures", "PredictBatch"]
 
 
 class PredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given; without the axis B, one sample of it.
+    """Batch of ``predict_step``; without the axis B, one sample of it.
 
     Attributes:
         index: int64 (B,), number of the sample over all processes; its random seed.
@@ -66,7 +66,7 @@ class ImagePrediction(ZooDataModule, ABC):
     """The base of image data: what ``predict`` draws, or works on.
 
     Args:
-        predict_samples: How many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
         predict_images: A folder of the user's pictures (PNG, JPEG) for ``predict``, in-painting for example. They are
             all read before any sampling starts.
         predict_masks: A mask file for all of ``predict_images``, or a folder with one of the same name for each. White
@@ -127,11 +127,11 @@ class ImagePrediction(ZooDataModule, ABC):
             )
 
     def read_predict_set(self) -> Dataset[Any]:
-        """What ``predict`` works on, with all of the user's pictures read.
+        """Data of ``predict``, with all of the user's pictures read.
 
         Raises:
             FileNotFoundError: The user's pictures or masks are missing.
-            ValueError: One of them is damaged or does not fit, or ``predict_labels`` names a class that there is not.
+            ValueError: One of them is damaged or does not fit, or ``predict_labels`` names a class that does not exist.
         """
         self.check_predict_labels()
         if self.predict_images is None:
@@ -145,7 +145,7 @@ class ImagePrediction(ZooDataModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        """For ``predict``, read what it works on; a subclass does the rest."""
+        """Read the data of ``predict``; a subclass does the rest."""
         if stage == "predict":
             self._predict_set = self.read_predict_set()
 

@@ -42,7 +42,7 @@ class TextBatch(TypedDict):
 
 
 class TextPredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given; without the axis B, one sample of it.
+    """Batch of ``predict_step``; without the axis B, one sample of it.
 
     Attributes:
         index: int64 (B,), number of the sample over all processes; its random seed.
@@ -135,7 +135,7 @@ class CharacterText(ZooDataModule, ABC):
         seq_len: Characters L of a window, and of a sample.
         eval_stride: Characters from one window of validation and test to the next. ``None``: ``seq_len``, so that every
             character counts once (but a rest shorter than a window, which is left out).
-        predict_samples: How many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
         predict_text: A file of the user's text to fill in, one sample a line. Every ``unknown`` mark stands for a
             character to fill in, and lines shorter than ``seq_len`` are continued at their end. It is read whole, and
             refused if a line is too long or holds a foreign character, before any sampling starts.
@@ -196,7 +196,7 @@ class CharacterText(ZooDataModule, ABC):
         return decode(self.splits.train)
 
     def reference_text(self) -> list[str]:
-        """What generated text is compared with: the held-out text, of validation and test.
+        """Text to compare generated text with: the held-out text, of validation and test.
 
         Returns:
             Lines of ``seq_len`` characters that follow one another, as windows do.
@@ -306,7 +306,7 @@ def _hold_out(work: str, place: float) -> tuple[str, str, str]:
 
     Args:
         work: Words, each followed by a space.
-        place: Where the passage lies, from 0, the beginning, to 1, the end.
+        place: Place of the passage, from 0, the beginning, to 1, the end.
     """
     begin, middle, end = (work.find(" ", int((0.9 * place + share) * (len(work) - 1))) + 1 for share in (0, 0.05, 0.1))
     return work[:begin] + work[end:], work[begin:middle], work[middle:end]

@@ -88,7 +88,7 @@ class ChatTemplate(ABC):
         return self._encode_prompt(checked, _checked_tools(tools))
 
     def encode_answer(self, messages: Any, tools: Any = None) -> tuple[str, np.ndarray]:
-        """How the last message, which is the assistant's, is written, and which characters of that each of its ids stands for.
+        """Text of the last message, which is the assistant's, and the characters of it behind each of its ids.
 
         Args:
             messages: The messages, see above.

@@ -26,11 +26,10 @@ class LanguageData(ZooDataModule, ABC):
     Args:
         tokenizer: ``byte``, or a Hugging Face tokenizer: a folder with ``tokenizer.json``, that file, or a name on the hub.
             Nothing but data are read, never code.
-        template: How conversations are written: as Ling does, or by the template that the tokenizer brings, which must mark
-            what the assistant writes.
+        template: Form of conversations: Ling's, or the template of the tokenizer, which must mark the assistant's text.
         system: System message of conversations without one; ``null``: none.
         on_error: Whether malformed rows are an error, or are left out with a warning that counts them.
-        predict_prompts: What ``predict`` continues: a ``.txt`` with one prompt a line, or a ``.jsonl`` with ``prompt`` or
+        predict_prompts: Prompts of ``predict``: a ``.txt`` with one prompt a line, or a ``.jsonl`` with ``prompt`` or
             ``messages`` in each row. ``null``: a few prompts of our own.
         **kwargs: Arguments of `ZooDataModule`.
     """

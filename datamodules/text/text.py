@@ -45,8 +45,8 @@ class Text(LanguageData):
             row's text; 0: no validation. ``test`` sees the held-out text too.
         validate_per_source: Whether validation has a loader for each source, in their order, instead of one for all. Batches
             name the source of each window in either case.
-        dedup: Which documents are left out: those that were seen before in this source or an earlier one (``exact``: equal but
-            for white space; ``minhash``: also those that overlap by an estimated 80 %).
+        dedup: Documents to leave out, seen before in this source or an earlier one (``exact``: equal but for white space;
+            ``minhash``: also those that overlap by an estimated 80 %).
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:

@@ -82,7 +82,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def token_bytes(self) -> Tensor:
-        """How many bytes of UTF-8 text each id stands for: int64 (``vocab_size``,), 0 for marks."""
+        """Number of bytes of UTF-8 text behind each id: int64 (``vocab_size``,), 0 for special tokens."""
 
     @property
     @abstractmethod

@@ -127,7 +127,7 @@ class _Layer:
 class CPUStep:
     """The network's step in float32 or float64 on a CPU, from views of its weights; equal to it up to rounding.
 
-    It is made anew for each generation: weights that have been replaced since are not seen.
+    It is made for one generation: weights that are replaced later are not seen.
 
     Args:
         network: for which `supports` holds.
@@ -229,7 +229,7 @@ def lockstep(step: CPUStep, cache: KVCache, mask_B11S: Tensor | None) -> Attend:
 
     Args:
         step: whose heads.
-        cache: where keys and values are.
+        cache: memory of keys and values.
         mask_B11S: added to the scores, -inf at padding; None: no padding.
     """
     K, W = step.num_kv_heads, step.width

@@ -311,7 +311,7 @@ class Engine:
         return best, longest if best is not None else 0
 
     def _share(self, donor: _Request, length: int) -> list[Segment]:
-        """The segments of the first ``length`` tokens, which get one more owner each; the last is split where it goes on."""
+        """The segments of the first ``length`` tokens, which get one more owner each; the last is split at its end."""
         shared: list[Segment] = []
         for segment in list(donor.segments):
             if not length:

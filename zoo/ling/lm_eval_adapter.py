@@ -31,7 +31,7 @@ _BLOCK = 64
 
 
 class Tokenizer(Protocol):
-    """What turns texts into ids and back."""
+    """Turns texts into ids and back."""
 
     eos_id: int
 
@@ -43,14 +43,14 @@ class Tokenizer(Protocol):
 
 
 class Conversation(Protocol):
-    """What writes conversations as the model knows them."""
+    """Writes conversations in the model's form."""
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], str]:
         """Ids and text of messages, up to where the assistant's answer begins."""
 
 
 class _Answers:
-    """What lm-eval asks of a model: all of `LingLM` that does not need the package.
+    """Answers to the requests of lm-eval: all of `LingLM` that does not need the package.
 
     Args:
         pretrained: a `Ling` module, its network, or what `ZooModule.from_pretrained` takes: a folder or a name.
@@ -58,7 +58,7 @@ class _Answers:
         batch_size: sequences computed at a time; where options share a prompt, prompts.
         max_length: tokens that are seen at a time; longer contexts lose their beginning, which is said. None: as trained.
         max_gen_toks: tokens generated where a task does not say how many.
-        device: where to compute; None: where the model is.
+        device: Device to compute on; None: the model's.
         dtype: type of the weights, such as ``bfloat16``; None: as they are.
         seed: seed of sampled generations.
         chat: writes conversations, such as ``datamodules.text.chat_template.chat_template("ling", tokenizer, None)``; needed for
@@ -130,7 +130,7 @@ class _Answers:
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval tells its stored requests apart by."""
+        """Key of lm-eval's stored requests."""
         return f"{getattr(self.tokenizer, 'fingerprint', type(self.tokenizer).__name__)}-{self.chat_template()}"
 
     def chat_template(self, chat_template: bool | str = True) -> str:

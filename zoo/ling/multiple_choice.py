@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations after contexts that they share: what multiple choice is decided by.
+"""Log-likelihoods of continuations after contexts that they share, which decide multiple choice.
 
 Shape suffixes: N pairs, C contexts of a pass, R rows (continuations) of a pass, S tokens of the longest context but its last,
 T tokens of the longest continuation, V vocabulary.
@@ -33,7 +33,7 @@ class Encodes(Protocol):
 
 
 class Likelihoods(NamedTuple):
-    """How likely continuations are.
+    """Log-likelihoods of continuations.
 
     Attributes:
         logp_N: float64, log-likelihood of each continuation in nats, the sum over its tokens.
@@ -53,8 +53,8 @@ def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[li
 
     Args:
         tokenizer: makes ids of text.
-        context: what is given; may be empty.
-        continuation: what is scored.
+        context: Text before; may be empty.
+        continuation: Text to score.
 
     Raises:
         ValueError: the continuation has no tokens.
@@ -91,7 +91,7 @@ def loglikelihoods(
         batch_size: contexts of a pass, with up to `MOST_OPTIONS` continuations each, or more continuations of fewer contexts;
             where a context is a single token, continuations.
         logit_tokens: tokens whose logits are in memory at a time; longer continuations take more calls.
-        agree: where the network communicates between processes, which then must call it equally often: gives the largest of
+        agree: for a network that communicates between processes, which must call it equally often: gives the largest of
             their numbers of calls. Processes with fewer fill up with calls on a single token.
 
     Raises:
@@ -129,7 +129,7 @@ def loglikelihoods(
 
 
 class _Plan(NamedTuple):
-    """What is computed together.
+    """Pairs of one pass.
 
     Attributes:
         contexts: of the pass.
@@ -191,7 +191,7 @@ def _plan(pairs: Sequence[tuple[Ids, Ids]], numbers_R: list[int]) -> _Plan:
 
 
 def _num_calls(plan: _Plan, logit_tokens: int) -> int:
-    """How often the network is called for a pass."""
+    """Number of network calls of a pass."""
     return (plan.num_prefix > 0) + len(list(_segments(plan.num_tokens, max(1, logit_tokens // len(plan.owner_R)))))
 
 

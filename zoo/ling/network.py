@@ -46,7 +46,7 @@ RouterNoise = Callable[[int], Tensor]
 
 
 class Cache(Protocol):
-    """Where earlier keys and values are kept."""
+    """Memory of earlier keys and values."""
 
     length: int
 
@@ -59,7 +59,7 @@ class Cache(Protocol):
 
 @dataclass
 class LingOutput:
-    """What the model says of a batch.
+    """Losses, logits and routings of a batch.
 
     Attributes:
         loss: mean cross-entropy in nats; None without labels.
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             cos_BTW: cosines of their positions.
             sin_BTW: sines of their positions.
             mask: bool (B or 1, 1, T, S), true where a query sees a key; None: causal.
-            cache: where earlier keys and values are.
+            cache: memory of earlier keys and values.
         """
         B, T, _ = x_BTD.shape
         num_heads = self.num_heads + 2 * self.num_kv_heads
@@ -236,7 +236,7 @@ class Model(nn.Module):
 
 
 def attention_mask_of(num_tokens: int, attention_mask_BS: Tensor | None = None, document_BS: Tensor | None = None) -> Tensor:
-    """What the last ``num_tokens`` of S tokens see: earlier ones of the same document that are no padding.
+    """Mask of the last ``num_tokens`` of S tokens: they see earlier ones of the same document that are no padding.
 
     A query that sees nothing, such as padding on the left, sees itself, so that no softmax is over nothing.
 
@@ -312,7 +312,7 @@ class LingNetwork(nn.Module):
 
     Args:
         config: the architecture.
-        experts: how routed experts are computed, see `Experts`.
+        experts: computation of routed experts, see `Experts`.
         accurate_router: scores of the router in float32 whatever the weights' type.
     """
 
@@ -362,7 +362,7 @@ class LingNetwork(nn.Module):
         """Draw all weights from N(0, ``initializer_range``); gains are 1, biases and the embedding of padding 0.
 
         Args:
-            generator: where numbers come from; None: torch's own.
+            generator: source of random numbers; None: torch's own.
         """
         for module in self.modules():
             if isinstance(module, RMSNorm):

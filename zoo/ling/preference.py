@@ -38,21 +38,21 @@ class LingDPO(Ling):
 
     Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
     ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
-    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both going on in the
-    padding behind a row's last answer; ``index`` (B,), whose length says how many pairs there are.
+    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both continued in the
+    padding behind a row's last answer; ``index`` (B,), whose length is the number of pairs.
 
     Args:
-        beta: how much a difference of likelihoods to the reference counts.
-        nll_weight: weight of the chosen answers' cross-entropy.
+        beta: Weight of a difference of likelihoods to the reference.
+        nll_weight: Weight of the chosen answers' cross-entropy.
         reference: ``copy`` takes the weights at the start of the training (kept in checkpoints, so that a continued run has
-            the same reference), ``precomputed`` the log-likelihoods that the data hold, anything else is the folder of a
-            model in the released format, whose experts and router are computed as the model's.
-        router_warmup_steps: must be 0, since the router has learned already.
-        kwargs: as for `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs count
-            alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
+            the same reference), ``precomputed`` the log-likelihoods of the data; any other text is the folder of a model in
+            the released format, whose experts and router are computed as the model's.
+        router_warmup_steps: 0, since the router has learned already.
+        kwargs: Arguments of `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs
+            count alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: If numbers are out of range.
     """
 
     exact_batches = True  # log-likelihoods of a reference are larger than what half precision tells apart
@@ -83,11 +83,11 @@ class LingDPO(Ling):
 
     @override
     def setup(self, stage: str) -> None:
-        """Make the reference, before a strategy takes the weights apart.
+        """Make the reference before a strategy divides the weights.
 
         Raises:
-            FileNotFoundError: there is no folder of that name.
-            ValueError: its weights are damaged, or its vocabulary is another.
+            FileNotFoundError: If there is no folder of that name.
+            ValueError: If its weights are damaged, or its vocabulary is another.
         """
         super().setup(stage)
         if stage == "predict" or self._reference or self.reference == "precomputed":
@@ -107,11 +107,11 @@ class LingDPO(Ling):
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check ids and what the batch holds.
+        """Check the entries of the batch and their ids.
 
         Raises:
-            ValueError: these are no pairs, entries are missing, the answers are not of one width, an id or label is
-                not in the vocabulary, or packed answers are numbered otherwise than as described.
+            ValueError: If these are no pairs, entries are missing, the answers have several widths, an id or label is outside
+                of the vocabulary, or packed answers are numbered in another way.
         """
         if self.trainer.predicting:
             return super().on_before_batch_transfer(batch, dataloader_idx)
@@ -164,12 +164,12 @@ class LingDPO(Ling):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the reference of the run that is continued."""
+        """Restore the reference that `on_save_checkpoint` stored."""
         super().on_load_checkpoint(checkpoint)
         if self.reference != "copy":
             return
         if "ling_reference" not in checkpoint:
-            self._reference = []  # what `setup` copied are not the weights that are loaded now
+            self._reference = []  # the copy of `setup` is not of the weights that are loaded now
             return
         if not self._reference:
             self._keep(copy.deepcopy(self.network))
@@ -177,7 +177,7 @@ class LingDPO(Ling):
 
     @staticmethod
     def _run(network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LingOutput]:
-        """Log-likelihoods (B,) of chosen and of rejected answers, and what the network says of all tokens."""
+        """Log-likelihoods (B,) of chosen and of rejected answers, and the network's output for all tokens."""
         if "packed_input_ids" in batch:
             position_RT, answer_RT = batch["packed_position_ids"], batch["packed_answer_ids"]
             output = network(batch["packed_input_ids"], position_ids=position_RT, document_ids=answer_RT)
@@ -198,7 +198,7 @@ class LingDPO(Ling):
         return unpack(batch["packed_labels"], *where, 2 * _num_pairs(batch), fill=-100)[: _num_pairs(batch)]
 
     def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
-        """Loss and rewards of a batch, and what the model says of its tokens."""
+        """Loss and rewards of a batch, and the model's output for its tokens."""
         if self.reference == "precomputed":
             references = batch["reference_chosen_logps"], batch["reference_rejected_logps"]
         else:
@@ -267,10 +267,10 @@ def _num_pairs(batch: Mapping[str, Tensor]) -> int:
 
 
 def _check_packing(batch: Mapping[str, Tensor]) -> None:
-    """Refuse answers that would see one another, be asked for one another's beginning, or be lost.
+    """Refuse answers that would see one another, predict one another's beginning, or be lost.
 
     Raises:
-        ValueError: there are such.
+        ValueError: If there are any.
     """
     labels_RT, position_RT, answer_RT = (batch[f"packed_{name}"] for name in ("labels", "position_ids", "answer_ids"))
     begins_RT = position_RT == 0

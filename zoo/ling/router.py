@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Routing(NamedTuple):
-    """What the router says of N tokens.
+    """Experts, weights and scores of N tokens.
 
     Attributes:
         ids_Nk: experts of each token, by falling probability.
@@ -61,7 +61,7 @@ def z_loss(logits_NE: Tensor, valid_N: Tensor | None = None) -> Tensor:
 
 
 def assignment_counts(ids_Nk: Tensor, num_experts: int, valid_N: Tensor | None = None) -> Tensor:
-    """How many valid assignments each expert has, (E,) int64."""
+    """Number of valid assignments of each expert, (E,) int64."""
     weight_Nk = torch.ones_like(ids_Nk) if valid_N is None else valid_N[:, None].expand_as(ids_Nk).to(torch.int64)
     zero_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_Nk.device)
     return zero_E.scatter_add_(0, ids_Nk.reshape(-1), weight_Nk.reshape(-1))
@@ -89,7 +89,7 @@ def warm_up_logits(logits: Tensor, noise: Tensor, share: float | Tensor, mean: T
 
 
 class RouterStatistics(NamedTuple):
-    """What the routers of L layers did with a micro-batch, without gradient.
+    """Statistics of the routers of L layers on a micro-batch, without gradient.
 
     Attributes:
         counts: (L, E) int64, valid assignments to each expert.
