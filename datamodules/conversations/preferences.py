@@ -225,9 +225,9 @@ def _references(pairs: list[Pair]) -> dict[str, Tensor]:
 class Preferences(LanguageData):
     """Pairs of answers for preference learning: a ``.jsonl`` with ``prompt``, ``chosen`` and ``rejected`` in each row.
 
-    The three are strings, which are put together as they are, where marks such as ``<role>`` count in the prompt, as in those of
-    ``predict``, and are text in the answers; or lists of messages (:mod:`datamodules.text.chat_template`), the
-    answers one message of the assistant's each. An eos ends each answer, and counts. Rows may give
+    The three are strings, which are put together as they are, with special tokens such as ``<role>`` in the prompt, as for
+    ``predict``, and none in the answers; or lists of messages (:mod:`datamodules.text.chat_template`), the answers one message of
+    the assistant's each. An eos ends each answer, and counts. Rows may give
     ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
     model: all rows, or none.
 

@@ -139,7 +139,7 @@ class CharacterText(ZooDataModule, ABC):
         predict_text: A file of the user's text to fill in, one sample a line. Every ``unknown`` mark stands for a
             character to fill in, and lines shorter than ``seq_len`` are continued at their end. It is read whole, and
             refused if a line is too long or holds a foreign character, before any sampling starts.
-        unknown: The mark of an unknown character in ``predict_text``.
+        unknown: Character that stands for an unknown one in ``predict_text``.
         **kwargs: Arguments of `ZooDataModule`.
 
     Raises:

@@ -119,7 +119,7 @@ class ChatTemplate(ABC):
 
 
 class LingTemplate(ChatTemplate):
-    """The format of Ling's released chat models. Content is encoded as text, whatever marks it happens to contain."""
+    """The format of Ling's released chat models. Content is encoded as text, whatever special tokens it happens to contain."""
 
     def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]:
         ids: list[int] = []

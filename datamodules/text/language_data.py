@@ -85,7 +85,7 @@ class LanguageData(ZooDataModule, ABC):
         return self.eval_loader(self._prompts or self._read_prompts())
 
     def sample_text(self, index: int) -> str:
-        """A sample of the training set as text, without padding and marks, for `SpikeGuard`'s record; of a pair, both answers.
+        """A training sample as text, without padding and special tokens, for `SpikeGuard`'s record; of a pair, both answers.
 
         Args:
             index: Its number, as batches have it under ``index``.

@@ -123,9 +123,9 @@ def read_lines_with_gaps(path: Path, seq_len: int, unknown: str) -> tuple[Tensor
     """Read a user's text in which characters are to be filled in, one sample a line.
 
     Args:
-        path: UTF-8 file of lines of a to z, space, and the mark ``unknown``.
+        path: UTF-8 file of lines of a to z, space, and the character ``unknown``.
         seq_len: Characters L of a sample; shorter lines are continued with unknown characters.
-        unknown: The mark of a character that is to be filled in.
+        unknown: Character that stands for one to fill in.
 
     Returns:
         Ids uint8 (S, L), 0 where unknown; and bool (S, L), true where a character is known.

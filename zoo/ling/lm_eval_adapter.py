@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
     eos_id: int
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text, with no marks added; those written in it are taken for what they name if ``special``."""
+        """Ids of a text, with no special tokens added; those written in it are taken as such if ``special``."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -120,7 +120,7 @@ class _Answers:
         return self.tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; there are no marks to add."""
+        """Ids of a text; there are no special tokens to add."""
         return list(self._written[string]) if string in self._written else self.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -138,7 +138,7 @@ class _Answers:
         return "" if self.chat is None else type(self.chat).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; its ids, marks included, are kept and used where the text comes back.
+        """A conversation as text; its ids, special tokens included, are kept and used when the text comes back.
 
         Raises:
             ValueError: the model was made without ``chat``, or the task begins the assistant's answer (``gen_prefix``).
@@ -253,9 +253,9 @@ class _Answers:
         ends = {self.eot_token_id}
         for stop in stops:
             ids = self.tokenizer.encode(stop, special=True)
-            if len(ids) == 1 and not self.tokenizer.decode(ids):  # a mark, which no text shows
+            if len(ids) == 1 and not self.tokenizer.decode(ids):  # a special token, which has no text
                 ends.update(ids)
-        # No token but a mark has less than a byte of text: what a stop text ends in lies within so many tokens.
+        # Only special tokens have no byte of text: the end of a stop text lies within so many tokens.
         tail = max((len(stop.encode()) for stop in stops), default=0)
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)

@@ -29,7 +29,7 @@ class Encodes(Protocol):
     eos_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no marks added."""
+        """Ids of a text, with no special tokens added."""
 
 
 class Likelihoods(NamedTuple):
