@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from datamodules.base.loader import ResumableLoader
 from datamodules.images.in_memory import stratified_split
-from datamodules.images.labelled_files import PictureFiles
+from datamodules.images.labelled_files import LabelledFiles
 from datamodules.images.mirrored_images import MirroredImages
 from datamodules.images.prediction import ImagePrediction
 
@@ -44,7 +44,7 @@ class FolderImages(MirroredImages):
             (``flip_seed``, epoch, index).
     """
 
-    def __init__(self, files: PictureFiles, image_size: int, on_error: OnError = "raise", flip_seed: int | None = None) -> None:
+    def __init__(self, files: LabelledFiles, image_size: int, on_error: OnError = "raise", flip_seed: int | None = None) -> None:
         self.files = files
         self.image_size = image_size
         self.on_error = on_error
@@ -68,7 +68,7 @@ class FolderPictures(Dataset[dict[str, Any]]):
         on_error: Treatment of a picture that cannot be read: raise, or make a smaller batch.
     """
 
-    def __init__(self, files: PictureFiles, image_size: int, on_error: OnError = "raise") -> None:
+    def __init__(self, files: LabelledFiles, image_size: int, on_error: OnError = "raise") -> None:
         self.files = files
         self.image_size = image_size
         self.on_error = on_error
@@ -144,7 +144,7 @@ class ImageFolder(ImagePrediction):
         self.on_error = on_error
         self.predict_split = predict_split
         self._classes: list[str] | None = None
-        self._files: dict[Split, PictureFiles] = {}
+        self._files: dict[Split, LabelledFiles] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -164,7 +164,7 @@ class ImageFolder(ImagePrediction):
         """Number of classes; labels are 0 ... ``num_classes - 1``."""
         return len(self.classes)
 
-    def files(self, split: Split) -> PictureFiles:
+    def files(self, split: Split) -> LabelledFiles:
         """The pictures of a split; listed once.
 
         Raises:
@@ -265,7 +265,7 @@ class ImageFolder(ImagePrediction):
             kept, held_out = stratified_split(everything.labels, num_held_out)
             self._files["train"], self._files["val"] = everything.subset(kept), everything.subset(held_out)
 
-    def _find(self, split: Split) -> PictureFiles:
+    def _find(self, split: Split) -> LabelledFiles:
         folder = self.root / split
         found = self._class_folders(folder)
         if unknown := sorted({*found} - {*self.classes}):
@@ -273,7 +273,7 @@ class ImageFolder(ImagePrediction):
                 f"{folder} has class folders that {self.root / 'train'} lacks: {', '.join(unknown[:5])}"
                 f"{', ...' * (len(unknown) > 5)}."
             )
-        return PictureFiles.find(folder, self.classes, found)
+        return LabelledFiles.find(folder, self.classes, found)
 
     def _class_folders(self, folder: Path) -> list[str]:
         self._check_layout(folder)
@@ -315,7 +315,7 @@ class ImageNet(ImageFolder):
 
     num_classes = 1000
 
-    def files(self, split: Split) -> PictureFiles:
+    def files(self, split: Split) -> LabelledFiles:
         """The pictures of a split, ``test`` being those of ``val``; listed once.
 
         Raises:

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datamodules.images.center_crop import center_crop
 
-__all__ = ["PictureFiles", "read_rgb"]
+__all__ = ["LabelledFiles", "read_rgb"]
 
 _NAMED = 5
 """Number of files that a message names."""
@@ -58,7 +58,7 @@ def read_rgb(path: str | Path, size: int) -> Tensor:
     return pil_to_tensor(center_crop(picture, size))
 
 
-class PictureFiles:
+class LabelledFiles:
     """The pictures of a folder of class folders, sorted by class and name.
 
     A million names as Python objects would be copied into every loading process; here they are one string of bytes.
