@@ -80,7 +80,7 @@ def sample_losses(
         weight_R = weight_B[:, None].expand(-1, num_tokens)[draw.mask]
     else:
         sample_R = None
-        weight_R = weight_B.expand(batch)[:, None].expand(-1, draw.num_masked).flatten()
+        weight_R = weight_B.expand(batch)[:, None].expand(-1, len(rows.target_RC) // batch).flatten()
     count_B = torch.full((batch,), float(num_tokens), device=rows.z_RD.device)
     if per_masked:
         count_B = torch.full_like(count_B, len(rows.target_RC) / batch) if of_batch else draw.mask.sum(1)

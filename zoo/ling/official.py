@@ -102,7 +102,7 @@ class LingOfficialWeights(Base):
             path: The folder, or a repository of the hub.
             arguments: Arguments of the constructor.
         """
-        return cls(checkpoint=str(path), **arguments)
+        return cls(**{**arguments, "checkpoint": str(path)})
 
     def to_hf(self, folder: str | Path, **options: Any) -> Path:
         """Write a released folder, see `save_hf`.
