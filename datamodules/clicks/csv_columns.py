@@ -93,7 +93,7 @@ def read_columns(
 
 
 def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """Numbers, NaN where missing, and the places of what is no number."""
+    """Numbers, NaN where missing, and the places of other texts."""
     text_N = np.array(texts, dtype=str)
     text_N = np.where((text_N == "NA") | (text_N == ""), "nan", text_N)
     try:

@@ -205,7 +205,7 @@ class ImageFolder(ImagePrediction):
         Raises:
             FileNotFoundError: Pictures or masks are missing.
             ValueError: One of the user's pictures is damaged or does not fit, or ``predict_labels`` names a class that
-                there is not.
+                does not exist.
         """
         if self.predict_split is None:
             return super().read_predict_set()

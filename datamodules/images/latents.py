@@ -280,12 +280,12 @@ class CachedLatents(ZooDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None where there is no cache, which ``predict`` does not need."""
+        """Number of classes; None without a cache, which ``predict`` does not need."""
         return self.cache.num_classes if self.root.is_dir() else None
 
     @property
     def latent_scale(self) -> float | None:
-        """Factor by which the latents are scaled; None where there is no cache, or it does not say."""
+        """Factor by which the latents are scaled; None without a cache, or if the cache does not say."""
         return self.cache.scale if self.root.is_dir() else None
 
     @property
@@ -383,7 +383,7 @@ def _open_cache(root: Path, kind: Literal["auto", "moments", "latent"], scale: f
         complete, mirrored, own_scale = manifest["complete"], manifest["flip"], float(manifest["scale"])
         layout = manifest["layout"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / _MANIFEST} is damaged ({type(error).__name__}: {error}): write the cache anew.") from error
+        raise ValueError(f"{root / _MANIFEST} is damaged ({type(error).__name__}: {error}): write the cache again.") from error
     if not complete:
         counted = f" ({manifest['num_samples']} of {manifest['data_samples']} samples)" if "num_samples" in manifest else ""
         raise ValueError(f"{root} is not complete{counted}: continue the `zoo predict` that began it.")
@@ -414,9 +414,9 @@ def _load(path: Path, mapped: bool = False) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r" if mapped else None)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The array {path} of the cache is missing: copy the cache again, or write it anew.") from error
+        raise FileNotFoundError(f"The array {path} of the cache is missing: copy the cache again, or write it again.") from error
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy the cache again, or write it anew.") from error
+        raise ValueError(f"{path} is damaged ({error}): copy the cache again, or write it again.") from error
 
 
 def _array_of(path: Path, name: str) -> np.ndarray:

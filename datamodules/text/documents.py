@@ -125,7 +125,7 @@ class PythonFiles(Source):
             raw = path.read_bytes()
             try:
                 encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
-            except SyntaxError:  # an encoding that there is not, or a first line that is none
+            except SyntaxError:  # an unknown encoding, or a first line that is none
                 encoding = "utf-8"
             if text := raw.decode(encoding, errors="replace"):
                 yield Document(relative, text)

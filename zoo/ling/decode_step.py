@@ -342,7 +342,7 @@ _STEPS: "weakref.WeakKeyDictionary[LingNetwork, dict[tuple[Any, ...], StaticStep
 def static_step(network: LingNetwork, batch_size: int, length: int, dtype: torch.dtype) -> Iterator[StaticStep]:
     """A compiled step for at least ``length`` tokens, with an empty cache, for the caller alone while it is inside.
 
-    The last few of each network are kept for those who come later.
+    The last few of each network are kept for later calls.
 
     Args:
         network: whose step.

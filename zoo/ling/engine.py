@@ -200,10 +200,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit requests, then add one token to each running sequence; those that have ended.
+        """Admit requests, then add one token to each running sequence; return those that have ended.
 
         A step without requests does nothing. If ``on_token`` of a request raises, or the step is interrupted, the requests are as
-        they were before or with one token more each, and can go on; what has ended then is among the next step's.
+        they were before or with one token more each, and can continue; the next step returns those that have ended.
         """
         self._take_ended()  # of a step that was interrupted
         blocked = self._make_room()
