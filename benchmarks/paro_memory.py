@@ -23,8 +23,7 @@ from benchmarks.record import Record
 from benchmarks.tables import Table
 from strategies.paro import CODES, Collectives, PaROEngine, Partition, RankGrid, StatePrecision
 from strategies.paro.volume import memory
-from zoo.ling import LingConfig
-from zoo.ling.network import LingForCausalLM
+from zoo.ling import LingConfig, LingForCausalLM
 
 WORLD_SIZE, GROUP_SIZE = 32, 8
 LARGE = LingConfig(

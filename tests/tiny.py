@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import ZooDataModule
+from datamodules.clicks.click_table import ClickRows
 from zoo import Configurable, ZooModule
 
 
@@ -106,6 +108,28 @@ class TinyData(ZooDataModule):
 
     def setup(self, stage: str) -> None:
         self.rows = TensorDataset(torch.randn(self.num_rows, 4, generator=torch.Generator().manual_seed(0)))
+
+    def train_dataloader(self) -> DataLoader:
+        return self.train_loader(self.rows)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.eval_loader(self.rows)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class TinyClicks(ZooDataModule):
+    """Forty-eight rows of clicks, which know the sizes of their columns."""
+
+    model_arguments = ("field_dims", "num_dense")
+    field_dims = (6, 4)
+    num_dense = 1
+
+    def __init__(self, rows: int = 48, batch_size: int = 8) -> None:
+        super().__init__(batch_size=batch_size)
+        random = np.random.default_rng(0)
+        sparse = np.stack([random.integers(dim, size=rows) for dim in self.field_dims], axis=1)
+        self.rows = ClickRows(sparse, random.normal(size=(rows, 1)), random.integers(2, size=rows))
 
     def train_dataloader(self) -> DataLoader:
         return self.train_loader(self.rows)

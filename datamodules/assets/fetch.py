@@ -51,11 +51,11 @@ class AssetError(OSError):
 
 @dataclass(frozen=True)
 class AssetState:
-    """What ``zoo assets`` lists.
+    """Line of ``zoo assets``.
 
     Attributes:
         name: Name in the manifest.
-        description: What it holds, in one line.
+        description: Its content, in one line.
         licence: Licence of the data.
         num_bytes: Size of the archive to download.
         state: ``"ready"`` (extracted in the cache) or ``"missing"``.

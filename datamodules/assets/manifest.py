@@ -23,7 +23,7 @@ class Asset:
         sha256: SHA-256 of the archive, in hexadecimal.
         num_bytes: Size of the archive.
         licence: Licence of the *data*.
-        description: What it holds, in one line.
+        description: Its content, in one line.
     """
 
     package: str

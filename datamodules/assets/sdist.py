@@ -18,7 +18,7 @@ def download(package: str, filename: str, destination: Path) -> None:
     Args:
         package: Name of the package on the index.
         filename: Name of the file to take.
-        destination: Where to write it.
+        destination: Path to write to.
 
     Raises:
         FileNotFoundError: The configured indexes have no such file.

@@ -19,7 +19,7 @@ class Preparing:
     Once inside, look whether the folder is there by now; if not, fill the empty one and rename it (``partial.replace(folder)``).
 
     Args:
-        folder: What is to be made.
+        folder: Folder to make.
 
     Example:
         >>> import tempfile

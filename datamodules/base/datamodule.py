@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -43,6 +43,10 @@ class ZooDataModule(Configurable, LightningDataModule):
     Raises:
         ValueError: ``batch_size`` < 1 or ``num_workers`` < 0.
     """
+
+    #: Attributes that are arguments of models: the command line gives them to a model that has such an argument, None by
+    #: default, and did not get it otherwise. Reading one may prepare the data.
+    model_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, batch_size: int = 64, num_workers: int = 0, pin_memory: bool | None = None, seed: int | None = None
@@ -97,7 +101,7 @@ class ZooDataModule(Configurable, LightningDataModule):
     def train_loader(
         self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any] | None = None, mark_retries: bool = False
     ) -> ResumableLoader[Any]:
-        """A loader for training: shuffled anew each epoch; the last incomplete *global* batch is left out.
+        """A loader for training: shuffled again each epoch; the last incomplete *global* batch is left out.
 
         Args:
             dataset: Map-style data set; if it has ``set_epoch(epoch)``, it is told the epoch; if it has

@@ -1,4 +1,4 @@
-"""What is held out for validation, always the same whatever the order, the seed and the machine.
+"""Samples held out for validation, the same whatever the order, the seed and the machine.
 
 A sample is held out if a fixed hash of its key, a number in [0, 1), lies below the wanted share. So samples that are added later
 do not move others from one side to the other, and equal keys are on the same side.
@@ -15,7 +15,7 @@ __all__ = ["held_out"]
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
-    """Which samples are held out.
+    """Choose the samples that are held out.
 
     Args:
         keys: A key for each sample; paths may have bytes that are not UTF-8, as Python writes them (``surrogateescape``).

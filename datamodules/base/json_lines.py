@@ -41,12 +41,12 @@ class MalformedRows:
             self._first.append(case)
 
     def report(self, source: object, total: int, unit: str = "rows") -> None:
-        """Say what was found, if anything.
+        """Report malformed rows, if there are any.
 
         Args:
-            source: Where the rows come from.
-            total: How many there were, good and bad.
-            unit: What they are.
+            source: Origin of the rows.
+            total: Number of rows, good and bad.
+            unit: Name of the rows.
 
         Raises:
             ValueError: There were malformed rows, and ``on_error`` is ``raise``.

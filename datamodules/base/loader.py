@@ -67,7 +67,7 @@ def epoch_generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     Args:
         seed: Seed of the run's data.
         epoch: Number of the epoch.
-        purpose: What it draws, for example ``"order"``, so that two uses do not share their numbers.
+        purpose: Name of its use, such as ``"order"``, so that two uses do not share their numbers.
     """
     key = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
@@ -89,7 +89,7 @@ class EpochOrder(DistributedSampler[int]):
         rank: This rank, ``0 <= rank < W``.
         train: Whether to shuffle and to even out the ranks.
         seed: Seed of the shuffling.
-        epoch_counter: Where the number of the epoch is read at the beginning of a pass. ``None``: from ``set_epoch``.
+        epoch_counter: Gives the number of the epoch at the beginning of a pass. ``None``: that of ``set_epoch``.
             The DataModules read the trainer's, because Lightning 2.6.6 tells samplers an epoch too many after it has
             resumed, under ``max_steps``, from a checkpoint saved at the end of an epoch.
     """
@@ -305,7 +305,7 @@ class ResumableLoader(DataLoader[T]):
 
     @property
     def retried(self) -> Tensor:
-        """Which samples of the batch given last had been put back: bool (B,)."""
+        """Samples of the last batch that had been put back, bool (B,)."""
         order, size = self._order, self._batch_size
         if not isinstance(order, EpochOrder) or not self._batches:
             return torch.zeros(size, dtype=torch.bool)
@@ -333,7 +333,7 @@ class ResumableLoader(DataLoader[T]):
         """Continue from a position at the next pass over its epoch.
 
         Args:
-            state_dict: What :meth:`state_dict` gave, on any rank, with any number of workers and ranks.
+            state_dict: Result of :meth:`state_dict`, on any rank, with any number of workers and ranks.
 
         Raises:
             ValueError: The position does not fit: the data have another length, or it is no whole number of this run's

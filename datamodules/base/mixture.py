@@ -1,8 +1,8 @@
-"""A weighted mixture of sources: which windows an epoch has, and in which order.
+"""A weighted mixture of sources: the windows of an epoch, and their order.
 
 An epoch has a fixed number of windows. Each source gives its share of them, exactly but for rounding, in every epoch. A source
 is walked in a shuffled order of its own, across the epochs: no window of it comes again before all have had their turn; then the
-order is drawn anew. The windows of an epoch are shuffled together. All of it is a pure function of (seed, epoch), whatever the
+order is drawn again. The windows of an epoch are shuffled together. All of it is a pure function of (seed, epoch), whatever the
 batches: where these do not divide an epoch, the loader leaves out the last, incomplete one, and its windows have had their turn.
 """
 
@@ -22,7 +22,7 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Divide a number by weights: the rounded-down shares, and one more for the largest remainders.
 
     Args:
-        total: What to divide.
+        total: Number to divide.
         weights: Positive numbers.
 
     Returns:
@@ -45,7 +45,7 @@ class Mixture:
 
     Args:
         names: Names of the sources; each names its own shuffling.
-        sizes: How many windows each source has.
+        sizes: Number of windows of each source.
         weights: Share of each source, positive; they need not sum to 1.
         epoch_length: Windows of an epoch; ``None``: as many as all sources have, so that an epoch of a single source is one
             pass over it.

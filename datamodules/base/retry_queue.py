@@ -83,7 +83,7 @@ class RetryQueue:
         Args:
             ids: The samples; one that is listed twice comes twice.
             first: The first place that may be taken: everything before is given, or under way.
-            window: How many free places, from ``first`` on, to draw from; raised to the number of samples.
+            window: Number of free places, from ``first`` on, to draw from; raised to the number of samples.
             generator: Draws the places.
         """
         window = max(window, len(ids))
@@ -94,11 +94,11 @@ class RetryQueue:
         self._places, self._ids = [place for place, _ in queue], [sample for _, sample in queue]
 
     def turn(self, order: np.ndarray | Sequence[int], given: int) -> None:
-        """Go on to the next epoch.
+        """Begin the next epoch.
 
         Args:
             order: The order of the epoch that ends.
-            given: How many samples of its stream were given.
+            given: Number of samples of its stream that were given.
         """
         earlier = bisect_left(self._places, given)
         entry, carried = given - earlier, len(self._carried)

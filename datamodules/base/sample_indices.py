@@ -1,4 +1,4 @@
-"""What `predict` is given when there is nothing to start from: the numbers of the samples to draw."""
+"""Data of `predict` without input: the numbers of the samples to draw."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ class SampleIndices(Dataset[dict[str, Tensor]]):
     """The numbers of the samples to draw: batches ``{"index"}``, and ``"label"`` where classes are chosen.
 
     Args:
-        length: How many samples.
+        length: Number of samples.
         labels: Classes of the samples, cycled over their numbers: sample ``i`` has class ``labels[i % len(labels)]``.
             ``None``: none are chosen.
     """

@@ -48,11 +48,11 @@ class ClickBatch(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ClickColumns:
-    """What the columns are.
+    """Names and sizes of the columns.
 
     Attributes:
         fields: Names of the fields of categories.
-        field_dims: How many ids each has.
+        field_dims: Number of ids of each.
         numbers: Names of the numbers.
     """
 
@@ -113,9 +113,9 @@ class ClickTable(ClickRows):
 
     Args:
         folder: The table.
-        split: Which split.
-        columns: What its columns are.
-        num_rows: How many rows the split has.
+        split: Name of the split.
+        columns: Its columns.
+        num_rows: Number of rows of the split.
         places: int64 (n,), the rows to take; ``None``: all.
     """
 
@@ -173,8 +173,8 @@ class TableWriter:
 
     Args:
         folder: An empty folder.
-        columns: What the columns are.
-        num_rows: How many rows each split will have.
+        columns: Its columns.
+        num_rows: Number of rows of each split.
     """
 
     def __init__(self, folder: Path, columns: ClickColumns, num_rows: Mapping[Split, int]) -> None:
@@ -200,7 +200,7 @@ class TableWriter:
         """Append rows to a split.
 
         Args:
-            split: Which.
+            split: Name of the split.
             sparse: int (n, F).
             label: (n,), 0 or 1.
             dense: float (n, D), where there are numbers.

@@ -1,4 +1,4 @@
-"""What data sets of clicks have in common: a table in the cache, its splits, and what is predicted.
+"""Base of data sets of clicks: a table in the cache, its splits, and the rows of ``predict``.
 
 Batches are :class:`~datamodules.clicks.click_table.ClickBatch`: ``{"index", "dense", "sparse", "label"}``.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from datamodules.base.cached_folder import Preparing
 from datamodules.base.datamodule import ZooDataModule
@@ -28,13 +29,15 @@ class ClickData(ZooDataModule, ABC):
         train_rows: Train on so many rows only, drawn once by ``seed``; ``None``: on all.
         predict_split: The split whose rows ``predict`` scores, unless ``predict_file`` is given.
         predict_file: The user's own rows for ``predict``, with or without labels.
-        on_error: What is done about malformed rows: ``raise`` an error that counts them and shows the first, or ``skip`` them
+        on_error: Treatment of malformed rows: ``raise`` an error that counts them and shows the first, or ``skip`` them
             and log their number.
         **kwargs: Arguments of `ZooDataModule`.
 
     Raises:
         ValueError: An argument is out of range.
     """
+
+    model_arguments: ClassVar[tuple[str, ...]] = ("field_dims", "num_dense")
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class ClickData(ZooDataModule, ABC):
 
     @abstractmethod
     def folder(self) -> Path:
-        """Where the table lies in the cache; the name depends on everything that the table depends on."""
+        """Folder of the table in the cache; its name depends on everything that the table depends on."""
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -75,8 +78,9 @@ class ClickData(ZooDataModule, ABC):
             ValueError: A row is malformed, or there is none.
         """
 
+    @override
     def prepare_data(self) -> None:
-        """Make the table, unless it is in the cache (Lightning hook)."""
+        """Make the table, unless it is in the cache."""
         folder = self.folder()
         if not folder.is_dir():
             with Preparing(folder) as partial:
@@ -94,17 +98,17 @@ class ClickData(ZooDataModule, ABC):
 
     @property
     def columns(self) -> ClickColumns:
-        """What the columns are."""
+        """The encoded columns."""
         return self.tables["train"].columns
 
     @property
     def field_dims(self) -> tuple[int, ...]:
-        """How many ids each field of categories has: what a model is built for."""
+        """Number of ids of each field of categories, an argument of models."""
         return self.columns.field_dims
 
     @property
     def num_dense(self) -> int:
-        """How many numbers a row has."""
+        """Numbers of a row."""
         return len(self.columns.numbers)
 
     def dataset(self, split: Literal["train", "val", "test"]) -> Any:
@@ -115,8 +119,9 @@ class ClickData(ZooDataModule, ABC):
             return type(table)(table.folder, split, table.columns, table.num_rows, np.sort(drawn.numpy()))
         return table
 
+    @override
     def setup(self, stage: str) -> None:
-        """Open the table; read the user's file (Lightning hook)."""
+        """Open the table; read the user's file."""
         _ = self.tables
         if stage == "predict":
             self._predict_set = self._read_predict_set()
@@ -124,18 +129,20 @@ class ClickData(ZooDataModule, ABC):
     def _read_predict_set(self) -> ClickRows:
         return self.dataset(self.predict_split) if self.predict_file is None else self.read_file(self.predict_file)
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self.dataset("train"))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[Any]:
-        """Validation batches; none where no rows are held out (Lightning hook)."""
+        """Validation batches; none where no rows are held out."""
         return self.eval_loader(self.dataset("val")) if len(self.dataset("val")) else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(self.dataset("test"))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of the rows to score (Lightning hook)."""
+        """Batches of the rows to score."""
         return self.eval_loader(self._predict_set or self._read_predict_set())

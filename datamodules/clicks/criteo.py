@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from datamodules.assets.fetch import cache_folder
 from datamodules.base.json_lines import MalformedRows, OnError
@@ -32,7 +33,7 @@ from datamodules.clicks.criteo_rows import (
 
 __all__ = ["Criteo", "integer_ids"]
 
-_FORMAT = "1"  # another one makes the cache anew
+_FORMAT = "1"  # another one makes the cache again
 _INTEGER_IDS = 468  # of 2^31 - 1, plus one
 _SHARES = (0.8, 0.9)  # where validation and test begin
 
@@ -49,8 +50,8 @@ class Criteo(ClickData):
 
     Args:
         root: Folder with ``train.txt`` of the Kaggle challenge, or ``day_0.gz`` ... of the terabyte (unpacked or not).
-        min_count: How often a category must occur in the training rows to have an id of its own; 1: no counting, which needs
-            memory for every distinct category.
+        min_count: Occurrences in the training rows that give a category an id of its own; 1: no counting, which needs memory
+            for every distinct category.
         hash_size: Ids of each field of categories, besides those of missing and rare ones.
         **kwargs: Arguments of `ClickData` and `ZooDataModule`.
 
@@ -87,7 +88,7 @@ class Criteo(ClickData):
         return [days[day] for day in sorted(days)]
 
     def folder(self) -> Path:
-        """Where the table lies in the cache."""
+        """Folder of the table in the cache."""
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
         key = repr((_FORMAT, facts, self.min_count, self.hash_size, self.on_error))
         return cache_folder() / "clicks" / f"criteo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -113,7 +114,7 @@ class Criteo(ClickData):
         common = [count.at_least(self.min_count) for count in counts]
         for column, values in enumerate(common):
             np.save(folder / f"common.{column}.npy", values)
-        writer = TableWriter(folder, self.table_columns, num_rows)
+        writer = TableWriter(folder, self.columns, num_rows)
         for rows, split_n in _numbered(files, "skip", quiet=True):
             ids = self.encode(rows, common)
             for number, split in enumerate(SPLITS):
@@ -121,8 +122,9 @@ class Criteo(ClickData):
         writer.close()
 
     @property
-    def table_columns(self) -> ClickColumns:
-        """What the encoded columns are."""
+    @override
+    def columns(self) -> ClickColumns:
+        """The encoded columns, known without the files."""
         names = (*(f"I{n}" for n in range(1, NUM_INTEGERS + 1)), *(f"C{n}" for n in range(1, NUM_CATEGORIES + 1)))
         return ClickColumns(names, (_INTEGER_IDS,) * NUM_INTEGERS + (self.hash_size + 2,) * NUM_CATEGORIES)
 
@@ -184,7 +186,7 @@ def integer_ids(integers: np.ndarray) -> np.ndarray:
 
 
 class _Counts:
-    """How often each value was seen; new ones are gathered before they are merged, so that the whole is seldom copied."""
+    """Counts of values; new ones are gathered before they are merged, so that the whole is seldom copied."""
 
     def __init__(self) -> None:
         self.values = np.zeros(0, np.int64)

@@ -30,17 +30,17 @@ def read_columns(
     check: Callable[[Columns], Mapping[int, str]] | None = None,
     on_error: OnError = "raise",
 ) -> Columns:
-    """Read some columns; ``NA`` and nothing stand for what is missing: the empty text, or NaN.
+    """Read some columns; ``NA`` and nothing are missing values, read as the empty text or NaN.
 
     Args:
         file: An open text file whose first line names the columns.
-        source: What it is called in messages.
+        source: Its name in messages.
         texts: Columns of texts.
         numbers: Columns of numbers.
         required: Those of the numbers that every row must have.
         optional: Further columns of numbers that the file may lack.
         check: Looks at the columns and says what is wrong with which row, by its place.
-        on_error: What is done about malformed rows.
+        on_error: Treatment of malformed rows.
 
     Raises:
         ValueError: A column is missing, or rows are malformed and not skipped.
@@ -93,7 +93,7 @@ def read_columns(
 
 
 def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """Numbers, NaN where missing, and the places of what is no number."""
+    """Numbers, NaN where missing, and the places of other texts."""
     text_N = np.array(texts, dtype=str)
     text_N = np.where((text_N == "NA") | (text_N == ""), "nan", text_N)
     try:

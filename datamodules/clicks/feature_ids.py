@@ -35,7 +35,7 @@ class Categories:
 
     @property
     def num_ids(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return len(self.names) + 1
 
     def ids(self, values: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ class Ranges:
 
     @property
     def num_ids(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return len(self.edges) + 2
 
     def ids(self, values: np.ndarray) -> np.ndarray:

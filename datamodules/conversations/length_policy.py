@@ -1,4 +1,4 @@
-"""What is done about samples that are longer than a row."""
+"""Treatment of samples that are longer than a row."""
 
 from __future__ import annotations
 

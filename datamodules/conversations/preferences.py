@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.held_out import held_out
 from datamodules.base.json_lines import MalformedRow, MalformedRows, encodable, is_finite, read_json_lines
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
         key: Decides whether it is for training or validation: the prompt.
         chosen: Ids of prompt and preferred answer.
         rejected: Ids of prompt and other answer.
-        chosen_learned: Which of ``chosen`` count, bool (N,); none of the prompt's, at least one of the answer's.
+        chosen_learned: Ids of ``chosen`` that count, bool (N,); none of the prompt's, at least one of the answer's.
         rejected_learned: The same of ``rejected``; where only a format counts, the answer may have nothing of it.
         reference_logps: Log-probabilities (nats) of the answers under a reference model, preferred one first, or ``None``.
     """
@@ -98,7 +99,7 @@ class PackedPairBatch(TypedDict, total=False):
         packed_input_ids: int64 (R, T).
         packed_labels: int64 (R, T), as the labels of `PairBatch`.
         packed_attention_mask: int64 (R, T), 0 for padding.
-        packed_position_ids: int64 (R, T), from 0 in each answer; padding goes on with the last one.
+        packed_position_ids: int64 (R, T), from 0 in each answer; padding continues the last one.
         packed_answer_ids: int64 (R, T), the number of the answer; padding has that of the last one.
         reference_chosen_logps: float32 (B,), where the file gives them.
         reference_rejected_logps: float32 (B,).
@@ -224,9 +225,9 @@ def _references(pairs: list[Pair]) -> dict[str, Tensor]:
 class Preferences(LanguageData):
     """Pairs of answers for preference learning: a ``.jsonl`` with ``prompt``, ``chosen`` and ``rejected`` in each row.
 
-    The three are strings, which are put together as they are, where marks such as ``<role>`` count in the prompt, as in those of
-    ``predict``, and are text in the answers; or lists of messages (:mod:`datamodules.text.chat_template`), the
-    answers one message of the assistant's each. An eos ends each answer, and counts. Rows may give
+    The three are strings, which are put together as they are, with special tokens such as ``<role>`` in the prompt, as for
+    ``predict``, and none in the answers; or lists of messages (:mod:`datamodules.text.chat_template`), the answers one message of
+    the assistant's each. An eos ends each answer, and counts. Rows may give
     ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
     model: all rows, or none.
 
@@ -240,7 +241,7 @@ class Preferences(LanguageData):
         val_fraction: Share of the pairs that is held out, by a fixed hash of the prompt, so that a prompt is on one side only; 0:
             no validation. Without effect if ``val_path`` is given.
         seq_len: Ids that a prompt with an answer may have.
-        too_long: What is done about pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
+        too_long: Treatment of pairs of which one has more: an error (``raise``); they are left out (``skip``); the answers
             lose their ends (``truncate``), and pairs are left out only if nothing that counts remains of the chosen one or the
             two are the same then. Log-probabilities of a reference are left out with a warning where answers lose their ends,
             since they are those of whole answers.
@@ -385,24 +386,26 @@ class Preferences(LanguageData):
             return ids, np.ones(len(ids), dtype=bool)
         return ids, self.format_tokens.marks(*self.template.encode_answer([*prompt, *answer], tools))
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the pairs, or the prompts (Lightning hook)."""
+        """Read the pairs, or the prompts."""
         super().setup(stage)
         if stage != "predict":
             _ = self.splits
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         if not self.splits[0]:
             raise ValueError(f"No pair of {self.path} is left to train on: lower val_fraction.")
         return self.train_loader(self._batches(self.splits[0]), mark_retries=True)
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(self._batches(self.splits[1])) if self.splits[1] else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out (Lightning hook)."""
+        """The validation batches; no third part is held out."""
         return self.val_dataloader()
 
     def _batches(self, pairs: list[Pair]) -> Pairs | PackedPairs:

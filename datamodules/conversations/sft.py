@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.held_out import held_out
 from datamodules.base.json_lines import MalformedRows, read_json_lines
@@ -39,7 +40,7 @@ class Conversation(NamedTuple):
     Attributes:
         key: Decides whether it is for training or validation.
         ids: Its ids, int32 (N,).
-        labels: What is to be learned at each place, int32 (N,), -100 for nothing.
+        labels: Labels, int32 (N,), -100 where nothing is learned.
     """
 
     key: str
@@ -48,7 +49,7 @@ class Conversation(NamedTuple):
 
     @property
     def learned(self) -> np.ndarray:
-        """Where something is to be learned, bool (N,)."""
+        """Places with a label, bool (N,)."""
         return self.labels != -100
 
 
@@ -201,7 +202,7 @@ class SFT(LanguageData):
             effect if ``val_path`` is given.
         seq_len: Ids that a conversation, or a row of several, may have.
         packing: Whether short conversations share rows, without seeing one another. The sample of a batch is the row then.
-        too_long: What is done about conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
+        too_long: Treatment of conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
             (``skip``); they lose their end (``truncate``), and are left out only if the assistant's first word lies behind it.
             How many is said.
         length_shares: Share of the rows of an epoch for each kind of conversations, such as ``{4096: 0.95, 16384: 0.05}`` for 95
@@ -285,22 +286,24 @@ class SFT(LanguageData):
             raise ValueError(f"{path} holds no conversation that can be used.")
         return conversations
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the conversations, or the prompts (Lightning hook)."""
+        """Read the conversations, or the prompts."""
         super().setup(stage)
         if stage != "predict":
             _ = self.splits
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self._rows(self.splits[0], self.length_shares), mark_retries=True)
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(self._rows(self.splits[1])) if self.splits[1] else []
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out (Lightning hook)."""
+        """The validation batches; no third part is held out."""
         return self.val_dataloader()
 
     def _rows(self, conversations: list[Conversation], length_shares: dict[int, float] | None = None) -> ConversationRows:

@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.loader import ResumableLoader
 from datamodules.images.in_memory import stratified_split
-from datamodules.images.labelled_files import PictureFiles
+from datamodules.images.labelled_files import LabelledFiles
 from datamodules.images.mirrored_images import MirroredImages
 from datamodules.images.prediction import ImagePrediction
 
@@ -38,12 +39,12 @@ class FolderImages(MirroredImages):
     Args:
         files: The pictures' files.
         image_size: Height and width of the images.
-        on_error: What to do where a picture cannot be read: raise, or make a smaller batch.
+        on_error: Treatment of a picture that cannot be read: raise, or make a smaller batch.
         flip_seed: If given, each image is mirrored left to right in half of the epochs, as a pure function of
             (``flip_seed``, epoch, index).
     """
 
-    def __init__(self, files: PictureFiles, image_size: int, on_error: OnError = "raise", flip_seed: int | None = None) -> None:
+    def __init__(self, files: LabelledFiles, image_size: int, on_error: OnError = "raise", flip_seed: int | None = None) -> None:
         self.files = files
         self.image_size = image_size
         self.on_error = on_error
@@ -64,10 +65,10 @@ class FolderPictures(Dataset[dict[str, Any]]):
     Args:
         files: The pictures' files.
         image_size: Height and width of the images.
-        on_error: What to do where a picture cannot be read: raise, or make a smaller batch.
+        on_error: Treatment of a picture that cannot be read: raise, or make a smaller batch.
     """
 
-    def __init__(self, files: PictureFiles, image_size: int, on_error: OnError = "raise") -> None:
+    def __init__(self, files: LabelledFiles, image_size: int, on_error: OnError = "raise") -> None:
         self.files = files
         self.image_size = image_size
         self.on_error = on_error
@@ -98,7 +99,7 @@ class ImageFolder(ImagePrediction):
         flip: Whether training pictures are mirrored left to right in half of the epochs.
         val_fraction: Share of the training pictures held out for validation, the same of every class, where ``root``
             has no ``val``.
-        on_error: What to do with a picture that cannot be read: ``raise``, or ``skip``: leave it out of its batch, name
+        on_error: Treatment of a picture that cannot be read: ``raise``, or ``skip``: leave it out of its batch, name
             the first few, and report the number at the end.
         predict_split: Let ``predict`` run over this split, in order and not mirrored, instead of drawing samples; to
             store latents, for example.
@@ -143,7 +144,7 @@ class ImageFolder(ImagePrediction):
         self.on_error = on_error
         self.predict_split = predict_split
         self._classes: list[str] | None = None
-        self._files: dict[Split, PictureFiles] = {}
+        self._files: dict[Split, LabelledFiles] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -163,7 +164,7 @@ class ImageFolder(ImagePrediction):
         """Number of classes; labels are 0 ... ``num_classes - 1``."""
         return len(self.classes)
 
-    def files(self, split: Split) -> PictureFiles:
+    def files(self, split: Split) -> LabelledFiles:
         """The pictures of a split; listed once.
 
         Raises:
@@ -180,7 +181,7 @@ class ImageFolder(ImagePrediction):
         return self._files[split]
 
     def reference_images(self) -> Tensor:
-        """What generated images are compared with: all pictures of ``train``, not mirrored.
+        """Images to compare generated ones with: all pictures of ``train``, not mirrored.
 
         Returns:
             uint8 (N, 3, H, W).
@@ -199,19 +200,20 @@ class ImageFolder(ImagePrediction):
         return torch.cat([part.read(list(range(len(part))), self.image_size, self.on_error)[1] for part in parts])
 
     def read_predict_set(self) -> Dataset[Any]:
-        """What ``predict`` works on: a split, or what `ImagePrediction` says.
+        """Data of ``predict``: a split, or those of `ImagePrediction`.
 
         Raises:
             FileNotFoundError: Pictures or masks are missing.
             ValueError: One of the user's pictures is damaged or does not fit, or ``predict_labels`` names a class that
-                there is not.
+                does not exist.
         """
         if self.predict_split is None:
             return super().read_predict_set()
         return FolderPictures(self.files(self.predict_split), self.image_size, self.on_error)
 
+    @override
     def setup(self, stage: str) -> None:
-        """List the pictures that the stage needs (Lightning hook).
+        """List the pictures that the stage needs.
 
         Raises:
             FileNotFoundError: A folder is missing, or a class folder is empty.
@@ -222,23 +224,24 @@ class ImageFolder(ImagePrediction):
         for split in splits.get(stage, ()):
             self.files(split)
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Report the pictures that were left out (Lightning hook)."""
+        """Report the pictures that were left out."""
         for files in {id(files): files for files in self._files.values()}.values():
             if (report := files.skipped()) is not None:
                 _logger.warning(report)
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         flip_seed = self.data_seed if self.flip else None
         return self.train_loader(FolderImages(self.files("train"), self.image_size, self.on_error, flip_seed))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(FolderImages(self.files("val"), self.image_size, self.on_error))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(FolderImages(self.files("test"), self.image_size, self.on_error))
 
     def _list_train_and_val(self, split: Split) -> None:
@@ -262,7 +265,7 @@ class ImageFolder(ImagePrediction):
             kept, held_out = stratified_split(everything.labels, num_held_out)
             self._files["train"], self._files["val"] = everything.subset(kept), everything.subset(held_out)
 
-    def _find(self, split: Split) -> PictureFiles:
+    def _find(self, split: Split) -> LabelledFiles:
         folder = self.root / split
         found = self._class_folders(folder)
         if unknown := sorted({*found} - {*self.classes}):
@@ -270,7 +273,7 @@ class ImageFolder(ImagePrediction):
                 f"{folder} has class folders that {self.root / 'train'} lacks: {', '.join(unknown[:5])}"
                 f"{', ...' * (len(unknown) > 5)}."
             )
-        return PictureFiles.find(folder, self.classes, found)
+        return LabelledFiles.find(folder, self.classes, found)
 
     def _class_folders(self, folder: Path) -> list[str]:
         self._check_layout(folder)
@@ -293,7 +296,7 @@ class ImageFolder(ImagePrediction):
             )
 
     def _how_to_lay_out(self) -> str:
-        """What else to say where there are no class folders; a subclass that knows its files says more."""
+        """Advice for folders without class folders; a subclass that knows its files extends it."""
         return ""
 
     def _check_classes(self, found: list[str], folder: Path) -> None:
@@ -312,7 +315,7 @@ class ImageNet(ImageFolder):
 
     num_classes = 1000
 
-    def files(self, split: Split) -> PictureFiles:
+    def files(self, split: Split) -> LabelledFiles:
         """The pictures of a split, ``test`` being those of ``val``; listed once.
 
         Raises:

@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import TensorDataset, random_split
 from torchvision.datasets.utils import download_and_extract_archive
+from typing_extensions import override
 
 from datamodules.assets.fetch import fetch
 from datamodules.base.loader import ResumableLoader
@@ -133,7 +134,7 @@ class ImageDataModule(ImagePrediction, ABC):
         return self._splits
 
     def reference_images(self) -> Tensor:
-        """What generated images are compared with: all real images but the test set's, so the official training set.
+        """Images to compare generated ones with: all real images but the test set's, so the official training set.
 
         Returns:
             uint8 (N, C, H, W), 255 for 1.0.
@@ -141,8 +142,9 @@ class ImageDataModule(ImagePrediction, ABC):
         images = torch.cat([self.splits.train[0], self.splits.val[0]])
         return images if self.largest == 255 else images.float().mul(255 / self.largest).round().to(torch.uint8)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read what the stage needs (Lightning hook).
+        """Read the data of the stage.
 
         Raises:
             FileNotFoundError: Files of the data set, or the user's pictures or masks, are missing.
@@ -152,17 +154,17 @@ class ImageDataModule(ImagePrediction, ABC):
         if stage != "predict":
             _ = self.splits
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         flip_seed = self.data_seed if self.flip else None
         return self.train_loader(LabelledImages(*self.splits.train, self.largest, flip_seed))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(LabelledImages(*self.splits.val, self.largest))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(LabelledImages(*self.splits.test, self.largest))
 
 
@@ -178,8 +180,9 @@ class Digits(ImageDataModule):
     feature_extractor = "fd_digits_mlp"
     largest = 16
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch the asset ``digits`` (Lightning hook)."""
+        """Fetch the asset ``digits``."""
         fetch("digits")
 
     def read(self) -> Splits:
@@ -205,7 +208,7 @@ class IdxImages(ImageDataModule, ABC):
 
     image_shape = (1, 28, 28)
     asset: ClassVar[str]
-    """What is fetched where ``root`` is ``None``."""
+    """Asset that is fetched if ``root`` is ``None``."""
     official: ClassVar[type[torchvision.datasets.MNIST]]
     """Torchvision's class, which downloads."""
 
@@ -220,8 +223,9 @@ class IdxImages(ImageDataModule, ABC):
         self.download = download
         self.val_fraction = val_fraction
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch or download the files if need be (Lightning hook)."""
+        """Fetch or download the files if need be."""
         if self.root is None:
             fetch(self.asset)
         elif self.download:
@@ -309,8 +313,9 @@ class CIFAR10(ImageDataModule):
         self.flip = flip
         self.val_fraction = val_fraction
 
+    @override
     def prepare_data(self) -> None:
-        """Download and verify the official binary archive if need be (Lightning hook)."""
+        """Download and verify the official binary archive if need be."""
         if self.download and cifar_folder(self.root) is None:
             self.root.mkdir(parents=True, exist_ok=True)
             download_and_extract_archive(self.archive, str(self.root), md5=self.archive_md5)

@@ -19,12 +19,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datamodules.images.center_crop import center_crop
 
-__all__ = ["PictureFiles", "read_rgb"]
+__all__ = ["LabelledFiles", "read_rgb"]
 
 _NAMED = 5
-"""How many files a message names."""
+"""Number of files that a message names."""
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What Pillow raises on damaged files."""
+"""Errors of Pillow on damaged files."""
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def read_rgb(path: str | Path, size: int) -> Tensor:
     return pil_to_tensor(center_crop(picture, size))
 
 
-class PictureFiles:
+class LabelledFiles:
     """The pictures of a folder of class folders, sorted by class and name.
 
     A million names as Python objects would be copied into every loading process; here they are one string of bytes.
@@ -130,9 +130,9 @@ class PictureFiles:
         """Read pictures.
 
         Args:
-            indices: Which.
+            indices: Numbers of the pictures.
             size: Height and width to return.
-            on_error: What to do where a picture cannot be read: raise, or leave it out, note and log it.
+            on_error: Treatment of a picture that cannot be read: raise, or leave it out, note and log it.
 
         Returns:
             The indices of those that were read, and the pictures, uint8 (B, 3, size, size).

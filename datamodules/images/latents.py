@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.loader import ResumableLoader
@@ -44,7 +45,7 @@ class LatentBatch(TypedDict):
 
 
 class _Store(Protocol):
-    """What is on disk, by the number of the sample.
+    """Latents on disk, by the number of the sample.
 
     Attributes:
         shape: Of what is stored of one sample.
@@ -55,7 +56,7 @@ class _Store(Protocol):
     labels: np.ndarray
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """What is stored (B, *shape) of samples, of the mirrored image where bool (B,) says so."""
+        """Stored values (B, *shape) of samples, of the mirrored image where ``mirrored``, bool (B,), is true."""
 
 
 class _Shards:
@@ -148,17 +149,17 @@ class _Files:
 class LatentSet(Dataset[LatentBatch]):
     """Latents of some samples of a cache.
 
-    What is drawn, mirrored or not and the noise of the posterior, is a pure function of (seed, epoch, number of the sample
-    in the cache): the same whatever batch, worker, process or split it comes in.
+    Mirroring and the noise of the posterior are pure functions of (seed, epoch, number of the sample in the cache), whatever
+    its batch, worker, process or split.
 
     Args:
-        store: what is on disk.
+        store: Latents on disk.
         indices: numbers of the samples in it, int64 (N,).
         kind: ``moments`` (mean and log-variance side by side, unscaled) or ``latent`` (scaled already).
         scale: factor of latents that are drawn from moments.
         seed: seed of the draws.
         flip: whether the mirrored image's latents are taken in half of the epochs.
-        training: whether each epoch draws anew; otherwise the image itself with one fixed noise.
+        training: Whether each epoch has its own draws; otherwise the image itself with one fixed noise.
     """
 
     def __init__(
@@ -209,23 +210,23 @@ class LatentSet(Dataset[LatentBatch]):
 
 
 class CachedLatents(ZooDataModule):
-    """Latents that were encoded once: what `LatentCacheWriter` wrote, or a cache of the published code (one npz an image).
+    """Latents that were encoded once, by `LatentCacheWriter` or by the published code (one npz an image).
 
     In training the latents of the image or of its mirror image are taken, each with probability 1/2, and where mean and
-    log-variance (limited to [-30, 20]) are stored, ``(mean + std * noise) * scale`` is drawn anew in each epoch.
+    log-variance (limited to [-30, 20]) are stored, each epoch draws ``(mean + std * noise) * scale``.
 
     Args:
         root: the cache: a folder with ``manifest.json``, or one with ``<class>/<image>.npz`` below it; labels then are the
             places of the class folders in the order of their names.
-        kind: what is stored: ``moments``, or ``latent``, scaled already. ``auto`` takes it from the manifest. The two
+        kind: Stored values: ``moments``, or ``latent``, scaled already. ``auto`` takes it from the manifest. The two
             published caches have none, and the same shape (32, 16, 16): for 256 x 256 it is ``moments``, for 512 x 512
             ``latent``.
         scale: factor of latents that are drawn from moments. None: the manifest's, without one 0.2325, that of KL-16. Of
             latents that are scaled already, by what they were; they are taken as they are.
         flip: whether mirrored images are taken, too.
         val_fraction: share of the samples held out, stratified by class, for validation and test. None: nothing is.
-        predict_samples: how many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
-        predict_labels: the class of what ``predict`` draws, or a list of classes that is cycled over the sample numbers. None:
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
+        predict_labels: Class of the samples of ``predict``, or a list of classes that is cycled over their numbers. None:
             the model chooses.
         **kwargs: arguments of `ZooDataModule`.
 
@@ -279,17 +280,17 @@ class CachedLatents(ZooDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None where there is no cache, which ``predict`` does not need."""
+        """Number of classes; None without a cache, which ``predict`` does not need."""
         return self.cache.num_classes if self.root.is_dir() else None
 
     @property
     def latent_scale(self) -> float | None:
-        """Factor by which the latents are scaled; None where there is no cache, or it does not say."""
+        """Factor by which the latents are scaled; None without a cache, or if the cache does not say."""
         return self.cache.scale if self.root.is_dir() else None
 
     @property
     def cache(self) -> _Cache:
-        """What is on disk; opened on first use.
+        """Latents on disk; opened on first use.
 
         Raises:
             FileNotFoundError: there is no cache.
@@ -299,8 +300,9 @@ class CachedLatents(ZooDataModule):
             self._cache = _open_cache(self.root, self.kind, self.scale)
         return self._cache
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the manifest and the list of samples, not the latents (Lightning hook).
+        """Read the manifest and the list of samples, not the latents.
 
         Raises:
             FileNotFoundError: there is no cache.
@@ -325,16 +327,18 @@ class CachedLatents(ZooDataModule):
             training=training,
         )
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(self.latent_set("train"))
 
+    @override
     def val_dataloader(self) -> Any:
-        """Batches of the samples held out; none where none are (Lightning hook)."""
+        """Batches of the samples held out; none where none are."""
         return [] if self.val_fraction is None else self.eval_loader(self.latent_set("val"))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of the samples held out (Lightning hook).
+        """Batches of the samples held out.
 
         Raises:
             ValueError: none are held out.
@@ -343,8 +347,9 @@ class CachedLatents(ZooDataModule):
             raise ValueError("CachedLatents holds out no samples to test on: set val_fraction, as it was in training.")
         return self.eval_loader(self.latent_set("val"))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers (Lightning hook)."""
+        """Batches of sample numbers."""
         return self.eval_loader(SampleIndices(self.predict_samples, self.predict_labels))
 
 
@@ -378,7 +383,7 @@ def _open_cache(root: Path, kind: Literal["auto", "moments", "latent"], scale: f
         complete, mirrored, own_scale = manifest["complete"], manifest["flip"], float(manifest["scale"])
         layout = manifest["layout"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / _MANIFEST} is damaged ({type(error).__name__}: {error}): write the cache anew.") from error
+        raise ValueError(f"{root / _MANIFEST} is damaged ({type(error).__name__}: {error}): write the cache again.") from error
     if not complete:
         counted = f" ({manifest['num_samples']} of {manifest['data_samples']} samples)" if "num_samples" in manifest else ""
         raise ValueError(f"{root} is not complete{counted}: continue the `zoo predict` that began it.")
@@ -409,9 +414,9 @@ def _load(path: Path, mapped: bool = False) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r" if mapped else None)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The array {path} of the cache is missing: copy the cache again, or write it anew.") from error
+        raise FileNotFoundError(f"The array {path} of the cache is missing: copy the cache again, or write it again.") from error
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy the cache again, or write it anew.") from error
+        raise ValueError(f"{path} is damaged ({error}): copy the cache again, or write it again.") from error
 
 
 def _array_of(path: Path, name: str) -> np.ndarray:

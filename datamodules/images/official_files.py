@@ -25,7 +25,7 @@ def find_idx(folders: list[Path], name: str) -> Path | None:
     """Find an idx file as it is distributed: gzipped or not, ``name-idx3-ubyte`` or ``name.idx3-ubyte``.
 
     Args:
-        folders: Where to look, in order.
+        folders: Folders to search, in order.
         name: Official name without ``.gz``, for example ``train-images-idx3-ubyte``.
 
     Returns:

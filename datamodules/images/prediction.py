@@ -1,4 +1,4 @@
-"""What `predict` works on where images are concerned: sample numbers, or the user's own pictures; classes if chosen."""
+"""Data of `predict` for images: sample numbers, or the user's own pictures; classes if chosen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.loader import ResumableLoader
@@ -20,7 +21,7 @@ __all__ = ["ImagePrediction", "Pictures", "PredictBatch"]
 
 
 class PredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given; without the axis B, one sample of it.
+    """Batch of ``predict_step``; without the axis B, one sample of it.
 
     Attributes:
         index: int64 (B,), number of the sample over all processes; its random seed.
@@ -65,7 +66,7 @@ class ImagePrediction(ZooDataModule, ABC):
     """The base of image data: what ``predict`` draws, or works on.
 
     Args:
-        predict_samples: How many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
         predict_images: A folder of the user's pictures (PNG, JPEG) for ``predict``, in-painting for example. They are
             all read before any sampling starts.
         predict_masks: A mask file for all of ``predict_images``, or a folder with one of the same name for each. White
@@ -126,11 +127,11 @@ class ImagePrediction(ZooDataModule, ABC):
             )
 
     def read_predict_set(self) -> Dataset[Any]:
-        """What ``predict`` works on, with all of the user's pictures read.
+        """Data of ``predict``, with all of the user's pictures read.
 
         Raises:
             FileNotFoundError: The user's pictures or masks are missing.
-            ValueError: One of them is damaged or does not fit, or ``predict_labels`` names a class that there is not.
+            ValueError: One of them is damaged or does not fit, or ``predict_labels`` names a class that does not exist.
         """
         self.check_predict_labels()
         if self.predict_images is None:
@@ -142,11 +143,13 @@ class ImagePrediction(ZooDataModule, ABC):
             masks = read_masks(self.predict_masks, paths, self.image_shape, self.predict_resize)
         return Pictures(images, masks, paths, self.predict_labels)
 
+    @override
     def setup(self, stage: str) -> None:
-        """For ``predict``, read what it works on (Lightning hook); a subclass does the rest."""
+        """Read the data of ``predict``; a subclass does the rest."""
         if stage == "predict":
             self._predict_set = self.read_predict_set()
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers, or of the user's pictures (Lightning hook)."""
+        """Batches of sample numbers, or of the user's pictures."""
         return self.eval_loader(self._predict_set or self.read_predict_set())

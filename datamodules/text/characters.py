@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.assets.fetch import fetch
 from datamodules.base.datamodule import ZooDataModule
@@ -41,7 +42,7 @@ class TextBatch(TypedDict):
 
 
 class TextPredictBatch(TypedDict, total=False):
-    """What ``predict_step`` is given; without the axis B, one sample of it.
+    """Batch of ``predict_step``; without the axis B, one sample of it.
 
     Attributes:
         index: int64 (B,), number of the sample over all processes; its random seed.
@@ -134,11 +135,11 @@ class CharacterText(ZooDataModule, ABC):
         seq_len: Characters L of a window, and of a sample.
         eval_stride: Characters from one window of validation and test to the next. ``None``: ``seq_len``, so that every
             character counts once (but a rest shorter than a window, which is left out).
-        predict_samples: How many samples ``predict`` draws, numbered from 0; the number is the sample's seed.
+        predict_samples: Number of samples that ``predict`` draws, numbered from 0; a sample's number is its seed.
         predict_text: A file of the user's text to fill in, one sample a line. Every ``unknown`` mark stands for a
             character to fill in, and lines shorter than ``seq_len`` are continued at their end. It is read whole, and
             refused if a line is too long or holds a foreign character, before any sampling starts.
-        unknown: The mark of an unknown character in ``predict_text``.
+        unknown: Character that stands for an unknown one in ``predict_text``.
         **kwargs: Arguments of `ZooDataModule`.
 
     Raises:
@@ -195,7 +196,7 @@ class CharacterText(ZooDataModule, ABC):
         return decode(self.splits.train)
 
     def reference_text(self) -> list[str]:
-        """What generated text is compared with: the held-out text, of validation and test.
+        """Text to compare generated text with: the held-out text, of validation and test.
 
         Returns:
             Lines of ``seq_len`` characters that follow one another, as windows do.
@@ -204,8 +205,9 @@ class CharacterText(ZooDataModule, ABC):
         texts = map(decode, self.splits[1:])
         return [text[start : start + size] for text in texts for start in range(0, len(text) - size + 1, size)]
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read what the stage needs (Lightning hook).
+        """Read what the stage needs.
 
         Raises:
             FileNotFoundError: Files of the text, or the user's text, are missing.
@@ -221,20 +223,21 @@ class CharacterText(ZooDataModule, ABC):
             return SampleIndices(self.predict_samples)
         return LinesWithGaps(*read_lines_with_gaps(self.predict_text, self.seq_len, self.unknown))
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         return self.train_loader(Windows(self.splits.train, self.seq_len, shift_seed=self.data_seed))
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any]:
-        """Validation batches (Lightning hook)."""
         return self.eval_loader(Windows(self.splits.val, self.seq_len, self.eval_stride))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any]:
-        """Test batches (Lightning hook)."""
         return self.eval_loader(Windows(self.splits.test, self.seq_len, self.eval_stride))
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of sample numbers, or of the user's lines (Lightning hook)."""
+        """Batches of sample numbers, or of the user's lines."""
         return self.eval_loader(self._predict_set or self._read_predict_set())
 
 
@@ -249,8 +252,9 @@ class Shakespeare(CharacterText):
     Its arguments are those of `CharacterText` and `ZooDataModule`.
     """
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch the asset ``shakespeare`` (Lightning hook)."""
+        """Fetch the asset ``shakespeare``."""
         fetch("shakespeare")
 
     def read(self) -> TextSplits:
@@ -302,7 +306,7 @@ def _hold_out(work: str, place: float) -> tuple[str, str, str]:
 
     Args:
         work: Words, each followed by a space.
-        place: Where the passage lies, from 0, the beginning, to 1, the end.
+        place: Place of the passage, from 0, the beginning, to 1, the end.
     """
     begin, middle, end = (work.find(" ", int((0.9 * place + share) * (len(work) - 1))) + 1 for share in (0, 0.05, 0.1))
     return work[:begin] + work[end:], work[begin:middle], work[middle:end]

@@ -88,7 +88,7 @@ class ChatTemplate(ABC):
         return self._encode_prompt(checked, _checked_tools(tools))
 
     def encode_answer(self, messages: Any, tools: Any = None) -> tuple[str, np.ndarray]:
-        """How the last message, which is the assistant's, is written, and which characters of that each of its ids stands for.
+        """Text of the last message, which is the assistant's, and the characters of it behind each of its ids.
 
         Args:
             messages: The messages, see above.
@@ -119,7 +119,7 @@ class ChatTemplate(ABC):
 
 
 class LingTemplate(ChatTemplate):
-    """The format of Ling's released chat models. Content is encoded as text, whatever marks it happens to contain."""
+    """The format of Ling's released chat models. Content is encoded as text, whatever special tokens it happens to contain."""
 
     def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]:
         ids: list[int] = []

@@ -31,21 +31,21 @@ from datamodules.text.tokenizer import Tokenizer
 
 __all__ = ["Corpus", "CorpusFacts", "read_corpora"]
 
-_FORMAT = "1"  # another one makes the cache anew
+_FORMAT = "1"  # another one makes the cache again
 _ENCODED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What is known about a source.
+    """Facts about a source.
 
     Attributes:
         sha256: SHA-256 of its files.
         text_bytes: Bytes of UTF-8 text of the documents, without those left out.
         num_bytes: The same as the ids count it; another number if the tokenizer does not keep every byte.
-        num_documents: How many documents there are.
-        num_duplicates: How many were left out because they were seen before.
-        num_malformed: How many rows and files were left out because they could not be read.
+        num_documents: Number of documents.
+        num_duplicates: Number of documents left out because they were seen before.
+        num_malformed: Number of rows and files left out because they could not be read.
         train_tokens: Ids for training, an eos for each document among them.
         val_tokens: Ids for validation.
         train_bytes: Bytes that the ids for training stand for.
@@ -69,7 +69,7 @@ class Corpus:
     """A source as ids.
 
     Attributes:
-        name: What the user calls the source.
+        name: Name that the user gives the source.
         train: Documents for training.
         val: Documents for validation.
         facts: Their sizes.
@@ -91,8 +91,8 @@ def read_corpora(
             ``.bin`` files are taken as they are: they hold no text that could be compared.
         tokenizer: Makes the ids.
         val_fraction: Share of the documents that is held out; 0: none.
-        dedup: Which documents are left out because they, or nearly they, were seen before, in this source or an earlier one.
-        on_error: What is done about what cannot be read (:mod:`datamodules.base.json_lines`).
+        dedup: Documents to leave out because they, or nearly they, were seen before, in this source or an earlier one.
+        on_error: Treatment of rows and files that cannot be read (:mod:`datamodules.base.json_lines`).
 
     Raises:
         FileNotFoundError: A source does not exist, or holds no file.
@@ -157,7 +157,7 @@ def _tokenise(
     if not keys:
         raise ValueError(f"The source {source.name} holds no text{' that was not seen before' if duplicates else ''}.")
     begins = np.concatenate([[0], whole.ends[:-1]])
-    pieces = np.stack([begins, whole.ends - 1], axis=1)  # without eos, which is written anew
+    pieces = np.stack([begins, whole.ends - 1], axis=1)  # without eos, which is written again
     if val_fraction and len(keys) == 1:
         middle = int((1 - val_fraction) * (len(whole) - 1))
         pieces, for_val = np.array([[0, middle], [middle, len(whole) - 1]]), np.array([False, True])

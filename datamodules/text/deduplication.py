@@ -30,7 +30,7 @@ class Deduplicator:
     """Remembers the documents it was shown.
 
     Args:
-        dedup: Which documents count as seen before.
+        dedup: Documents that count as seen before.
     """
 
     def __init__(self, dedup: Dedup) -> None:

@@ -1,4 +1,4 @@
-"""Where the documents of language data come from: sources by name or by path.
+"""Sources of the documents of language data, by name or by path.
 
 ========================  =====================================================================================================
 ``python-stdlib``         the running interpreter's standard library: each ``.py`` file a document, without tests, installed
@@ -54,7 +54,7 @@ class Source(ABC):
     """Files with documents, in a fixed order.
 
     Args:
-        name: What the user calls it.
+        name: Name that the user gives it.
         files: Path within the source, and path on disk, of each file; a name need not be UTF-8.
     """
 
@@ -85,7 +85,7 @@ class Source(ABC):
         """Its documents; those without any text are left out.
 
         Args:
-            on_error: What is done about rows and files that cannot be read (:mod:`datamodules.base.json_lines`).
+            on_error: Treatment of rows and files that cannot be read (:mod:`datamodules.base.json_lines`).
         """
 
 
@@ -125,7 +125,7 @@ class PythonFiles(Source):
             raw = path.read_bytes()
             try:
                 encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
-            except SyntaxError:  # an encoding that there is not, or a first line that is none
+            except SyntaxError:  # an unknown encoding, or a first line that is none
                 encoding = "utf-8"
             if text := raw.decode(encoding, errors="replace"):
                 yield Document(relative, text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.json_lines import OnError
@@ -25,11 +26,10 @@ class LanguageData(ZooDataModule, ABC):
     Args:
         tokenizer: ``byte``, or a Hugging Face tokenizer: a folder with ``tokenizer.json``, that file, or a name on the hub.
             Nothing but data are read, never code.
-        template: How conversations are written: as Ling does, or by the template that the tokenizer brings, which must mark
-            what the assistant writes.
+        template: Form of conversations: Ling's, or the template of the tokenizer, which must mark the assistant's text.
         system: System message of conversations without one; ``null``: none.
         on_error: Whether malformed rows are an error, or are left out with a warning that counts them.
-        predict_prompts: What ``predict`` continues: a ``.txt`` with one prompt a line, or a ``.jsonl`` with ``prompt`` or
+        predict_prompts: Prompts of ``predict``: a ``.txt`` with one prompt a line, or a ``.jsonl`` with ``prompt`` or
             ``messages`` in each row. ``null``: a few prompts of our own.
         **kwargs: Arguments of `ZooDataModule`.
     """
@@ -61,8 +61,9 @@ class LanguageData(ZooDataModule, ABC):
         """Writes conversations."""
         return chat_template(self.template_name, self.tokenizer, self.system)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the prompts, if that is the stage (Lightning hook).
+        """Read the prompts, if that is the stage.
 
         Raises:
             FileNotFoundError: The file of prompts is missing.
@@ -78,12 +79,13 @@ class LanguageData(ZooDataModule, ABC):
             prompts = read_prompts(self.predict_prompts, self.tokenizer, self.template, self.on_error)
         return Prompts(prompts, self.tokenizer.pad_id)
 
+    @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
-        """Batches of prompts (Lightning hook)."""
+        """Batches of prompts."""
         return self.eval_loader(self._prompts or self._read_prompts())
 
     def sample_text(self, index: int) -> str:
-        """A sample of the training set as text, without padding and marks, for `SpikeGuard`'s record; of a pair, both answers.
+        """A training sample as text, without padding and special tokens, for `SpikeGuard`'s record; of a pair, both answers.
 
         Args:
             index: Its number, as batches have it under ``index``.

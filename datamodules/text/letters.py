@@ -29,7 +29,7 @@ def encode(text: bytes | str, source: str = "the text") -> Tensor:
 
     Args:
         text: Characters of :data:`ALPHABET`.
-        source: Where it comes from, for the error.
+        source: Its name in the error.
 
     Returns:
         uint8 (N,).
@@ -65,7 +65,7 @@ def read_text8(path: Path, num_characters: int) -> Tensor:
 
     Args:
         path: The file; ``.zip`` is opened as an archive with one member ``text8``.
-        num_characters: How many characters it must hold.
+        num_characters: Number of characters that it must hold.
 
     Returns:
         Ids uint8 (N,).
@@ -94,7 +94,7 @@ def read_converted(path: Path, num_characters: int) -> Tensor:
 
     Args:
         path: ``train.bin``, ``val.bin`` or ``test.bin``.
-        num_characters: How many ids it must hold.
+        num_characters: Number of ids that it must hold.
 
     Returns:
         Ids uint8 (N,).
@@ -123,9 +123,9 @@ def read_lines_with_gaps(path: Path, seq_len: int, unknown: str) -> tuple[Tensor
     """Read a user's text in which characters are to be filled in, one sample a line.
 
     Args:
-        path: UTF-8 file of lines of a to z, space, and the mark ``unknown``.
+        path: UTF-8 file of lines of a to z, space, and the character ``unknown``.
         seq_len: Characters L of a sample; shorter lines are continued with unknown characters.
-        unknown: The mark of a character that is to be filled in.
+        unknown: Character that stands for one to fill in.
 
     Returns:
         Ids uint8 (S, L), 0 where unknown; and bool (S, L), true where a character is known.

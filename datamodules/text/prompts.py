@@ -22,15 +22,15 @@ DEFAULT_PROMPTS = (
     'class Stack:\n    """',
     "The statement ",
 )
-"""What ``predict`` continues when no file of prompts is given."""
+"""Prompts of ``predict`` without a file of prompts."""
 
 
 class Prompt(NamedTuple):
     """A prompt.
 
     Attributes:
-        text: How it is written.
-        ids: Its ids; never none, as there would be nothing to continue.
+        text: Its text.
+        ids: Its ids; at least one, to continue from.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
 
 class PromptBatch(TypedDict):
-    """What ``predict_step`` is given.
+    """Batch of ``predict_step``.
 
     Attributes:
         index: int64 (B,), number of the prompt in the file, from 0; -1 where there is none, see :meth:`Prompts.blank`.
@@ -111,7 +111,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
             row; any other file has one prompt a line.
         tokenizer: Makes the ids.
         template: Writes conversations.
-        on_error: What is done about malformed rows.
+        on_error: Treatment of malformed rows.
 
     Raises:
         FileNotFoundError: No such file.

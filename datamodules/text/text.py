@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from typing_extensions import override
+
 from datamodules.base.loader import ResumableLoader
 from datamodules.text.corpus import Corpus, read_corpora
 from datamodules.text.deduplication import Dedup
@@ -43,8 +45,8 @@ class Text(LanguageData):
             row's text; 0: no validation. ``test`` sees the held-out text too.
         validate_per_source: Whether validation has a loader for each source, in their order, instead of one for all. Batches
             name the source of each window in either case.
-        dedup: Which documents are left out: those that were seen before in this source or an earlier one (``exact``: equal but
-            for white space; ``minhash``: also those that overlap by an estimated 80 %).
+        dedup: Documents to leave out, seen before in this source or an earlier one (``exact``: equal but for white space;
+            ``minhash``: also those that overlap by an estimated 80 %).
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
@@ -88,34 +90,37 @@ class Text(LanguageData):
         """The sources as ids, in their order."""
         return read_corpora(list(self.sources), self.tokenizer, self.val_fraction, self.dedup, self.on_error)
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch and tokenise the sources, once (Lightning hook)."""
+        """Fetch and tokenise the sources, once."""
         if self.trainer is None or not self.trainer.predicting:
             _ = self.corpora
 
+    @override
     def setup(self, stage: str) -> None:
-        """Open the sources, or read the prompts (Lightning hook)."""
+        """Open the sources, or read the prompts."""
         super().setup(stage)
         if stage != "predict":
             _ = self.corpora
 
+    @override
     def train_dataloader(self) -> ResumableLoader[Any]:
-        """Training batches (Lightning hook)."""
         mixture = (list(self.sources), list(self.sources.values()), self.windows_per_epoch)
         files = [corpus.train for corpus in self.corpora]
         windows = TokenWindows(files, self.tokenizer, self.seq_len, self.packing, self.document_mask, mixture)
         return self.train_loader(windows, mark_retries=True)
 
+    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """Validation batches (Lightning hook)."""
         if not self.val_fraction:
             return []
         if self.validate_per_source:
             return [self.eval_loader(self._held_out([corpus])) for corpus in self.corpora]
         return self.eval_loader(self._held_out(self.corpora))
 
+    @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out (Lightning hook).
+        """The validation batches; no third part is held out.
 
         Raises:
             ValueError: ``val_fraction`` is 0.

@@ -37,8 +37,8 @@ class TokenFile:
     Args:
         path: The file.
         dtype: Type of its ids.
-        ends: Where each document ends, int64 (D,), counted from ``begin``.
-        begin: Where the first document begins, counted in ids of the file.
+        ends: End of each document, int64 (D,), counted from ``begin``.
+        begin: Beginning of the first document, counted in ids of the file.
     """
 
     def __init__(self, path: Path, dtype: str, ends: np.ndarray, begin: int = 0) -> None:
@@ -220,5 +220,5 @@ def _dtype(vocab_size: int) -> str:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    """Where the facts and the document ends lie."""
+    """Paths of the facts and of the documents' ends."""
     return path.with_suffix(".json"), path.with_suffix(".idx.npy")

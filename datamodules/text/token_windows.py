@@ -62,8 +62,8 @@ class TokenWindows(Dataset[LanguageBatch]):
         seq_len: Places T of a row.
         packing: Whether windows run over the ends of documents. If not, a row holds (a part of) one document, and a batch is
             as wide as its longest row.
-        document_mask: Whether documents of a row do not see one another: ``position_ids`` begin anew in each, and no label
-            asks the end of one for the beginning of the next.
+        document_mask: Whether documents of a row are hidden from one another: ``position_ids`` start at 0 in each, and no label
+            is the beginning of the next document.
         mixture: Order of training, as names of the sources, weights, and windows of an epoch (:class:`Mixture`). ``None``:
             evaluation, every window once, in an order that is shuffled once and for all, so that any number of first batches is
             a fair sample.
@@ -127,7 +127,7 @@ class TokenWindows(Dataset[LanguageBatch]):
             at = np.minimum(at_BT[rows], len(file) - 1)
             ids_BT[rows] = np.where(real_BT[rows], np.where(at < 0, self.eos_id, file.tokens[at]), self.pad_id)
             if self.document_mask:
-                last = stop_B[rows, None] - 1  # padding goes on with the last document, so that it sees something
+                last = stop_B[rows, None] - 1  # padding continues the last document, so that it sees something
                 document_BT[rows] = np.where(at < 0, -1, np.searchsorted(file.ends, np.minimum(at, last), side="right"))
         counted_BT = real_BT
         batch: LanguageBatch = {}
@@ -180,7 +180,7 @@ def segment_positions(begins_BT: np.ndarray) -> np.ndarray:
 
 
 def _spans(file: TokenFile, length: int, packing: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Where the ids begin and end that each window asks for; they are cut out of the stream, or out of each document."""
+    """Beginnings and ends of the ids of each window, cut out of the stream or out of each document."""
     ends = np.asarray([len(file)]) if packing else file.ends
     ends = ends[ends > 0]
     begins = np.concatenate([np.zeros(min(len(ends), 1), dtype=np.int64), ends[:-1]])

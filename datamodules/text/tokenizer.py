@@ -5,7 +5,7 @@ file ``tokenizer.json``, or the name of a repository on the Hugging Face hub. On
 that lies beside them.
 
 Text is encoded *as text*: where a document or a chat message happens to contain ``<|endoftext|>``, that is some characters, and
-not the end of a document. What writes marks on purpose, such as a chat template, says ``special=True``.
+not the end of a document. A chat template, which writes special tokens on purpose, passes ``special=True``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: Number of ids. A model may have more.
         eos_id: Ends a document, an assistant's turn and a generated text.
-        bos_id: Begins a text, where the tokenizer has such a mark; nothing here adds it.
+        bos_id: Begins a text, where the tokenizer has such a token; nothing here adds it.
         pad_id: Fills rows of a batch up.
     """
 
@@ -49,11 +49,11 @@ class Tokenizer(ABC):
 
         Args:
             text: Any text.
-            special: Whether marks written in the text, such as ``<|endoftext|>``, are taken for what they name.
+            special: Whether special tokens written in the text, such as ``<|endoftext|>``, are taken as such.
         """
 
     def encode_with_spans(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray]:
-        """A text as ids, and which characters of it each of them stands for.
+        """A text as ids, and the characters of it behind each id.
 
         Args:
             text: Any text.
@@ -64,7 +64,7 @@ class Tokenizer(ABC):
             parts of one character have the same.
 
         Raises:
-            ValueError: The tokenizer cannot tell.
+            ValueError: If the tokenizer does not know them.
         """
         raise ValueError(
             f"{type(self).__name__} does not tell which characters its ids stand for (a slow tokenizer does not): take "
@@ -77,12 +77,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
-        """Ids as text; marks, and ids beyond the vocabulary, are left out."""
+        """Ids as text, without special tokens and ids beyond the vocabulary."""
 
     @property
     @abstractmethod
     def token_bytes(self) -> Tensor:
-        """How many bytes of UTF-8 text each id stands for: int64 (``vocab_size``,), 0 for marks."""
+        """Number of bytes of UTF-8 text behind each id: int64 (``vocab_size``,), 0 for special tokens."""
 
     @property
     @abstractmethod
@@ -91,7 +91,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of the UTF-8 text: ids 0 to 255, then the marks 256 (begin), 257 (end) and 258 (padding).
+    """The bytes of the UTF-8 text: ids 0 to 255, then the special tokens 256 (begin), 257 (end) and 258 (padding).
 
     Example:
         >>> ByteTokenizer().encode("né")
@@ -107,7 +107,7 @@ class ByteTokenizer(Tokenizer):
     fingerprint = "byte"
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """A text as its bytes; there are no marks that could be written."""
+        """A text as its bytes; no text stands for a special token."""
         return list(text.encode())
 
     def encode_with_spans(self, text: str, special: bool = False) -> tuple[list[int], np.ndarray]:
@@ -127,7 +127,7 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def token_bytes(self) -> Tensor:
-        """One byte an id, none for the marks."""
+        """One byte an id, none for special tokens."""
         return (torch.arange(self.vocab_size) < 256).long()
 
 
@@ -135,12 +135,12 @@ class HuggingFaceTokenizer(Tokenizer):
     """A fast tokenizer of Hugging Face.
 
     Args:
-        name: Folder with ``tokenizer.json`` (and ``tokenizer_config.json``, which names the marks), path of a
+        name: Folder with ``tokenizer.json`` (and ``tokenizer_config.json``, with the special tokens), path of a
             ``tokenizer.json``, or name of a repository on the hub.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or the hub has no tokenizer of that name or cannot be reached.
-        ValueError: It has no mark for the end of a text.
+        ValueError: If it has no token for the end of a text.
     """
 
     def __init__(self, name: str) -> None:
@@ -173,7 +173,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
-        """Ids as text; marks, and ids beyond the vocabulary, are left out."""
+        """Ids as text, without special tokens and ids beyond the vocabulary."""
         known = [int(number) for number in ids if number < self.vocab_size]
         return str(self.transformers.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -186,10 +186,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         byte_level = _is_byte_level(json.loads(self.transformers.backend_tokenizer.to_str()).get("decoder"))
         added = self.transformers.added_tokens_decoder
-        marks = set(self.transformers.all_special_ids) | {number for number, token in added.items() if token.special}
+        special = set(self.transformers.all_special_ids) | {number for number, token in added.items() if token.special}
         sizes = torch.zeros(self.vocab_size, dtype=torch.int64)
         for piece, number in self.transformers.get_vocab().items():
-            if number in marks:
+            if number in special:
                 continue
             if number in added:
                 sizes[number] = len(piece.encode())
@@ -204,12 +204,12 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's data."""
-        marks = f"{self.eos_id}/{self.pad_id}/"
-        return hashlib.sha256((marks + self.transformers.backend_tokenizer.to_str()).encode()).hexdigest()
+        special = f"{self.eos_id}/{self.pad_id}/"
+        return hashlib.sha256((special + self.transformers.backend_tokenizer.to_str()).encode()).hexdigest()
 
     @cached_property
     def _untrimmed(self) -> Any:
-        """The backend without its last stage, which only adds marks, that nobody asks for, and trims spaces off the offsets."""
+        """The backend without its last stage, which only adds special tokens and trims spaces off the offsets."""
         backend = copy.deepcopy(self.transformers.backend_tokenizer)
         backend.post_processor = None
         return backend

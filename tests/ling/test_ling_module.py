@@ -32,6 +32,8 @@ from zoo.ling import (
     save_hf,
     z_loss,
 )
+from zoo.ling.batches import counted_labels
+from zoo.ling.tokenizer import check_special_tokens
 
 SMALL = LingConfig(
     vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
@@ -430,7 +432,7 @@ def test_labels_are_the_ids_that_a_token_of_the_same_document_precedes() -> None
     ):
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         batch = {name: torch.as_tensor(value).view(1, -1) for name, value in given.items() if value is not None}
-        assert model._labels(model.on_before_batch_transfer(batch, 0)).tolist() == [counted]
+        assert counted_labels(model.on_before_batch_transfer(batch, 0)).tolist() == [counted]
     assert ids.tolist() == [[1, 2, 3, 4, 5, 6]]  # the batch is as it was
 
 
@@ -641,12 +643,12 @@ def test_gradients_are_clipped_in_mixed_bfloat16_whatever_the_optimizer(tmp_path
 def test_marks_of_another_tokenizer_are_refused_before_training(eos: int, pad: int, fits: bool) -> None:
     model = Ling(SMALL)
     if fits:
-        model._compare_marks(eos, pad)
+        check_special_tokens(model.config, eos, pad)
     else:
         with pytest.raises(ValueError, match=f"--model.config.eos_token_id {eos} --model.config.pad_token_id {pad}"):
-            model._compare_marks(eos, pad)
-    Ling(SMALL.replace(pad_token_id=eos, eos_token_id=[3, eos]))._compare_marks(eos, pad)
-    Ling(SMALL.replace(pad_token_id=None, eos_token_id=None))._compare_marks(eos, pad)
+            check_special_tokens(model.config, eos, pad)
+    check_special_tokens(SMALL.replace(pad_token_id=eos, eos_token_id=[3, eos]), eos, pad)
+    check_special_tokens(SMALL.replace(pad_token_id=None, eos_token_id=None), eos, pad)
 
 
 def test_small_updates_of_true_half_precision_are_warned_of(tmp_path: Path) -> None:

@@ -2,62 +2,60 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
 from zoo.base.random import SampleRandom
-from zoo.base.samples import Samples, TextSamples, to_uint8
+from zoo.base.samples import Samples, to_uint8
 from zoo.bfn.codecs import Codec, ImageCodec
 from zoo.bfn.continuous_flow import ContinuousFlow, Flow
 from zoo.bfn.data_statistics_writer import DataStatisticsWriter
-from zoo.bfn.denoiser import Denoiser, Guide, InPainting
 from zoo.bfn.heads import DeltaHead, Head, OutputDistribution
+from zoo.bfn.likelihood_bounds import LikelihoodBounds
 from zoo.bfn.losses import continuous_time_loss, discrete_time_loss, predict_from_data, reconstruction_loss
 from zoo.bfn.networks import Network
-from zoo.bfn.solvers import ODE2M, Noise, Observer, Solver, solver_names
+from zoo.bfn.sampling import BFNSampling
+from zoo.bfn.solvers import ODE2M, Solver
 from zoo.bfn.state_dict_adapter import from_official_config, load_official, official_leftovers, to_official
 from zoo.bfn.statistics import DataStatistics
-from zoo.metrics.mean_and_error import Mean, MeanAndError
+from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.nn import evaluation_mode
 from zoo.sample_positions import global_positions
 
 __all__ = ["BFN"]
 
 
-class BFN(ZooModule):
+class BFN(BFNSampling, ZooModule):
     """Bayesian flow network: training, likelihood, and samplers with few network calls, for images and text.
 
-    Flow and head say what kind of data it is: `ContinuousFlow` with `DeltaHead` (continuous) or `DiscretizedNormalHead`
+    Flow and head fit the kind of data: `ContinuousFlow` with `DeltaHead` (continuous) or `DiscretizedNormalHead`
     (discretised), `DiscreteFlow` with `CategoricalHead` or, for two classes, `BernoulliHead` (discrete).
     Sources: Graves et al., arXiv 2308.07037; samplers: Xue et al., arXiv 2404.15766.
 
     Args:
-        network: predicts the data from what the flow shows of them, and the time.
-        flow: how data become noise.
-        head: what the network's output means.
-        solver: draws samples; its method and number of network calls can be overridden where samples are drawn.
-        codec: how batches become the flow's data, and samples become images or text.
-        stratified_time: spread the times of a batch evenly over [0, 1], which lowers the variance of the loss.
-        loss_steps: number of messages of the training loss; 0, as published, for infinitely many.
-        clip_in_loss: compare the training loss's estimate after confining it to the data's range, as the published code does.
+        network: Predicts the data from the flow's view of them, and the time.
+        flow: Turns data into noise.
+        head: Meaning of the network's output.
+        solver: Draws samples; its method and number of network calls can be overridden where samples are drawn.
+        codec: Turns batches into the flow's data, and samples into images or text.
+        stratified_time: Spread the times of a batch evenly over [0, 1], which lowers the variance of the loss.
+        loss_steps: Number of messages of the training loss; 0, as published, for infinitely many.
+        clip_in_loss: Compare the training loss's estimate after confining it to the data's range, as the published code does.
             It concerns `DeltaHead` alone; likelihoods always confine.
-        min_loss_variance: for continuous data, hold the training loss's weight where the belief's variance has fallen to this,
+        min_loss_variance: For continuous data, hold the training loss's weight where the belief's variance has fallen to this,
             in (0, 1]; None, as published: do not.
-        likelihood_steps: numbers of messages for which `test` bounds the likelihood; 0 stands for infinitely many.
-        likelihood_repeats: passes over each test sample, with new times and noise each.
-        record_trajectory: let `predict` return the estimate after each network call too.
-        optimizer: makes the optimizer.
-        lr_scheduler: makes the learning-rate schedule.
-        lr_scheduler_interval: whether it advances per step or epoch.
-        compile: compile the network.
+        likelihood_steps: Numbers of messages for which `test` bounds the likelihood; 0 stands for infinitely many.
+        likelihood_repeats: Passes over each test sample, with new times and noise each.
+        record_trajectory: Let `predict` return the estimate after each network call too.
+        optimizer: Makes the optimizer.
+        kwargs: Arguments of `ZooModule`.
 
     Raises:
-        ValueError: flow and head do not belong together, or a number is out of range.
+        ValueError: If flow and head do not belong together, or a number is out of range.
     """
 
     exact_batches = True
@@ -77,13 +75,9 @@ class BFN(ZooModule):
         likelihood_repeats: int = 1,
         record_trajectory: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, betas=(0.9, 0.99), weight_decay=0.01),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: Literal["step", "epoch"] = "step",
-        compile: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            optimizer=optimizer, lr_scheduler=lr_scheduler, lr_scheduler_interval=lr_scheduler_interval, compile=compile
-        )
+        super().__init__(optimizer=optimizer, **kwargs)
         head.check(flow)
         codec.check(head.num_levels(flow))
         if not likelihood_steps or any(steps < 0 for steps in likelihood_steps) or likelihood_repeats < 1:
@@ -115,19 +109,9 @@ class BFN(ZooModule):
         self.record_trajectory = record_trajectory
         names = ["val_loss", *(f"val_{unit}" for unit in self.codec.units())]
         self.bounds = nn.ModuleDict({name: Mean() for name in names})
-        self.test_bounds = nn.ModuleDict({name: MeanAndError() for name in self._test_names()})
+        self.test_bounds = LikelihoodBounds(self.codec.units(), self.likelihood_steps)
 
     # Data
-
-    @property
-    def num_levels(self) -> int:
-        """Number of values that each element of the data can have."""
-        return self.head.num_levels(self.flow)
-
-    @property
-    def data_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's data, (H, W, C) or (L,)."""
-        return self.codec.data_shape
 
     def encode(self, batch: Any, random: SampleRandom | None = None) -> Tensor:
         """A batch as the flow's data (B, *data shape): bin centres in (-1, 1), or class numbers.
@@ -137,7 +121,7 @@ class BFN(ZooModule):
             random: the batch's random numbers, for data that are drawn (dynamic binarisation).
 
         Raises:
-            ValueError: the data have another shape than the codec, or values outside their range.
+            ValueError: If the data have another shape than the codec, or values outside their range.
         """
         random = self.eval_random(self._batch_size(batch)) if random is None else random
         levels = self.codec.encode(batch, self.num_levels, random).to(self.device)
@@ -153,7 +137,7 @@ class BFN(ZooModule):
         return DataStatistics.of(self._encoded(batches), reduce)
 
     def _encoded(self, batches: Iterable[Any]) -> Iterator[Tensor]:
-        """Batches as certain estimates; what is drawn, for dynamic binarisation, is drawn for each sample by its number."""
+        """Batches as certain estimates; draws (dynamic binarisation) depend on the sample's number."""
         start = 0
         for batch in batches:
             size = self._batch_size(batch)
@@ -162,20 +146,15 @@ class BFN(ZooModule):
             yield self.flow.encode(self.encode(batch, random))
 
     def quantize(self, images: Tensor) -> Tensor:
-        """Real images, uint8 (N, C, H, W), at the levels that samples have: what samples are to be compared with.
+        """Real images, uint8 (N, C, H, W), at the levels of samples, to compare samples with.
 
-        Where levels are drawn (dynamic binarisation), that is by an image's place among the N.
+        Levels that are drawn (dynamic binarisation) depend on an image's place among the N.
         """
         random = SampleRandom(0, torch.arange(len(images)))
         levels = self.codec.encode([images / 255], self.num_levels, random)
         samples = self.codec.samples(levels, 0, None, self.num_levels)
         assert isinstance(samples, Samples)
         return to_uint8(samples.images)
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        """Float type of data, noise and losses."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @staticmethod
     def _batch_size(batch: Any) -> int:
@@ -186,8 +165,8 @@ class BFN(ZooModule):
         """Refuse data and statistics that do not fit the model, before the first step.
 
         Raises:
-            ValueError: some of the model's levels never occur in the data, or the statistics are of other data.
-            FileNotFoundError: the solver starts from statistics that are not there, and no callback will write them.
+            ValueError: If some of the model's levels never occur in the data, or the statistics are of other data.
+            FileNotFoundError: If the solver starts from statistics that do not exist, and no callback will write them.
         """
         super().setup(stage)
         self._check_statistics()
@@ -213,7 +192,7 @@ class BFN(ZooModule):
     # Losses
 
     def predict_data(self, x: Tensor, t: Tensor, noise: Tensor) -> OutputDistribution:
-        """Output of the network for data x (B, *data shape), shown by the flow at times t (B,) under standard normal noise."""
+        """Output distribution for data x (B, *data shape) that the flow shows at times t (B,) under standard normal noise."""
         return predict_from_data(self.network, self.flow, self.head, x, t, noise)
 
     def loss(
@@ -254,6 +233,7 @@ class BFN(ZooModule):
 
     # Lightning
 
+    @override
     def parameter_groups(self) -> Iterable[Any]:
         """All parameters, except from weight decay those that the network exempts."""
         return self.network.parameter_groups()
@@ -282,10 +262,7 @@ class BFN(ZooModule):
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log bounds of the negative log-likelihood with their standard errors.
-
-        The error is that of the mean over the test samples, each one's bound being the mean of its repeats.
-        """
+        """Measure bounds of the negative log-likelihood, the mean of the repeats for each sample."""
         draws = self.eval_random(self._batch_size(batch))
         bounds: dict[int | None, Tensor] = {}
         for repeat in range(self.likelihood_repeats):
@@ -297,30 +274,15 @@ class BFN(ZooModule):
                 costs[num_steps] = self.loss(x, random, num_steps) + reconstruction
             for part, cost in costs.items():
                 bounds[part] = bounds.get(part, 0) + cost / self.likelihood_repeats
-        for unit, factor in self.codec.units().items():
-            for part, bound in bounds.items():
-                cast(MeanAndError, self.test_bounds[self._test_name(unit, part)]).update(bound * factor)
+        self.test_bounds.add(bounds)
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log what `test_step` gathered."""
-        for name, bound in self.test_bounds.items():
-            mean, error = cast(MeanAndError, bound).compute()
-            self.log(f"test/{name}", mean)
-            self.log(f"test/{name}/standard_error", error)
-            cast(MeanAndError, bound).reset()
-
-    def _test_names(self) -> list[str]:
-        return [self._test_name(unit, part) for unit in self.codec.units() for part in (*self.likelihood_steps, None)]
-
-    @staticmethod
-    def _test_name(unit: str, num_steps: int | None) -> str:
-        """Name of a bound; None stands for the part of it that the reconstruction has."""
-        return f"{unit}/{'reconstruction' if num_steps is None else f'n={num_steps}' if num_steps else 'continuous'}"
+        self.log_dict({f"test/{name}": value for name, value in self.test_bounds.compute().items()})
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Draw samples, or fill in what is unknown of the user's images or texts.
+        """Draw samples, or fill in the unknown parts of the user's images or texts.
 
         Args:
             batch: ``index`` (B,), the samples' numbers, which are their seeds. For in-painting also ``image``
@@ -338,98 +300,24 @@ class BFN(ZooModule):
 
     # Official weights
 
+    @override
     def load_official(self, path: str | Path) -> None:
         """Read a released weights file into the network; see `ZooModule.from_official`."""
         load_official(self.network, path)
 
+    @override
     def to_official(self) -> dict[str, Tensor]:
         """The network's weights under the released files' names."""
         return to_official(self.network)
 
     @classmethod
+    @override
     def from_official_config(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """Our hyperparameters from a configuration of the published code."""
         return from_official_config(cls, config)
 
     @classmethod
+    @override
     def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
-        """Lines of a published configuration on data, training and sampling, and those without a counterpart."""
+        """Entries of a published configuration on data, training and sampling, and those without a counterpart."""
         return official_leftovers(config)
-
-    # Sampling
-
-    @property
-    def sampler_names(self) -> tuple[str, ...]:
-        """Names that `sample` takes."""
-        return solver_names()
-
-    @property
-    def sample_type(self) -> type[Samples] | type[TextSamples]:
-        """The result of `sample`, as the codec makes it."""
-        return type(self.codec.samples(torch.zeros(1, *self.data_shape), 0, None, self.num_levels))
-
-    def check_sampler(self, sampler: str | None = None, nfe: int | None = None) -> None:
-        """Make sure that `sample` can draw so.
-
-        Args:
-            sampler: as for `sample`.
-            nfe: as for `sample`.
-
-        Raises:
-            ValueError: unknown sampler, or too few network calls for it.
-        """
-        self.solver.rebuilt(sampler, nfe)
-
-    def sample(
-        self,
-        index_B: Tensor,
-        *,
-        seed: int = 0,
-        sampler: str | None = None,
-        nfe: int | None = None,
-        guide: Guide | None = None,
-        noise: Noise | None = None,
-        observer: Observer | None = None,
-        record: bool = False,
-    ) -> Samples | TextSamples:
-        """Draw one image or text per number; equal numbers and seeds give equal ones in any batch.
-
-        Dropout is off meanwhile, whatever mode the module is in.
-
-        Args:
-            index_B: (B,) int64, the samples' numbers.
-            seed: seed of all samples.
-            sampler: method, one of `sampler_names` or a published name; None for the module's own solver.
-            nfe: number of network calls; None for the solver's own.
-            guide: corrects each estimate of the data; see `Denoiser`.
-            noise: replaces the drawn noise by the caller's own; see `Solver.sample`.
-            observer: is shown time, state and estimate at each network call; see `Solver.sample`.
-            record: return the estimate after each network call too, as ``trajectory``.
-
-        Raises:
-            ValueError: unknown sampler, or too few network calls for it.
-        """
-        solver = self.solver if sampler is None and nfe is None else self.solver.rebuilt(sampler, nfe)
-        denoiser = Denoiser(self.network, self.flow, self.head, guide)
-        random = SampleRandom(seed, index_B.to(self.device))
-        with evaluation_mode(self.network):
-            drawn = solver.sample(
-                denoiser, self.data_shape, random, noise=noise, observer=observer, record=record, dtype=self.data_dtype
-            )
-        trajectory = None if drawn.trajectory is None else self.flow.to_levels(drawn.trajectory, self.num_levels)
-        return self.codec.samples(self.flow.to_levels(drawn.x, self.num_levels), drawn.nfe, trajectory, self.num_levels)
-
-    def in_paint(self, batch: dict[str, Any], **options: Any) -> Samples | TextSamples:
-        """Samples that agree with what is known of them; without input, free ones.
-
-        Args:
-            batch: as for `predict_step`.
-            options: as for `sample`.
-        """
-        known = self.codec.known(batch, self.num_levels)
-        if known is None:
-            return self.sample(batch["index"], **options)
-        levels, mask = (part.to(self.device) for part in known)
-        truth = self.flow.encode(self.flow.from_levels(levels, self.num_levels, self.data_dtype))
-        mask = mask.unsqueeze(-1) if truth.dim() > mask.dim() else mask  # of classes, all or none are known
-        return self.sample(batch["index"], guide=InPainting(truth, mask), **options)

@@ -40,14 +40,12 @@ class SampleQuality(SamplerComparison):
         samplers: Samplers to compare, out of the module's `sampler_names`.
         nfes: Numbers of network function evaluations to compare.
         num_samples: Samples for each pair. Distances fall with this number, so compare only at the same one.
-        batch_size: Samples per pass on each rank.
-        every_n_epochs: Measure during training too, in the validation of every n-th epoch; None for test only.
         extractor: Feature extractor; None for the DataModule's `feature_extractor`.
         weights_path: Inception's weights file, or the folder of your own classifier.
         kid_subset_size: Images per random subset of the kernel distance; without meaning beside `statistics`.
-        seed: Seed of the samples.
         statistics: Statistics of the real images, an `.npz` file as `zoo.metrics.read_statistics` wants it (ADM's of ImageNet,
             or one of ours); None to compare with the DataModule's reference images.
+        **kwargs: Arguments of `SamplerComparison`.
 
     Raises:
         ValueError: If a list is empty or a number is too small. What depends on module and data (names of samplers, the
@@ -64,15 +62,13 @@ class SampleQuality(SamplerComparison):
         samplers: Sequence[str],
         nfes: Sequence[int],
         num_samples: int = NUM_SAMPLES,
-        batch_size: int = 500,
-        every_n_epochs: int | None = None,
         extractor: str | None = None,
         weights_path: Path | None = None,
         kid_subset_size: int = 500,
-        seed: int = 0,
         statistics: Path | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(samplers, nfes, num_samples, batch_size, every_n_epochs, seed)
+        super().__init__(samplers, nfes, num_samples, **kwargs)
         if statistics is not None and num_samples < 2:
             raise ValueError(f"SampleQuality: a covariance wants at least 2 samples, got num_samples={num_samples}.")
         if statistics is None and (kid_subset_size < 2 or num_samples < kid_subset_size):

@@ -53,9 +53,9 @@ class SamplerComparison(Callback, ABC):
         samplers: Sequence[str],
         nfes: Sequence[int],
         num_samples: int,
-        batch_size: int,
-        every_n_epochs: int | None,
-        seed: int,
+        batch_size: int = 500,
+        every_n_epochs: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         name = type(self).__name__

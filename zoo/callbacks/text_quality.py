@@ -37,10 +37,8 @@ class TextQuality(SamplerComparison):
         nfes: Numbers of network function evaluations to compare.
         num_samples: Samples for each pair. The share of distinct words falls with this number, so compare only at the
             same one. Held-out text is taken in as many lines, evenly spaced, or whole if it has fewer.
-        batch_size: Samples per pass on each rank.
-        every_n_epochs: Measure during training too, in the validation of every n-th epoch; None for test only.
-        min_count: How often a word must occur in the training text to belong to its vocabulary.
-        seed: Seed of the samples.
+        min_count: Occurrences in the training text that make a word part of its vocabulary.
+        **kwargs: Arguments of `SamplerComparison`.
 
     Raises:
         ValueError: If a list is empty or a number is too small. What depends on module and data (names of samplers,
@@ -57,12 +55,10 @@ class TextQuality(SamplerComparison):
         samplers: Sequence[str],
         nfes: Sequence[int],
         num_samples: int = 1000,
-        batch_size: int = 500,
-        every_n_epochs: int | None = None,
         min_count: int = 2,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(samplers, nfes, num_samples, batch_size, every_n_epochs, seed)
+        super().__init__(samplers, nfes, num_samples, **kwargs)
         if min_count < 1:
             raise ValueError(f"TextQuality: min_count must be at least 1, got {min_count}.")
         self.min_count = min_count

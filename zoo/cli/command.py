@@ -28,6 +28,7 @@ from zoo.callbacks import RunCheckpoint
 from zoo.cli.argv import STAGES, import_paths, run_name, say, split_configs, stage_first, take_ckpt_path, typed_value
 from zoo.cli.configs import find_config, read_sections, texts, warn_of_replaced_callbacks
 from zoo.cli.csv_logger import ResumableCSVLogger
+from zoo.cli.data_arguments import fill_model_arguments
 from zoo.cli.parser import ZooArgumentParser
 from zoo.cli.precedence import above_configs, architecture, as_config, find_named, is_same_class, merged, replaced
 from zoo.cli.runs import METRICS, archive_run, find_checkpoint, last_checkpoint, put_back, run_folder
@@ -217,6 +218,7 @@ class ZooCLI(LightningCLI):
         """Build model, data and trainer; load shipped or shared weights (LightningCLI hook)."""
         # A module that checks batches before they move is no mistake, whatever data it is given.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
+        fill_model_arguments(self.config[self.subcommand])
         super().instantiate_classes()
         if self._pretrained is not None:
             entries, weights = read_pretrained(self._pretrained)

@@ -1,4 +1,4 @@
-"""What every network that scores rows offers.
+"""Interface of networks that score rows.
 
 Shape suffixes: B samples, F fields of categories, N numbers.
 """
@@ -17,8 +17,8 @@ class ClickNetwork(nn.Module, ABC):
     """Scores rows of categories and numbers.
 
     Args:
-        field_dims: How many ids each field of categories has.
-        num_dense: How many numbers a row has.
+        field_dims: Number of ids of each field of categories.
+        num_dense: Numbers of a row.
     """
 
     def __init__(self, field_dims: Sequence[int], num_dense: int) -> None:
@@ -28,7 +28,7 @@ class ClickNetwork(nn.Module, ABC):
 
     @abstractmethod
     def draw(self, random: SampleRandom) -> list[Tensor]:
-        """What training draws for each sample of a batch, for ``forward``."""
+        """Random draws of training for each sample of a batch, for ``forward``."""
 
     @abstractmethod
     def forward(self, sparse_BF: Tensor, dense_BN: Tensor, drawn: Sequence[Tensor] = ()) -> Tensor:
@@ -37,5 +37,5 @@ class ClickNetwork(nn.Module, ABC):
         Args:
             sparse_BF: int64 (B, F), ids of categories, each within its field.
             dense_BN: float (B, N), numbers.
-            drawn: What :meth:`draw` gave; empty in evaluation.
+            drawn: Result of :meth:`draw`; empty in evaluation.
         """

@@ -38,7 +38,7 @@ class DeepLayers(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def draw(self, random: SampleRandom) -> list[Tensor]:
-        """Which units are kept: bool (B, W) of each layer; none where there is no dropout."""
+        """Kept units: bool (B, W) of each layer; none without dropout."""
         if not self.dropout:
             return []
         return [
@@ -51,7 +51,7 @@ class DeepLayers(nn.Module):
 
         Args:
             x_BI: Inputs (B, I).
-            kept: What :meth:`draw` gave; empty: all units are kept.
+            kept: Result of :meth:`draw`; empty: all units are kept.
         """
         for number, layer in enumerate(self.layers):
             x_BI = layer(x_BI).relu()

@@ -19,8 +19,8 @@ class FieldEmbedding(nn.Module):
     Source: xDeepFM (arXiv 1803.05170), section 2.1; initial values as in its published code (deviation 0.01).
 
     Args:
-        field_dims: How many ids each field of categories has.
-        num_dense: How many numbers there are.
+        field_dims: Number of ids of each field of categories.
+        num_dense: Number of numbers.
         embed_dim: D.
 
     Raises:

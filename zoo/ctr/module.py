@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
+from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
@@ -22,8 +23,8 @@ class ClickModule(ZooModule):
     """The base of models that predict clicks; a subclass builds the network.
 
     Batches are dictionaries ``{"sparse": int64 (B, F), "dense": float (B, N), "label": float (B,), "index": int64 (B,)}``;
-    ``index``, the number of the row in its data set, decides what is drawn for it, so that results do not depend on how rows
-    are divided into batches and among processes (absent: its place in the epoch does).
+    ``index``, the number of the row in its data set, seeds its random draws, so that results do not depend on the division of
+    rows into batches and among processes (absent: its place in the epoch does).
 
     The loss is the binary cross-entropy, its mean over the batch. Logged are ``train/loss``, and of validation and test
     ``log_loss`` (the same mean over all rows, in nats) and ``auc`` (area under the receiver operating characteristic).
@@ -47,11 +48,12 @@ class ClickModule(ZooModule):
         self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
         self.val_log_loss, self.test_log_loss = Mean(), Mean()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Compare the columns of model and data before anything runs (Lightning hook).
+        """Compare the columns of model and data before anything runs.
 
         Raises:
-            ValueError: They differ.
+            ValueError: If they differ.
         """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
@@ -65,11 +67,12 @@ class ClickModule(ZooModule):
                 f" {type(data).__name__} has others: give --model.field_dims '{list(dims)}' --model.num_dense {num_dense}."
             )
 
+    @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check a batch before it leaves the CPU: an id beyond its field would be another field's (Lightning hook).
+        """Check a batch before it leaves the CPU: an id beyond its field would be another field's.
 
         Raises:
-            ValueError: The batch has other columns than the model, or an id that its field does not have.
+            ValueError: If the batch has other columns than the model, or an id outside of its field.
         """
         if isinstance(batch, Mapping):  # a strategy that gives several batches at once gives each of them to `check`
             self.check(batch)
@@ -79,7 +82,7 @@ class ClickModule(ZooModule):
         """Refuse a batch that does not fit the network.
 
         Raises:
-            ValueError: It has other columns, or an id that its field does not have.
+            ValueError: If it has other columns, or an id outside of its field.
         """
         dims, num_dense = self.network.field_dims, self.network.num_dense
         missing = {"sparse", "dense"} - batch.keys()
@@ -104,6 +107,7 @@ class ClickModule(ZooModule):
         logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
         return logit_B
 
+    @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean binary cross-entropy of a batch."""
         logit_B = self(batch, self.network.draw(self._random(batch)))
@@ -112,16 +116,18 @@ class ClickModule(ZooModule):
         return loss
 
     def _random(self, batch: Mapping[str, Tensor]) -> SampleRandom:
-        """What is drawn for the rows of a training batch, whichever process has them."""
+        """Random numbers of the rows of a training batch, whichever process has them."""
         if "index" not in batch:
             return self.train_random(len(batch["sparse"]))
         epoch = 0 if self._trainer is None else self.trainer.current_epoch
         return SampleRandom(self.random_seed, batch["index"], epoch=epoch)
 
+    @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """AUC and log loss of a validation batch."""
         self._evaluate("val", batch, self.val_auc, self.val_log_loss)
 
+    @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """AUC and log loss of a test batch."""
         self._evaluate("test", batch, self.test_auc, self.test_log_loss)
@@ -132,8 +138,9 @@ class ClickModule(ZooModule):
         log_loss.update(binary_cross_entropy_with_logits(logit_B, batch["label"].float(), reduction="none"))
         self.log_dict({f"{stage}/auc": auc, f"{stage}/log_loss": log_loss}, prog_bar=True, batch_size=len(logit_B))
 
+    @override
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Probability of a click for each row: ``{"index", "probability"}``, and ``"label"`` (0 or 1) where it is known."""
+        """Probability of a click for each row: ``{"index", "probability"}``, and ``"label"`` (0 or 1) if it is known."""
         found = {"index": batch["index"], "probability": self(batch).float().sigmoid()}
         return {**found, "label": batch["label"].long()} if "label" in batch else found
 
@@ -142,31 +149,35 @@ class XDeepFM(ClickModule):
     """Predicts clicks from categories and numbers: linear term, compressed interaction network (CIN), hidden layers (DNN).
 
     Args:
-        field_dims: How many ids each field of categories has. The data know it, and say it if it is wrong.
-        num_dense: How many numbers a row has.
+        field_dims: Number of ids of each field of categories, ``list(data.field_dims)``. The command line takes it from the
+            data if it is left out.
+        num_dense: Numbers of a row; likewise, and 0 in Python.
         embed_dim: Size of a field's vector.
         cin: Feature maps of each layer of the CIN.
         dnn: Width of each hidden layer.
         dropout: Dropout after each hidden layer; published without.
         optimizer: Makes the optimizer; the published L2 penalty of 1e-4 is Adam's ``weight_decay``.
-        lr_scheduler: Makes the schedule, stepped each step.
-        compile: Compile the network.
+        **kwargs: Arguments of `ClickModule`.
 
     Raises:
-        ValueError: A size is less than 1, or dropout outside [0, 1).
+        ValueError: If ``field_dims`` is missing, a size is less than 1, or dropout outside [0, 1).
     """
 
     def __init__(
         self,
-        field_dims: list[int],
-        num_dense: int = 0,
+        field_dims: list[int] | None = None,
+        num_dense: int | None = None,
         embed_dim: int = 10,
         cin: Sequence[int] = (200, 200, 200),
         dnn: Sequence[int] = (400, 400),
         dropout: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        compile: bool = False,
+        **kwargs: Any,
     ) -> None:
-        network = XDeepFMNetwork(field_dims, num_dense, embed_dim, cin, dnn, dropout)
-        super().__init__(network, optimizer, lr_scheduler, compile)
+        if field_dims is None:
+            raise ValueError(
+                f"{type(self).__name__}: field_dims is missing: give the number of ids of each field of categories, which"
+                " DataModules such as Flights and Criteo have as field_dims."
+            )
+        network = XDeepFMNetwork(field_dims, num_dense or 0, embed_dim, cin, dnn, dropout)
+        super().__init__(network=network, optimizer=optimizer, **kwargs)

@@ -23,8 +23,8 @@ class XDeepFMNetwork(ClickNetwork):
     Source: xDeepFM (arXiv 1803.05170), equation 9 and figure 5.
 
     Args:
-        field_dims: How many ids each field of categories has.
-        num_dense: How many numbers a row has.
+        field_dims: Number of ids of each field of categories.
+        num_dense: Numbers of a row.
         embed_dim: D.
         cin: Feature maps of each layer of the CIN; empty: no CIN.
         dnn: Width of each hidden layer of the DNN; empty: no DNN.
@@ -49,7 +49,7 @@ class XDeepFMNetwork(ClickNetwork):
         nn.init.zeros_(self.output.bias)
 
     def draw(self, random: SampleRandom) -> list[Tensor]:
-        """Which hidden units are kept, of each layer bool (B, width)."""
+        """Kept hidden units, of each layer bool (B, width)."""
         return self.dnn.draw(random)
 
     def forward(self, sparse_BF: Tensor, dense_BN: Tensor, drawn: Sequence[Tensor] = ()) -> Tensor:

@@ -168,6 +168,11 @@ class MaskedTransformer(nn.Module):
         """Width D."""
         return self.z_proj.out_features
 
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Float type of data, noise and losses."""
+        return torch.float64 if self.diffloss.dtype == torch.float64 else torch.float32
+
     def class_embedding(self, label_B: Tensor | None, batch_size: int, drop_B: Tensor | None = None) -> Tensor:
         """Embedding (B, D) of the classes; that of "no class" without labels, and where ``drop_B`` is true.
 

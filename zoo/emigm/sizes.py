@@ -6,7 +6,7 @@ Source: You et al., arXiv 2503.07197, tables 6 and 7.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Architecture", "SizeName", "architecture"]
+__all__ = ["Architecture", "SizeName", "architecture", "chosen_sizes"]
 
 SizeName = Literal["xsmall", "small", "base", "large", "huge"]
 
@@ -58,3 +58,19 @@ def architecture(size: SizeName, image_size: int) -> Architecture:
     width, depth, num_heads = _TRANSFORMERS[size]
     head_depth, head_width = (_HEADS_256 if image_size <= 256 else _HEADS_512)[size]
     return Architecture(width, depth, depth, num_heads, head_depth, head_width)
+
+
+def chosen_sizes(size: SizeName | None, own: Architecture | None, image_size: int) -> Architecture:
+    """A published size or an architecture of one's own.
+
+    Args:
+        size: Name; None with ``own``.
+        own: Architecture; None with ``size``.
+        image_size: Pixels along the longer side.
+
+    Raises:
+        ValueError: If both or neither is given, or the name is unknown.
+    """
+    if (size is None) == (own is None):
+        raise ValueError(f"EMIGM: give size ({', '.join(get_args(SizeName))}) or an architecture of your own, one of the two.")
+    return architecture(size, image_size) if own is None else own  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Ling: fine-grained mixture-of-experts language models."""
 
 from zoo.ling.cache import KVCache
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.engine import Completion, Engine
@@ -8,7 +9,7 @@ from zoo.ling.experts import Experts
 from zoo.ling.generation import generate, stream
 from zoo.ling.head import Head, cross_entropy, normalized_weight
 from zoo.ling.module import Ling
-from zoo.ling.network import LingForCausalLM, LingOutput
+from zoo.ling.network import LingOutput
 from zoo.ling.norm import RMSNorm
 from zoo.ling.preference import LingDPO
 from zoo.ling.rope import RotaryEmbedding

@@ -19,7 +19,7 @@ class KVCache:
         batch_size: sequences B.
         max_length: slots S: prompt and generated tokens.
         dtype: of keys and values.
-        device: where they lie.
+        device: Device of both.
 
     Raises:
         ValueError: fewer than one sequence or slot.
@@ -112,12 +112,12 @@ class KVCache:
 
 
 class StaticCache:
-    """A `KVCache` in the eyes of a step whose shapes never change: all slots are returned, a tensor says which one is written.
+    """View of a `KVCache` for a step whose shapes never change: all slots are returned, a tensor holds the one that is written.
 
-    So that a step can be compiled, or captured as a graph. What lies beyond the position has to be masked.
+    Such a step can be compiled, or captured as a graph. Slots beyond the position have to be masked.
 
     Args:
-        cache: where keys and values are.
+        cache: Memory of keys and values.
         position_1: int64 (1,), the slot that is written.
     """
 
@@ -134,4 +134,4 @@ class StaticCache:
         return key, value
 
     def advance(self, num_tokens: int) -> None:
-        """Whoever owns the position moves it."""
+        """Do nothing: the owner of the position moves it."""

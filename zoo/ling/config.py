@@ -37,17 +37,17 @@ def _check_types(config: "RopeScaling | LingConfig", prefix: str) -> None:
 
 @dataclass
 class RopeScaling:
-    """How rotary positions are stretched beyond the trained length.
+    """Stretching of rotary positions beyond the trained length.
 
     Attributes:
         type: ``linear`` divides positions by ``factor``; ``dynamic`` raises the base with the length, beyond
             ``max_position_embeddings``; ``yarn`` divides low frequencies only and scales cosine and sine.
-        factor: by how much, at least 1.
+        factor: Ratio of the stretching, at least 1.
         original_max_position_embeddings: length that was trained, for ``yarn``; None: ``max_position_embeddings``.
         beta_fast: rotations over the trained length above which ``yarn`` leaves a frequency as it is.
         beta_slow: rotations below which it divides by ``factor``.
         mscale: coefficient of the scale of cosine and sine.
-        mscale_all_dim: coefficient of what that is divided by.
+        mscale_all_dim: coefficient of the divisor of that scale.
 
     Raises:
         ValueError: an unknown type, or numbers out of range.
@@ -100,14 +100,14 @@ class RopeScaling:
 
 @dataclass
 class Generation:
-    """How texts are continued.
+    """Options of the continuation of texts.
 
     Attributes:
-        max_new_tokens: tokens to add at most; fewer where the end-of-text token comes.
-        temperature: what logits are divided by; 0: always the most probable token.
+        max_new_tokens: Most tokens to add; the end-of-text token ends a text before.
+        temperature: Divisor of the logits; 0: always the most probable token.
         top_k: draw from the k most probable tokens; 0: from all.
         top_p: draw from the most probable tokens that together have this probability.
-        repetition_penalty: what logits of tokens that occurred are divided by (multiplied, where negative); 1: nothing.
+        repetition_penalty: Divisor of the logits of tokens that occurred (factor, where negative); 1: none.
 
     Raises:
         ValueError: numbers out of range.
@@ -141,10 +141,10 @@ class LingConfig:
         num_shared_experts: S, width of the expert that every token visits, in units of I; 0: none.
         moe_intermediate_size: I, width of an expert.
         intermediate_size: width of a dense layer; needed where ``first_k_dense_replace`` > 0.
-        first_k_dense_replace: how many of the first layers are dense instead of experts.
+        first_k_dense_replace: Number of first layers that are dense instead of experts.
         norm_topk_prob: whether the k routing weights are divided by their sum (for k > 1).
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how positions are stretched; None: not. For ``yarn`` it names the trained length from here on.
+        rope_scaling: Stretching of positions; None: none. For ``yarn`` it names the trained length from here on.
         max_position_embeddings: trained length; tables grow beyond it on demand.
         rms_norm_eps: added to the mean square.
         norm_head: whether the head's weight is normalised over the vocabulary.

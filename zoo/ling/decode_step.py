@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from zoo.ling.cache import KVCache, StaticCache
 from zoo.ling.experts import FEW_COMPILED, Experts, _grouped_mm, choose_backend
 from zoo.ling.head import Head
+from zoo.ling.network import LingNetwork, SwiGLU
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding
 from zoo.ling.router import Router
-
-if TYPE_CHECKING:
-    from zoo.ling.network import LingForCausalLM, SwiGLU
 
 __all__ = ["Attend", "CPUStep", "FewTokens", "StaticStep", "lockstep", "rotation_table", "static_step"]
 
@@ -107,7 +105,7 @@ class _MLP:
     down_ID: Tensor
 
     @classmethod
-    def of(cls, mlp: "SwiGLU") -> "_MLP":
+    def of(cls, mlp: SwiGLU) -> "_MLP":
         return cls(mlp.gate_proj.weight.t(), mlp.up_proj.weight.t(), mlp.down_proj.weight.t())
 
 
@@ -129,14 +127,14 @@ class _Layer:
 class CPUStep:
     """The network's step in float32 or float64 on a CPU, from views of its weights; equal to it up to rounding.
 
-    It is made anew for each generation: weights that have been replaced since are not seen.
+    It is made for one generation: weights that are replaced later are not seen.
 
     Args:
         network: for which `supports` holds.
         max_length: most tokens of a sequence.
     """
 
-    def __init__(self, network: "LingForCausalLM", max_length: int) -> None:
+    def __init__(self, network: LingNetwork, max_length: int) -> None:
         config, model = network.config, network.model
         D, self.half = config.hidden_size, config.head_width // 2
         weight = model.word_embeddings.weight
@@ -151,7 +149,7 @@ class CPUStep:
         self.gain_D = model.norm.weight * math.sqrt(D)
 
     @staticmethod
-    def supports(network: "LingForCausalLM", max_length: int) -> bool:
+    def supports(network: LingNetwork, max_length: int) -> bool:
         """Whether the step knows all that the network does.
 
         That is so for modules as they are here, with plain parameters of one type on a CPU, without hooks and autocast; not
@@ -231,7 +229,7 @@ def lockstep(step: CPUStep, cache: KVCache, mask_B11S: Tensor | None) -> Attend:
 
     Args:
         step: whose heads.
-        cache: where keys and values are.
+        cache: memory of keys and values.
         mask_B11S: added to the scores, -inf at padding; None: no padding.
     """
     K, W = step.num_kv_heads, step.width
@@ -267,7 +265,7 @@ class StaticStep:
     """
 
     def __init__(
-        self, network: "LingForCausalLM", batch_size: int, max_length: int, dtype: torch.dtype, backend: str = "inductor"
+        self, network: LingNetwork, batch_size: int, max_length: int, dtype: torch.dtype, backend: str = "inductor"
     ) -> None:
         config, device = network.config, network.lm_head.weight.device
         if dtype != torch.bfloat16 and batch_size * config.num_experts_per_tok > FEW_COMPILED:
@@ -293,7 +291,7 @@ class StaticStep:
         self._graph: Any = None
         self._logits_BV: Tensor | None = None
 
-    def begin(self, network: "LingForCausalLM", padding_B: Tensor | None) -> None:
+    def begin(self, network: LingNetwork, padding_B: Tensor | None) -> None:
         """Go on from what the cache holds.
 
         Args:
@@ -337,14 +335,14 @@ class StaticStep:
             self._logits_BV = self._run(*arguments)
 
 
-_STEPS: "weakref.WeakKeyDictionary[LingForCausalLM, dict[tuple[Any, ...], StaticStep]]" = weakref.WeakKeyDictionary()
+_STEPS: "weakref.WeakKeyDictionary[LingNetwork, dict[tuple[Any, ...], StaticStep]]" = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype: torch.dtype) -> Iterator[StaticStep]:
+def static_step(network: LingNetwork, batch_size: int, length: int, dtype: torch.dtype) -> Iterator[StaticStep]:
     """A compiled step for at least ``length`` tokens, with an empty cache, for the caller alone while it is inside.
 
-    The last few of each network are kept for those who come later.
+    The last few of each network are kept for later calls.
 
     Args:
         network: whose step.
@@ -375,7 +373,7 @@ def static_step(network: "LingForCausalLM", batch_size: int, length: int, dtype:
             del kept[next(iter(kept))]
 
 
-def _turns_by_length(network: "LingForCausalLM", max_length: int) -> bool:
+def _turns_by_length(network: LingNetwork, max_length: int) -> bool:
     """Whether rotations change while a sequence grows to ``max_length``: with dynamic scaling, beyond the trained length."""
     scaling = network.config.rope_scaling
     return scaling is not None and scaling.type == "dynamic" and max_length > network.config.max_position_embeddings

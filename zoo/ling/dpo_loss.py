@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 class DPOLoss(NamedTuple):
-    """What a batch of preferences gives.
+    """Loss and rewards of a batch of preferences.
 
     Attributes:
         loss: mean over pairs, which the policy minimises.
@@ -58,16 +58,16 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def unpack(value_RT: Tensor, answer_RT: Tensor, position_RT: Tensor, num_answers: int, fill: float = 0) -> Tensor:
-    """What stands at the tokens of packed answers, with a row for each answer again.
+    """Values at the tokens of packed answers, with a row for each answer again.
 
     Long answers are summed in float32 as accurately then as those of padded batches, and without atomic additions.
 
     Args:
-        value_RT: what is there.
+        value_RT: Values of the packed rows.
         answer_RT: int64, number of the answer that a token belongs to.
         position_RT: int64, its place in that answer; no two tokens have the same answer and place.
         num_answers: A.
-        fill: what shorter answers are filled up with.
+        fill: Value after the end of shorter answers.
 
     Returns:
         (A, T), with gradient.
@@ -111,7 +111,7 @@ def dpo_loss(
         reference_chosen_B: the same under the reference, without gradient.
         reference_rejected_B: the same under the reference, without gradient.
         num_chosen_B: tokens of the chosen answer, needed for the NLL.
-        beta: how much a difference of likelihoods counts.
+        beta: Weight of a difference of likelihoods.
         nll_weight: weight of the NLL; 0: plain preference optimisation.
 
     Raises:

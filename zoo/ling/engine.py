@@ -11,7 +11,6 @@ Source: arXiv 2503.05139, section 2.4.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,12 @@ from torch import Tensor
 
 from zoo.base.random import SampleRandom
 from zoo.ling.decode_step import Attend, CPUStep
-from zoo.ling.generation import cache_dtype, check_ids, check_number, check_scores, stop_tokens, token_uniforms
+from zoo.ling.decoder import cache_dtype
+from zoo.ling.generation import check_ids, check_number, check_scores, stop_tokens, token_uniforms
+from zoo.ling.network import LingNetwork
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
 from zoo.ling.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
-
-if TYPE_CHECKING:
-    from zoo.ling.network import LingForCausalLM
 
 __all__ = ["Completion", "Engine"]
 
@@ -101,7 +99,7 @@ class Engine:
     """
 
     def __init__(
-        self, network: "LingForCausalLM", max_tokens: int, max_batch: int = 16, growth: int = 32, min_shared: int = 16
+        self, network: LingNetwork, max_tokens: int, max_batch: int = 16, growth: int = 32, min_shared: int = 16
     ) -> None:
         for name, value, least in (
             ("max_tokens", max_tokens, 1), ("max_batch", max_batch, 1), ("growth", growth, 1), ("min_shared", min_shared, 0),
@@ -176,7 +174,7 @@ class Engine:
         ids_T = torch.tensor(tokens)
         if ids_T.dim() != 1 or ids_T.is_floating_point():
             raise ValueError(f"A prompt is ids as integers (T,), got {ids_T.dtype} of shape {tuple(ids_T.shape)}.")
-        check_ids(self.network, ids_T)
+        check_ids(self.network.config, ids_T)
         if len(tokens) + max_new_tokens - 1 > self.max_tokens:
             raise ValueError(
                 f"A prompt of {len(tokens)} and max_new_tokens={max_new_tokens} need {len(tokens) + max_new_tokens - 1} slots,"
@@ -192,7 +190,7 @@ class Engine:
         if choice.needs_seen:
             seen_1V = torch.zeros(1, self.network.config.vocab_size, dtype=torch.bool, device=device)
             seen_1V[0, tokens] = True
-        stops = frozenset(stop_tokens(self.network, eos_token_id))
+        stops = frozenset(stop_tokens(self.network.config, eos_token_id))
         request = _Request(
             self._next, tokens, len(tokens), max_new_tokens, choice, stops, uniform_T, seen_1V, on_token
         )  # fmt: skip
@@ -202,10 +200,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit requests, then add one token to each running sequence; those that have ended.
+        """Admit requests, then add one token to each running sequence; return those that have ended.
 
         A step without requests does nothing. If ``on_token`` of a request raises, or the step is interrupted, the requests are as
-        they were before or with one token more each, and can go on; what has ended then is among the next step's.
+        they were before or with one token more each, and can continue; the next step returns those that have ended.
         """
         self._take_ended()  # of a step that was interrupted
         blocked = self._make_room()
@@ -313,7 +311,7 @@ class Engine:
         return best, longest if best is not None else 0
 
     def _share(self, donor: _Request, length: int) -> list[Segment]:
-        """The segments of the first ``length`` tokens, which get one more owner each; the last is split where it goes on."""
+        """The segments of the first ``length`` tokens, which get one more owner each; the last is split at its end."""
         shared: list[Segment] = []
         for segment in list(donor.segments):
             if not length:

@@ -33,7 +33,7 @@ def _fits_grouped(hidden_size: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: torch.dtype, device_type: str = "cuda") -> Backend:
-    """What ``auto`` takes: ``batched`` for a few assignments on a GPU, ``grouped`` where its rules allow, else ``loop``.
+    """The backend of ``auto``: ``batched`` for a few assignments on a GPU, ``grouped`` where its rules allow, else ``loop``.
 
     On a CPU gathered weights cost more than any number of small products. To a compiler grouped products are opaque but for
     bfloat16, and a loop over experts would have to know how many tokens each has: then ``batched`` for up to `FEW_COMPILED`
@@ -44,7 +44,7 @@ def choose_backend(num_assignments: int, hidden_size: int, width: int, dtype: to
         hidden_size: D.
         width: I.
         dtype: of the products.
-        device_type: where they are computed.
+        device_type: type of their device.
     """
     fits = _fits_grouped(hidden_size, width, dtype)
     if torch.compiler.is_compiling() and num_assignments <= FEW_COMPILED and not (fits and dtype == torch.bfloat16):
@@ -288,7 +288,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _counts(offset_E: Tensor) -> list[int]:
-    """How many assignments each expert has, on the host."""
+    """Number of assignments of each expert, on the host."""
     offsets = offset_E.tolist()
     return [end - begin for begin, end in zip([0, *offsets], offsets, strict=False)]
 

@@ -32,7 +32,7 @@ def normalized_weight(weight_VD: Tensor) -> Tensor:
 class Head(nn.Module):
     """Logits over the vocabulary, with the weight normalised over it (NormHead) or as it is.
 
-    The weight itself is never overwritten. The normalised one is computed anew in each forward pass, because nothing tells of
+    The weight itself is never overwritten. The normalised one is computed again in each forward pass, because nothing tells of
     every change of a weight; it is kept only inside a generation, see `keep`.
 
     Args:
@@ -48,7 +48,7 @@ class Head(nn.Module):
         self._kept: list[Tensor] | None = None
 
     def effective_weight(self) -> Tensor:
-        """What the logits are products with, (V, D)."""
+        """Factor of the logits, (V, D)."""
         if not self.normalize:
             return self.weight
         if self._kept is None:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from zoo.base.random import SampleRandom
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import Generation
 from zoo.ling.generation import stream
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
-from zoo.ling.network import LingForCausalLM
 from zoo.module import ZooModule
 
 __all__ = ["Conversation", "LingLM", "Tokenizer"]
@@ -31,26 +31,26 @@ _BLOCK = 64
 
 
 class Tokenizer(Protocol):
-    """What turns texts into ids and back."""
+    """Turns texts into ids and back."""
 
     eos_id: int
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text, with no marks added; those written in it are taken for what they name if ``special``."""
+        """Ids of a text, with no special tokens added; those written in it are taken as such if ``special``."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
 
 
 class Conversation(Protocol):
-    """What writes conversations as the model knows them."""
+    """Writes conversations in the model's form."""
 
     def encode_prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], str]:
         """Ids and text of messages, up to where the assistant's answer begins."""
 
 
 class _Answers:
-    """What lm-eval asks of a model: all of `LingLM` that does not need the package.
+    """Answers to the requests of lm-eval: all of `LingLM` that does not need the package.
 
     Args:
         pretrained: a `Ling` module, its network, or what `ZooModule.from_pretrained` takes: a folder or a name.
@@ -58,7 +58,7 @@ class _Answers:
         batch_size: sequences computed at a time; where options share a prompt, prompts.
         max_length: tokens that are seen at a time; longer contexts lose their beginning, which is said. None: as trained.
         max_gen_toks: tokens generated where a task does not say how many.
-        device: where to compute; None: where the model is.
+        device: Device to compute on; None: the model's.
         dtype: type of the weights, such as ``bfloat16``; None: as they are.
         seed: seed of sampled generations.
         chat: writes conversations, such as ``datamodules.text.chat_template.chat_template("ling", tokenizer, None)``; needed for
@@ -120,7 +120,7 @@ class _Answers:
         return self.tokenizer.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; there are no marks to add."""
+        """Ids of a text; there are no special tokens to add."""
         return list(self._written[string]) if string in self._written else self.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -130,7 +130,7 @@ class _Answers:
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval tells its stored requests apart by."""
+        """Key of lm-eval's stored requests."""
         return f"{getattr(self.tokenizer, 'fingerprint', type(self.tokenizer).__name__)}-{self.chat_template()}"
 
     def chat_template(self, chat_template: bool | str = True) -> str:
@@ -138,7 +138,7 @@ class _Answers:
         return "" if self.chat is None else type(self.chat).__name__
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; its ids, marks included, are kept and used where the text comes back.
+        """A conversation as text; its ids, special tokens included, are kept and used when the text comes back.
 
         Raises:
             ValueError: the model was made without ``chat``, or the task begins the assistant's answer (``gen_prefix``).
@@ -253,9 +253,9 @@ class _Answers:
         ends = {self.eot_token_id}
         for stop in stops:
             ids = self.tokenizer.encode(stop, special=True)
-            if len(ids) == 1 and not self.tokenizer.decode(ids):  # a mark, which no text shows
+            if len(ids) == 1 and not self.tokenizer.decode(ids):  # a special token, which has no text
                 ends.update(ids)
-        # No token but a mark has less than a byte of text: what a stop text ends in lies within so many tokens.
+        # Only special tokens have no byte of text: the end of a stop text lies within so many tokens.
         tail = max((len(stop.encode()) for stop in stops), default=0)
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations after contexts that they share: what multiple choice is decided by.
+"""Log-likelihoods of continuations after contexts that they share, which decide multiple choice.
 
 Shape suffixes: N pairs, C contexts of a pass, R rows (continuations) of a pass, S tokens of the longest context but its last,
 T tokens of the longest continuation, V vocabulary.
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zoo.ling.cache import KVCache
-from zoo.ling.network import LingForCausalLM
+from zoo.ling.decoder import cache_dtype
+from zoo.ling.network import LingNetwork
 from zoo.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["MOST_OPTIONS", "Encodes", "Likelihoods", "encode_pair", "loglikelihoods"]
@@ -28,11 +29,11 @@ class Encodes(Protocol):
     eos_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no marks added."""
+        """Ids of a text, with no special tokens added."""
 
 
 class Likelihoods(NamedTuple):
-    """How likely continuations are.
+    """Log-likelihoods of continuations.
 
     Attributes:
         logp_N: float64, log-likelihood of each continuation in nats, the sum over its tokens.
@@ -52,8 +53,8 @@ def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[li
 
     Args:
         tokenizer: makes ids of text.
-        context: what is given; may be empty.
-        continuation: what is scored.
+        context: Text before; may be empty.
+        continuation: Text to score.
 
     Raises:
         ValueError: the continuation has no tokens.
@@ -72,7 +73,7 @@ def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[li
 
 @torch.no_grad()
 def loglikelihoods(
-    network: LingForCausalLM,
+    network: LingNetwork,
     pairs: Sequence[tuple[Ids, Ids]],
     batch_size: int = 16,
     logit_tokens: int = 8192,
@@ -90,7 +91,7 @@ def loglikelihoods(
         batch_size: contexts of a pass, with up to `MOST_OPTIONS` continuations each, or more continuations of fewer contexts;
             where a context is a single token, continuations.
         logit_tokens: tokens whose logits are in memory at a time; longer continuations take more calls.
-        agree: where the network communicates between processes, which then must call it equally often: gives the largest of
+        agree: for a network that communicates between processes, which must call it equally often: gives the largest of
             their numbers of calls. Processes with fewer fill up with calls on a single token.
 
     Raises:
@@ -128,7 +129,7 @@ def loglikelihoods(
 
 
 class _Plan(NamedTuple):
-    """What is computed together.
+    """Pairs of one pass.
 
     Attributes:
         contexts: of the pass.
@@ -190,12 +191,12 @@ def _plan(pairs: Sequence[tuple[Ids, Ids]], numbers_R: list[int]) -> _Plan:
 
 
 def _num_calls(plan: _Plan, logit_tokens: int) -> int:
-    """How often the network is called for a pass."""
+    """Number of network calls of a pass."""
     return (plan.num_prefix > 0) + len(list(_segments(plan.num_tokens, max(1, logit_tokens // len(plan.owner_R)))))
 
 
 def _pass(
-    network: LingForCausalLM, contexts: Sequence[Ids], owner_R: list[int], continuations: Sequence[Ids], logit_tokens: int
+    network: LingNetwork, contexts: Sequence[Ids], owner_R: list[int], continuations: Sequence[Ids], logit_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (R,) and whether they are greedy, of continuations whose contexts are rows ``owner_R``."""
     device = network.lm_head.weight.device
@@ -236,12 +237,9 @@ def _pass(
     return logp_R, greedy_R
 
 
-def _cache(network: LingForCausalLM, rows: int, length: int) -> KVCache:
+def _cache(network: LingNetwork, rows: int, length: int) -> KVCache:
     """Room for keys and values in the type that attention computes with."""
-    weight = network.lm_head.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(network.config, rows, length, dtype, weight.device)
+    return KVCache(network.config, rows, length, cache_dtype(network), network.lm_head.weight.device)
 
 
 def _segments(length: int, size: int) -> Iterator[slice]:

@@ -7,8 +7,9 @@ heads, W width of a head, E experts, k experts of a token, V vocabulary.
 Source: "Every FLOP Counts", arXiv 2503.05139, and the modelling file released with the weights.
 """
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
-from zoo.ling.generation import generate
 from zoo.ling.head import IGNORED, Head, cross_entropy
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding, rotate
@@ -30,7 +30,7 @@ __all__ = [
     "Attention",
     "Block",
     "Cache",
-    "LingForCausalLM",
+    "LingNetwork",
     "LingOutput",
     "MoE",
     "Model",
@@ -46,7 +46,7 @@ RouterNoise = Callable[[int], Tensor]
 
 
 class Cache(Protocol):
-    """Where earlier keys and values are kept."""
+    """Memory of earlier keys and values."""
 
     length: int
 
@@ -59,7 +59,7 @@ class Cache(Protocol):
 
 @dataclass
 class LingOutput:
-    """What the model says of a batch.
+    """Losses, logits and routings of a batch.
 
     Attributes:
         loss: mean cross-entropy in nats; None without labels.
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             cos_BTW: cosines of their positions.
             sin_BTW: sines of their positions.
             mask: bool (B or 1, 1, T, S), true where a query sees a key; None: causal.
-            cache: where earlier keys and values are.
+            cache: memory of earlier keys and values.
         """
         B, T, _ = x_BTD.shape
         num_heads = self.num_heads + 2 * self.num_kv_heads
@@ -217,7 +217,7 @@ class Model(nn.Module):
         share: float | Tensor = 1.0,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """(B, T) ids to (B, T, D), and the routing of each layer with experts; arguments as for `LingForCausalLM`."""
+        """(B, T) ids to (B, T, D), and the routing of each layer with experts; arguments as for `LingNetwork`."""
         x_BTD = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length = x_BTD.shape[1] + (cache.length if cache is not None else 0)
         cos_BTW, sin_BTW = self.rotary(position_ids, length, x_BTD.dtype)
@@ -236,7 +236,7 @@ class Model(nn.Module):
 
 
 def attention_mask_of(num_tokens: int, attention_mask_BS: Tensor | None = None, document_BS: Tensor | None = None) -> Tensor:
-    """What the last ``num_tokens`` of S tokens see: earlier ones of the same document that are no padding.
+    """Mask of the last ``num_tokens`` of S tokens: they see earlier ones of the same document that are no padding.
 
     A query that sees nothing, such as padding on the left, sees itself, so that no softmax is over nothing.
 
@@ -307,12 +307,12 @@ def positions_and_mask(
     return position_ids, mask
 
 
-class LingForCausalLM(nn.Module):
-    """Ling-Lite, Ling-Plus and relatives, for training and generation.
+class LingNetwork(nn.Module):
+    """Embedding, blocks and head: ids to the scores of the next token, or to the loss of labels.
 
     Args:
         config: the architecture.
-        experts: how routed experts are computed, see `Experts`.
+        experts: computation of routed experts, see `Experts`.
         accurate_router: scores of the router in float32 whatever the weights' type.
     """
 
@@ -340,12 +340,29 @@ class LingForCausalLM(nn.Module):
         """Parameters of the routed experts, which expert parallelism shards."""
         return [parameter for moe in self.moe_layers for parameter in moe.experts.parameters()]
 
+    def freeze(self, patterns: Iterable[str]) -> None:
+        """Exclude parameters from training.
+
+        Args:
+            patterns: Patterns of their names, such as ``model.word_embeddings.*``.
+
+        Raises:
+            ValueError: If no parameter has such a name.
+        """
+        names = dict(self.named_parameters())
+        for pattern in patterns:
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise ValueError(f"Ling: freeze={pattern!r} fits no parameter; they are called such as {next(iter(names))}.")
+            for name in matching:
+                names[name].requires_grad_(False)
+
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights from N(0, ``initializer_range``); gains are 1, biases and the embedding of padding 0.
 
         Args:
-            generator: where numbers come from; None: torch's own.
+            generator: source of random numbers; None: torch's own.
         """
         for module in self.modules():
             if isinstance(module, RMSNorm):
@@ -426,16 +443,6 @@ class LingForCausalLM(nn.Module):
         if with_logits or (with_logits is None and labels is None):
             output.logits = self.lm_head(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         return output
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue prompts, (B, T) to (B, T + n); see `zoo.ling.generation.generate` for the options.
-
-        Args:
-            input_ids: prompts, padded on the left.
-            attention_mask: 1 for tokens, 0 for padding; None: no padding.
-            options: ``max_new_tokens``, ``temperature`` and others.
-        """
-        return generate(self, input_ids, attention_mask, **options)
 
 
 def expected_initial_loss(config: LingConfig) -> float:

@@ -79,7 +79,7 @@ def check_released(entries: Mapping[str, Any], source: str) -> None:
 
     Args:
         entries: ``config.json``, parsed.
-        source: where it comes from, for messages.
+        source: Its name in messages.
 
     Raises:
         ValueError: it is of another architecture, or an entry that the network depends on is missing or has the wrong type.
@@ -121,7 +121,7 @@ def from_hf_config(entries: Mapping[str, Any], source: str = "config.json") -> L
 
     Args:
         entries: ``config.json``, parsed.
-        source: where it comes from, for messages.
+        source: Its name in messages.
 
     Raises:
         ValueError: see `check_released`; or numbers that do not fit one another.
@@ -143,7 +143,7 @@ def from_hf_config(entries: Mapping[str, Any], source: str = "config.json") -> L
 
 
 def to_hf_config(config: LingConfig, kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a released ``config.json`` says of an architecture.
+    """Entries of a released ``config.json`` for an architecture.
 
     Args:
         config: the architecture.

@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from zoo.ling.batches import check_vocabulary
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
+from zoo.ling.head import IGNORED
 from zoo.ling.module import Ling
-from zoo.ling.network import LingForCausalLM, LingOutput
+from zoo.ling.network import LingOutput
 from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
 from zoo.metrics.mean_and_error import Mean
@@ -34,21 +38,21 @@ class LingDPO(Ling):
 
     Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
     ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
-    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both going on in the
-    padding behind a row's last answer; ``index`` (B,), whose length says how many pairs there are.
+    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both continued in the
+    padding behind a row's last answer; ``index`` (B,), whose length is the number of pairs.
 
     Args:
-        beta: how much a difference of likelihoods to the reference counts.
-        nll_weight: weight of the chosen answers' cross-entropy.
+        beta: Weight of a difference of likelihoods to the reference.
+        nll_weight: Weight of the chosen answers' cross-entropy.
         reference: ``copy`` takes the weights at the start of the training (kept in checkpoints, so that a continued run has
-            the same reference), ``precomputed`` the log-likelihoods that the data hold, anything else is the folder of a
-            model in the released format, whose experts and router are computed as the model's.
-        router_warmup_steps: must be 0, since the router has learned already.
-        kwargs: as for `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs count
-            alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
+            the same reference), ``precomputed`` the log-likelihoods of the data; any other text is the folder of a model in
+            the released format, whose experts and router are computed as the model's.
+        router_warmup_steps: 0, since the router has learned already.
+        kwargs: Arguments of `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs
+            count alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: If numbers are out of range.
     """
 
     exact_batches = True  # log-likelihoods of a reference are larger than what half precision tells apart
@@ -77,12 +81,13 @@ class LingDPO(Ling):
         self._reference: list[LingForCausalLM] = []
         self.val_preferences, self.test_preferences = _Preferences(), _Preferences()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Make the reference, before a strategy takes the weights apart (Lightning hook).
+        """Make the reference before a strategy divides the weights.
 
         Raises:
-            FileNotFoundError: there is no folder of that name.
-            ValueError: its weights are damaged, or its vocabulary is another.
+            FileNotFoundError: If there is no folder of that name.
+            ValueError: If its weights are damaged, or its vocabulary is another.
         """
         super().setup(stage)
         if stage == "predict" or self._reference or self.reference == "precomputed":
@@ -100,12 +105,13 @@ class LingDPO(Ling):
     def _keep(self, network: LingForCausalLM) -> None:
         self._reference = [network.requires_grad_(False).eval()]
 
+    @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check ids and what the batch holds (Lightning hook).
+        """Check the entries of the batch and their ids.
 
         Raises:
-            ValueError: these are no pairs, entries are missing, the answers are not of one width, an id or label is
-                not in the vocabulary, or packed answers are numbered otherwise than as described.
+            ValueError: If these are no pairs, entries are missing, the answers have several widths, an id or label is outside
+                of the vocabulary, or packed answers are numbered in another way.
         """
         if self.trainer.predicting:
             return super().on_before_batch_transfer(batch, dataloader_idx)
@@ -124,44 +130,46 @@ class LingDPO(Ling):
             shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in wanted)
             raise ValueError(f"LingDPO: pad all answers of a batch to one width ({shapes}).")
         for side in ["packed"] if packed else _SIDES:
-            self._check_ids(batch[f"{side}_input_ids"])
+            check_vocabulary(batch[f"{side}_input_ids"], self.config.vocab_size)
             labels = batch[f"{side}_labels"]
-            self._check_ids(labels[labels != -100])
+            check_vocabulary(labels[labels != IGNORED], self.config.vocab_size)
         if packed:
             _check_packing(batch)
         return batch
 
+    @override
     def on_fit_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         if self.reference == "copy" and not self._reference:  # continued from weights that were trained without one
             self._keep(copy.deepcopy(self.network))
         self._place_reference()
 
+    @override
     def on_validation_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         self._place_reference()
 
+    @override
     def on_test_start(self) -> None:
-        """Put the reference where the model is (Lightning hook)."""
         self._place_reference()
 
     def _place_reference(self) -> None:
         for network in self._reference:
             network.to(self.network.lm_head.weight)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the copied reference (Lightning hook)."""
+        """Keep the copied reference."""
         super().on_save_checkpoint(checkpoint)
         if self.reference == "copy" and self._reference:
             checkpoint["ling_reference"] = self._reference[0].state_dict()
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the reference of the run that is continued (Lightning hook)."""
+        """Restore the reference that `on_save_checkpoint` stored."""
         super().on_load_checkpoint(checkpoint)
         if self.reference != "copy":
             return
         if "ling_reference" not in checkpoint:
-            self._reference = []  # what `setup` copied are not the weights that are loaded now
+            self._reference = []  # the copy of `setup` is not of the weights that are loaded now
             return
         if not self._reference:
             self._keep(copy.deepcopy(self.network))
@@ -169,7 +177,7 @@ class LingDPO(Ling):
 
     @staticmethod
     def _run(network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LingOutput]:
-        """Log-likelihoods (B,) of chosen and of rejected answers, and what the network says of all tokens."""
+        """Log-likelihoods (B,) of chosen and of rejected answers, and the network's output for all tokens."""
         if "packed_input_ids" in batch:
             position_RT, answer_RT = batch["packed_position_ids"], batch["packed_answer_ids"]
             output = network(batch["packed_input_ids"], position_ids=position_RT, document_ids=answer_RT)
@@ -190,7 +198,7 @@ class LingDPO(Ling):
         return unpack(batch["packed_labels"], *where, 2 * _num_pairs(batch), fill=-100)[: _num_pairs(batch)]
 
     def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
-        """Loss and rewards of a batch, and what the model says of its tokens."""
+        """Loss and rewards of a batch, and the model's output for its tokens."""
         if self.reference == "precomputed":
             references = batch["reference_chosen_logps"], batch["reference_rejected_logps"]
         else:
@@ -200,8 +208,9 @@ class LingDPO(Ling):
         chosen_B, rejected_B, output = self._run(self.network, batch)
         return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
 
+    @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Weighted loss of a batch of pairs (Lightning hook)."""
+        """Weighted loss of a batch of pairs."""
         self._begin_mean(torch.tensor(_num_pairs(batch), device=self.device), batch_idx)
         result, output = self.preferences(batch)
         sides = ["packed"] if "packed_input_ids" in batch else _SIDES
@@ -222,12 +231,13 @@ class LingDPO(Ling):
         """The pairs of a batch."""
         return _num_pairs(batch)
 
+    @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss without the routers' part, accuracy and margin of the rewards (Lightning hook)."""
+        """Loss without the routers' part, accuracy and margin of the rewards."""
         self._log_preferences("val", batch)
 
+    @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As `validation_step` (Lightning hook)."""
         self._log_preferences("test", batch)
 
     def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:
@@ -257,10 +267,10 @@ def _num_pairs(batch: Mapping[str, Tensor]) -> int:
 
 
 def _check_packing(batch: Mapping[str, Tensor]) -> None:
-    """Refuse answers that would see one another, be asked for one another's beginning, or be lost.
+    """Refuse answers that would see one another, predict one another's beginning, or be lost.
 
     Raises:
-        ValueError: there are such.
+        ValueError: If there are any.
     """
     labels_RT, position_RT, answer_RT = (batch[f"packed_{name}"] for name in ("labels", "position_ids", "answer_ids"))
     begins_RT = position_RT == 0

@@ -65,7 +65,7 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             length: the sequence's length, which ``dynamic`` scaling depends on.
-            device: where.
+            device: Device of the result.
         """
         exponent = torch.arange(0, self.width, 2, dtype=torch.float32, device=device) / self.width
         scaling = self.scaling

@@ -17,6 +17,7 @@ __all__ = [
     "Routing",
     "assignment_counts",
     "balance_loss",
+    "layer_losses",
     "router_statistics",
     "warm_up_logits",
     "z_loss",
@@ -24,7 +25,7 @@ __all__ = [
 
 
 class Routing(NamedTuple):
-    """What the router says of N tokens.
+    """Experts, weights and scores of N tokens.
 
     Attributes:
         ids_Nk: experts of each token, by falling probability.
@@ -60,7 +61,7 @@ def z_loss(logits_NE: Tensor, valid_N: Tensor | None = None) -> Tensor:
 
 
 def assignment_counts(ids_Nk: Tensor, num_experts: int, valid_N: Tensor | None = None) -> Tensor:
-    """How many valid assignments each expert has, (E,) int64."""
+    """Number of valid assignments of each expert, (E,) int64."""
     weight_Nk = torch.ones_like(ids_Nk) if valid_N is None else valid_N[:, None].expand_as(ids_Nk).to(torch.int64)
     zero_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_Nk.device)
     return zero_E.scatter_add_(0, ids_Nk.reshape(-1), weight_Nk.reshape(-1))
@@ -88,7 +89,7 @@ def warm_up_logits(logits: Tensor, noise: Tensor, share: float | Tensor, mean: T
 
 
 class RouterStatistics(NamedTuple):
-    """What the routers of L layers did with a micro-batch, without gradient.
+    """Statistics of the routers of L layers on a micro-batch, without gradient.
 
     Attributes:
         counts: (L, E) int64, valid assignments to each expert.
@@ -123,6 +124,21 @@ def router_statistics(routings: Sequence[Routing], valid_N: Tensor | None = None
         torch.stack([masked_mean(routing.logits_NE.mean(-1), valid_N) for routing in routings]),
         torch.stack([masked_mean(routing.logits_NE.square().mean(-1), valid_N) for routing in routings]),
     )
+
+
+def layer_losses(routings: Sequence[Routing], load_LE: Tensor, valid_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Balance loss and z-loss of each layer, (L,) each.
+
+    Args:
+        routings: One a layer.
+        load_LE: Assignments to each expert that balance is judged by.
+        valid_N: Bool, tokens that count; None: all.
+    """
+    aux = [
+        balance_loss(routing.probs_NE, routing.ids_Nk, valid_N, load_E)
+        for routing, load_E in zip(routings, load_LE.unbind(), strict=True)
+    ]
+    return torch.stack(aux), torch.stack([z_loss(routing.logits_NE, valid_N) for routing in routings])
 
 
 class Router(nn.Module):

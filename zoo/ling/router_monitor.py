@@ -1,4 +1,4 @@
-"""How evenly the routers of a mixture of experts use their experts."""
+"""Evenness of the use of experts by the routers of a mixture of experts."""
 
 from typing import Protocol
 
@@ -17,7 +17,7 @@ __all__ = ["ReportsRouters", "RouterMonitor", "RouterStats"]
 
 
 class RouterStats(Protocol):
-    """What the routers did with one micro-batch; detached, padded tokens left out.
+    """Statistics of the routers on one micro-batch; detached, padded tokens left out.
 
     Attributes:
         counts: (L, E), tokens assigned to each expert.
@@ -64,7 +64,7 @@ class RouterMonitor(Callback):
         every_n_steps: optimizer steps between two logs; None: the trainer's ``log_every_n_steps``.
 
     Attributes:
-        latest: what was logged last.
+        latest: The values logged last.
 
     Raises:
         ValueError: ``every_n_steps`` below 1, or, when training starts, a module without router statistics.

@@ -26,7 +26,7 @@ def annealed(lr_start: float, lr_end: float, share: float, form: Form = "minus_s
         lr_start: learning rate at u = 0.
         lr_end: learning rate at u = 1.
         share: u; below 0 and above 1 the rate stays as at these.
-        form: which of the two curves.
+        form: One of the two curves.
 
     Example:
         >>> [f"{annealed(1.2e-4, 1.2e-8, share):.4g}" for share in (0.0, 0.25, 1.0)]
@@ -73,7 +73,7 @@ class WSD(_RateOfStep):
         warmup_steps: steps of the warm-up: at step i the rate is lr i / ``warmup_steps``.
         halve_at: share of the steps before the annealing after which the rate is halved, once; 1: never.
         annealing_steps: steps of the annealing at the end; 0: none.
-        lr_end: where the annealing ends.
+        lr_end: Learning rate at the end of the annealing.
         form: curve of the annealing, see `annealed`.
 
     Raises:
@@ -119,7 +119,7 @@ class Annealing(_RateOfStep):
     Args:
         optimizer: the optimizer.
         total_steps: step at which the rate is exactly ``lr_end``.
-        lr_end: where it ends.
+        lr_end: Learning rate at the end.
         form: the curve, see `annealed`.
 
     Raises:

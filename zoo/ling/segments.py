@@ -1,4 +1,4 @@
-"""Which slots of a memory of fixed size belong to whom: contiguous segments that grow, split, and may be shared.
+"""Ownership of the slots of a memory of fixed size: contiguous segments that grow, split, and may be shared.
 
 Source: arXiv 2503.05139, section 2.4 (the memory of the report's inference engine).
 """
@@ -16,7 +16,7 @@ class Segment:
     Attributes:
         start: first slot.
         stop: slot after the last.
-        owners: how many hold it; it is free when none does.
+        owners: Number of holders; 0: it is free.
     """
 
     start: int
@@ -31,7 +31,7 @@ class SegmentAllocator:
     """Hands out segments of ``num_slots`` slots and takes them back; what is free is kept in runs as long as can be.
 
     Args:
-        num_slots: how many slots there are.
+        num_slots: Number of slots.
 
     Raises:
         ValueError: fewer than one.
@@ -144,7 +144,7 @@ class SegmentAllocator:
 
 
 def runs_of(segments: list[Segment], begin: int, end: int) -> list[tuple[int, int]]:
-    """Where tokens ``begin`` to ``end - 1`` of a sequence lie: (first slot, slot after the last) of each run, in order.
+    """Slots of the tokens ``begin`` to ``end - 1`` of a sequence: (first slot, slot after the last) of each run, in order.
 
     Args:
         segments: the memory of the sequence, in the order of its tokens.

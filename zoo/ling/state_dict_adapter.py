@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from zoo.base.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
 from zoo.base.hyperparameters import class_path
+from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
-from zoo.ling.network import LingForCausalLM
 from zoo.ling.official_config import (
     ARCHITECTURE,
     CONFIG_FILE,
@@ -141,7 +141,7 @@ def _opened(file: Path) -> Iterator[Iterator[tuple[str, Tensor]]]:
 
 
 def _is_skipped(name: str) -> bool:
-    """What some files hold beside the network: tables that are computed, and the value head of a reward model."""
+    """Whether a tensor is none of the network's: a table that is computed, or the value head of a reward model."""
     return name.endswith("rotary_emb.inv_freq") or "v_head" in name.split(".")
 
 
@@ -156,7 +156,7 @@ def load_weights(
         network: on the meta device or not.
         path: a released folder, or one file of weights.
         dtype: of parameters that are allocated; None: as stored.
-        device: where they are allocated.
+        device: Device of the weights.
 
     Raises:
         FileNotFoundError: see `weight_files`.
@@ -258,8 +258,8 @@ def load_hf(
         path: the folder: ``config.json`` and safetensors or ``pytorch_model.bin``, whole or in shards; or the name of a
             repository of the Hugging Face hub (``"inclusionAI/Ling-lite"``) that has safetensors.
         dtype: of the weights; None: as stored.
-        device: where they go.
-        experts: how routed experts are computed, see `Experts`.
+        device: Device of the weights.
+        experts: Computation of routed experts, see `Experts`.
         accurate_router: scores of the router in float32 whatever the weights' type.
         config_changes: values of the `LingConfig` that are other ones than in the folder, such as ``rope_theta``.
 
@@ -310,8 +310,8 @@ def save_hf(
 
     Args:
         network: whose weights.
-        folder: where; made if missing. Weights that lie there already are replaced, once the new ones are written; a tokenizer
-            that lies there stays.
+        folder: Where to write; made if missing. Earlier weights in it are replaced once the new ones are written; a tokenizer
+            in it stays.
         max_shard_size: bytes of a file, as a number or like "5GB" or "500MiB"; a tensor is never split.
         normalized_head: for engines that know no NormHead: write the head normalised, and ``norm_head: false``.
         dtype: type to write; None: as it is.

@@ -56,10 +56,10 @@ class StepMean:
         self._counts.append(count)
 
     def weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """What the mean of the last micro-batch is multiplied with, 0-dim: ``W n_ic / N_1``, 0 where it has no label.
+        """Factor of the mean of the last micro-batch, 0-dim: ``W n_ic / N_1``, 0 if it has no label.
 
         Args:
-            dtype: that of the mean.
+            dtype: Type of the mean.
         """
         if self._work is not None:
             self._work.wait()
@@ -67,10 +67,10 @@ class StepMean:
         return (self._counts[-1] * self._processes).to(dtype) / self._first.clamp(min=1).to(dtype)
 
     def finish(self, accumulate: int) -> float:
-        """What the gradient of the step is multiplied with after its last micro-batch: ``A N_1 / N``.
+        """Factor of the step's gradient after its last micro-batch: ``A N_1 / N``.
 
         Args:
-            accumulate: A, by which the loss of each micro-batch was divided, however many there were.
+            accumulate: A, the divisor of each micro-batch's loss, whatever their number.
         """
         counts, self._counts = self._counts, []
         if accumulate == 1:

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or a draw by temperature, top-k and top-p, with a penalty on repetition.
+"""Choice of the next token: the likeliest, or a draw by temperature, top-k and top-p, with a penalty on repetition.
 
 Shape suffixes: B sequences, V vocabulary.
 """
@@ -57,7 +57,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How the next token is chosen from its scores.
+    """Choice of the next token from its scores.
 
     In this order, as in the transformers library: penalty on repetition, temperature, top-k, top-p, draw.
 

@@ -143,7 +143,7 @@ class BailingMoeConfig(PreTrainedConfig):
 
 
 class BailingMoePreTrainedModel(PreTrainedModel):
-    """What both models share: initial weights, and what the library may do with them."""
+    """Base of both models: initial weights, and the library's switches."""
 
     config_class = BailingMoeConfig
     config: BailingMoeConfig
@@ -155,7 +155,7 @@ class BailingMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"(^|\.)v_head\."]  # noqa: RUF012
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """How experts are computed (hook of the library): its names or ours, `zoo.ling.Experts`; None is ``auto``.
+        """Computation of the experts (hook of the library), by its names or ours, `zoo.ling.Experts`; None is ``auto``.
 
         Raises:
             ValueError: there is no such way.
@@ -224,9 +224,9 @@ class BailingMoeModel(BailingMoePreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
-        """What the head, a linear layer of its weight as stored, takes in.
+        """Inputs of the head, which is a linear layer of its weight as stored.
 
-        Without a mask and a cache, positions that begin anew separate documents of a packed sequence.
+        Without a mask and a cache, positions that start at 0 again separate documents of a packed sequence.
 
         Args:
             input_ids: (B, T) int64.
@@ -266,7 +266,7 @@ class BailingMoeModel(BailingMoePreTrainedModel):
         if made and attention_mask is not None and not attention_mask.is_floating_point():
             attention_mask = attention_mask.bool()
         document_ids = None
-        if attention_mask is None and position_ids is not None and not past and _begin_anew(position_ids):
+        if attention_mask is None and position_ids is not None and not past and _starts_again(position_ids):
             document_ids = (position_ids == 0).cumsum(1)
         position_ids, mask = positions_and_mask(given, past, None if made else attention_mask, position_ids, document_ids)
         view = None if cache is None else _CacheView(cache, past, whole=made)
@@ -374,7 +374,7 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
             use_cache: whether a cache is made where none is given.
             output_router_logits: whether the routers' logits are returned, with the balance loss summed over the layers.
             output_hidden_states: whether inputs of the blocks and of the head are returned.
-            logits_to_keep: how many of the last positions get logits, 0: all; or positions, see `slice_logits`.
+            logits_to_keep: number of last positions that get logits, 0: all; or positions, see `slice_logits`.
             past_key_values: the same as ``cache`` under its older name.
             return_dict: False: a tuple.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` go to the loss.
@@ -423,13 +423,13 @@ class BailingMoeForCausalLM(BailingMoePreTrainedModel, GenerationMixin):
         return torch.stack([balance_loss(probs_NE, probs_NE.topk(k).indices, valid_N) for probs_NE in probs]).sum()
 
 
-def _begin_anew(position_ids: Tensor) -> bool:
+def _starts_again(position_ids: Tensor) -> bool:
     """Whether there may be several documents, for which attention needs a mask; in a compiled graph that cannot be asked."""
     return torch.compiler.is_compiling() or bool((position_ids.diff(dim=1) != 1).any())
 
 
 def _present(module: nn.Module) -> AbstractContextManager[None]:
-    """Where weights are kept elsewhere between forward passes (the library's ``device_map``): bring a module's for a while."""
+    """Bring the weights of a module that keeps them elsewhere between forward passes (the library's ``device_map``)."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device  # whose hook it is
@@ -475,7 +475,7 @@ def slice_logits(hidden_BTD: Tensor, keep: int | Tensor) -> Tensor:
 
     Args:
         hidden_BTD: inputs of the head.
-        keep: how many of the last, 0: all; or positions (T',), or positions of each sequence (B, T'), or bool (B, T), which
+        keep: number of the last, 0: all; or positions (T',), or positions of each sequence (B, T'), or bool (B, T), which
             gives (positions, D).
     """
     if isinstance(keep, int):
