@@ -1,4 +1,4 @@
-"""What a forked process must leave alone: the garbage of the process that forked it."""
+"""Protection of a forked process from the garbage of the process that forked it."""
 
 import gc
 import os

@@ -117,7 +117,7 @@ class Traffic:
         return sum(transfer.ring_bytes for transfer in self._chosen(operation, link))
 
     def counts(self) -> dict[tuple[str, Link], int]:
-        """How many collectives there were of each operation and class of links."""
+        """Number of collectives of each operation and class of links."""
         return dict(Counter((transfer.operation, transfer.link) for transfer in self.transfers))
 
     def link_of(self, ranks: Iterable[int]) -> Link:

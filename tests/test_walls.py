@@ -38,7 +38,7 @@ WIRING = (
     "router_monitor",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
-FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn")
+FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
 

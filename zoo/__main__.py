@@ -78,7 +78,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _message(error: BaseException) -> str | None:
-    """What our own code says is wrong, if it raised the error as a message for the user; ``ZOO_TRACEBACK=1`` shows where."""
+    """Message of an error that our own code raised for the user, else None; ``ZOO_TRACEBACK=1`` shows where."""
     home = _home(error)
     if home in ("zoo", "datamodules", "strategies") and isinstance(
         error, ValueError | TypeError | RuntimeError | OSError | ImportError

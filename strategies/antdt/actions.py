@@ -1,4 +1,4 @@
-"""What a controller may ask of a job: the actions of AntDT, numbered, and their form as plain data (section 2.3).
+"""Actions that a controller may ask of a job, numbered, and their form as plain data (section 2.3).
 
 A *global* action concerns all workers, who apply it at the same step; a *node* action concerns the one it is addressed to.
 """
@@ -147,7 +147,7 @@ class Versioned:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Versioned":
-        """What `to_json` wrote.
+        """Read the result of `to_json`.
 
         Raises:
             ValueError: An action or field that is unknown, or one that is missing.

@@ -1,4 +1,4 @@
-"""Where a server is found: host, port and token, in a file of its folder that only the owner may read."""
+"""Address of a server: host, port and token, in a file of its folder that only the owner may read."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SERVER_FILE = "server.json"
 
 
 class Address(NamedTuple):
-    """Where a server listens.
+    """Host, port and token of a server.
 
     Attributes:
         host: name or number.

@@ -1,4 +1,4 @@
-"""Where the workers of a new group wait for one another, before any of them gets the number of their generation."""
+"""Barrier at which the workers of a new group meet before any of them gets the number of their generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

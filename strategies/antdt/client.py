@@ -203,7 +203,7 @@ class Client:
         )
 
     def snapshot(self) -> dict[str, Any]:
-        """What goes into a checkpoint: ``{ledger, controller}``."""
+        """State for a checkpoint: ``{ledger, controller}``."""
         return self.call("snapshot")
 
     def restore(self, ledger: Mapping[str, Any] | None, controller: Mapping[str, Any] | None = None) -> None:
@@ -228,7 +228,7 @@ class Client:
                 raise
 
     def status(self) -> dict[str, Any]:
-        """What the server knows of the job; changes nothing."""
+        """State of the job as the server knows it; changes nothing."""
         return self.call("status")
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""What a solution sees of a cluster: frozen, plain numbers (section 2.3)."""
+"""View of a cluster for solutions: frozen, plain numbers (section 2.3)."""
 
 import statistics
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How a rank finds the service of its job, takes part in it, and leaves it."""
+"""Connection of a rank to the service of its job: find, join, leave."""
 
 import os
 import socket

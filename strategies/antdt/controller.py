@@ -25,7 +25,7 @@ R_SMOOTHING = 0.3  # weight of a new restart in the running mean of R
 
 @dataclass
 class _Node:
-    """What is known of a node beside its measurements.
+    """Facts about a node beside its measurements.
 
     Attributes:
         role: ``worker``, ``server`` or ``spare``.
@@ -207,7 +207,7 @@ class Controller:
         node_state: Mapping[str, Any] | None = None,
         errors: Iterable[Any] = (),
     ) -> None:
-        """What a node has measured since its last report.
+        """Take a node's measurements since its last report.
 
         Args:
             node: ``worker:3``, ``server:0``.
@@ -234,7 +234,7 @@ class Controller:
     def report_step(
         self, role: str, counts: Sequence[int], micros: Sequence[int], taken: Sequence[float], wall: float, now: float
     ) -> None:
-        """What all nodes of a role have measured in one step: the same as `report` for each, for simulations of many.
+        """Take the measurements of all nodes of a role in one step: `report` for each, for simulations of many.
 
         Args:
             role: ``worker`` or ``server``.
@@ -254,7 +254,7 @@ class Controller:
                 self._restart_over(node, self._now - wall)
 
     def progress(self, remaining_samples: int, step: int) -> None:
-        """How far the job is.
+        """Take the progress of the job.
 
         Args:
             remaining_samples: Left to train.

@@ -1,4 +1,4 @@
-"""What all ranks tell each other about a step, in one small collective that nobody waits for (section 2.4)."""
+"""Exchange of step measurements among all ranks, in one small asynchronous collective (section 2.4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which errors a restart could cure (section 2.10)."""
+"""Errors that a restart could cure (section 2.10)."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,7 +22,7 @@ def describe(error: Any) -> str:
 
 
 def classify(error: Any) -> Curable:
-    """What can be done about an error.
+    """Remedy for an error.
 
     Args:
         error: As it was reported.

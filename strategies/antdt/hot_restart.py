@@ -37,7 +37,7 @@ class Host(Protocol):
 
     @property
     def lightning_module(self) -> Any:
-        """What is trained."""
+        """The training loop."""
 
     def somebody_is_gone(self) -> bool:
         """Whether the service misses a member of this rank's group."""
@@ -53,7 +53,7 @@ class Host(Protocol):
         """Epoch, and steps of it, that are trained."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint does not hold, and the next group needs."""
+        """State that the next group needs and a checkpoint does not hold."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Snapshot:
         return loaded
 
     def told(self) -> dict[str, Any]:
-        """What the service is told, see `Client.join`."""
+        """Message to the service, see `Client.join`."""
         return {"step": self.step, "trained": list(self.trained)}
 
 

@@ -61,7 +61,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What the positions stand for: two ledgers with different ones are about different things.
+    """Meaning of the positions: ledgers that differ in it are about different data.
 
     Attributes:
         n: samples.
@@ -449,7 +449,7 @@ class DataShardingService:
     # ---- what is kept -------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """What a checkpoint of the model stores: everything not committed is to do.
+        """State for a checkpoint of the model: everything not committed is to do.
 
         Returns:
             ``{version, dataset, n, seed, shuffle, shard, epoch, consumed, todo: [[lo, hi], ...], later, lost, repeated}``,

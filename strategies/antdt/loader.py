@@ -43,7 +43,7 @@ class SupportsRange(Protocol):
 
 
 class Order(Protocol):
-    """Which sample stands at a position; see `SampleOrder`."""
+    """The sample at a position; see `SampleOrder`."""
 
     def indices(self, epoch: int, lo: int, hi: int) -> Tensor:
         """Sample indices of the positions ``lo .. hi - 1`` of an epoch: int64 (hi - lo,)."""
@@ -51,7 +51,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a rank trains in a step.
+    """Samples of a rank in a step.
 
     Attributes:
         plan: of the step.
@@ -249,7 +249,7 @@ class StepLoader:
         self._resumed = True
 
     def resume(self) -> dict[str, int]:
-        """Where this run begins, once that is settled; the next pass over that epoch goes on there."""
+        """Start of this run, once settled; the next pass over that epoch continues there."""
         if not self._resumed:
             self._position |= {"epoch": self.epoch(), "samples": 0}
         self._resumed = True

@@ -15,7 +15,7 @@ __all__ = ["Reached", "before_interruption", "is_before_first_batch"]
 
 @dataclass(frozen=True)
 class Reached:
-    """How far training has come.
+    """Progress of training.
 
     Attributes:
         epoch: of the last completed step.

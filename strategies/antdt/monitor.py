@@ -1,4 +1,4 @@
-"""What was measured, in windows: how fast each node is now, and for how long it has been slow (section 2.2).
+"""Measurements in windows: speed of each node now, and the time for which it has been slow (section 2.2).
 
 Two windows end now. The short one gives a node's seconds a sample, ``c_i = (sum T - a_i C) / sum n``. The long one is cut into
 sub-samples, and ``p_i`` is the share of them in which ``c_i`` exceeded the median by a factor; of nodes with the same device, for

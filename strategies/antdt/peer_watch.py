@@ -1,4 +1,4 @@
-"""What a rank does about other ranks of its group that are gone, or hang.
+"""Watch over the other ranks of a group, which may be lost or hang.
 
 A process that dies breaks the collectives that wait for it, and its launcher ends the group. A process that *hangs*, stopped or
 stuck in its kernel, does neither: all wait for it. The service does not hear from it, and so a rank on the same machine ends it.

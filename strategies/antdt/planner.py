@@ -1,4 +1,4 @@
-"""Which positions each rank trains in each step, planned ahead, alike on all ranks (sections 2.1, 2.4).
+"""Positions that each rank trains in each step, planned ahead, alike on all ranks (sections 2.1, 2.4).
 
 An epoch of N samples takes exactly ``ceil(N / B)`` steps, whatever the batches B_i of the ranks are and however they change,
 because of two rules [derived]. With L steps left, a rank holds at most ``B_i L`` positions that it has not trained: those it has
@@ -47,7 +47,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a rank does in a step.
+    """Work of a rank in a step.
 
     Attributes:
         epoch: number of the epoch.
@@ -72,7 +72,7 @@ class StepPlan:
 
 
 class PositionSource(Protocol):
-    """Where positions come from; see `ShardSource`."""
+    """Source of positions; see `ShardSource`."""
 
     def begin(self, epoch: int) -> None:
         """Forget what is held; from now on, positions are of this epoch."""

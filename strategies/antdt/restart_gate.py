@@ -24,7 +24,7 @@ LEAST = 0.05  # of R
 
 
 def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch: int = 1) -> int:
-    """How many of the bad workers, the worst first, to restart; 0 if it does not pay.
+    """Number of bad workers to restart, the worst first; 0 if it does not pay.
 
     Others take over what a slow worker cannot do, so that one more quick worker is worth little in a large group.
 
@@ -65,7 +65,7 @@ def worker_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch:
 
 
 def server_restarts(view: ClusterView, bad: Sequence[NodeView], min_local_batch: int = 1) -> int:
-    """How many of the bad servers, the worst first, to restart; 0 if it does not pay.
+    """Number of bad servers to restart, the worst first; 0 if it does not pay.
 
     All steps wait for the slowest server, and nothing can be taken off it.
     """

@@ -1,4 +1,4 @@
-"""What the server answers: requests in, answers out; it knows no sockets and reads no clock.
+"""Request handling of the data-sharding service, free of sockets and clocks.
 
 One `Service` holds the ledger of samples and the controller of one job, and who takes part in it.
 """
@@ -28,7 +28,7 @@ class Peer(Protocol):
 
 
 class SupportsControl(Protocol):
-    """What the service needs of a controller, see `strategies.antdt.controller.Controller`."""
+    """Interface of a controller for the service, see `strategies.antdt.controller.Controller`."""
 
     failure: str | None
     """Why the job cannot go on."""
@@ -49,16 +49,16 @@ class SupportsControl(Protocol):
         """A node takes part."""
 
     def report(self, node: str, samples: Sequence[Any], now: float, *, node_state: Any = ..., errors: Sequence[Any] = ()) -> None:
-        """What a node has measured."""
+        """Take a node's measurements."""
 
     def progress(self, remaining_samples: int, step: int) -> None:
-        """How far the job is."""
+        """Take the progress of the job."""
 
     def tick(self, now: float) -> list[Any]:
         """Decide, if it is time to."""
 
     def actions_after(self, version: int, node: str) -> list[Any]:
-        """What a node that knows a version has not heard."""
+        """Decisions that a node with a given version has not received."""
 
     def applied(self, version: int, step: int, now: float) -> None:
         """A version is in effect."""
@@ -90,7 +90,7 @@ class _Node:
 
 
 class _Applied:
-    """Which decision all workers know: the lowest that any of them has reported, once all have reported."""
+    """The decision that all workers know: the lowest that any of them has reported, once all have reported."""
 
     def __init__(self) -> None:
         self._of: dict[str, int] = {}
@@ -445,7 +445,7 @@ class Service:
         return {"ok": True}
 
     def _status(self, request: dict[str, Any], peer: Peer, now: float) -> dict[str, Any]:
-        """What is going on, for people and tests."""
+        """Status for people and tests."""
         status: dict[str, Any] = {"configured": self._recorded.configured, "uptime": now - self._started}
         if self._recorded.settings is not None:
             ledger = self._recorded.ledger

@@ -113,7 +113,7 @@ class ShardSource:
                 self._commits[sid] = hi
 
     def commits(self) -> list[list[int]]:
-        """What is to be committed, ``[[sid, upto], ...]``; it is up to the caller now."""
+        """Take what is to be committed, ``[[sid, upto], ...]``; the caller is responsible for it from now on."""
         with self._lock:
             items, self._commits = self._commits, {}
         return [[sid, upto] for sid, upto in items.items()]

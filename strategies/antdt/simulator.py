@@ -81,7 +81,7 @@ class SimCluster:
 
 @dataclass
 class SimResult:
-    """What a simulated job came to. All of it is simulated.
+    """Result of a simulated job. All of it is simulated.
 
     Attributes:
         seconds: Job completion time.

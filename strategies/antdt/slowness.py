@@ -1,4 +1,4 @@
-"""How slow each node is at each time, for simulations: drawn from a model, or recorded (section 2.9).
+"""Slowness of each node at each time, for simulations: drawn from a model, or recorded (section 2.9).
 
 A node takes ``base * transient(t) * persistent`` times as long as usual. Transient slowness comes and goes: episodes begin after
 exponential gaps, last exponentially, and slow down by a uniform factor. Persistent slowness lasts until the node is restarted
@@ -19,7 +19,7 @@ __all__ = ["NodeSlowness", "SlownessModel", "read_slowness"]
 
 @dataclass(frozen=True)
 class SlownessModel:
-    """How slowness is drawn.
+    """Model from which slowness is drawn.
 
     Attributes:
         transient_rate: Episodes a second of a node that has none.

@@ -21,7 +21,7 @@ __all__ = ["LBBSP", "AntDTDD", "AntDTND", "BackupWorkersSolution", "Oracle", "So
 
 
 class Solution(Configurable, ABC):
-    """What to do about stragglers. Derive from it to bring your own.
+    """Policy against stragglers. Derive from it to bring your own.
 
     The controller calls `decide` from time to time, and sees to it that at most one action for all workers is under way, that
     actions cool down, and that no node restarts too often.
@@ -32,7 +32,7 @@ class Solution(Configurable, ABC):
 
     @abstractmethod
     def decide(self, view: ClusterView, now: float) -> list[Action]:
-        """What to do now; an empty list for nothing.
+        """Actions to take now; an empty list for none.
 
         Args:
             view: The cluster.
@@ -40,11 +40,11 @@ class Solution(Configurable, ABC):
         """
 
     def cooldowns(self) -> dict[str, float]:
-        """How long after an action of a kind the next of that kind may come, in the unit of the windows."""
+        """Least time between two actions of a kind, in the unit of the windows."""
         return {AdjustBatch.kind: self.windows.transient, KillRestart.kind: self.windows.persistent}
 
     def state_dict(self) -> dict[str, Any]:
-        """What must not be lost when the controller's process ends, as plain types."""
+        """State that outlives the controller's process, as plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,7 +147,7 @@ class AntDTND(Solution):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many restarts the present batches know of."""
+        """Number of restarts that the present batches account for."""
         return {"restarts": self._restarts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -291,7 +291,7 @@ class AntDTDD(Solution):
         return largest
 
     def state_dict(self) -> dict[str, Any]:
-        """What was solved, and from what."""
+        """Record of a solution and its inputs."""
         return {"solved": self._solved, "lines": self._lines, "members": self._members}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -404,7 +404,7 @@ class BackupWorkersSolution(Solution):
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What was said."""
+        """The text of the record."""
         return {"said": self._said}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What all ranks did in each step, line by line in a file, and the last of it for callbacks (written by rank 0)."""
+"""Log of each step of all ranks, a line each in a file, and the last step for callbacks (written by rank 0)."""
 
 import json
 import os

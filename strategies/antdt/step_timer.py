@@ -17,7 +17,7 @@ __all__ = ["StepSample", "StepTimer"]
 
 @dataclass(frozen=True)
 class StepSample:
-    """What a rank measured of a step.
+    """Measurements of a rank in a step.
 
     Attributes:
         step: optimizer steps before this one.

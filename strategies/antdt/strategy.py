@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from strategies.antdt.actions import AdjustLR
 from strategies.antdt.agent import Agent
@@ -198,8 +199,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
     # A run begins
 
+    @override
     def _configure_launcher(self) -> None:
-        """Split off the process that trains, for a hot restart (Lightning hook)."""
+        """Split off the process that trains, for a hot restart."""
         super()._configure_launcher()
         if self.restart == "group":
             return
@@ -220,8 +222,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
     def _rejoins(self) -> bool:
         return self._hot is not None and self._hot.rejoins
 
+    @override
     def setup_distributed(self) -> None:
-        """Find the service, join the generation and the other ranks (Lightning hook)."""
+        """Find the service, join the generation and the other ranks."""
         self.set_world_ranks()
         trainer = self._trainer_of()
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -317,8 +320,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
                 f" {self.world_size}."
             )
 
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the module (Lightning hook)."""
+        """Prepare the module."""
         self._trainer = trainer
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
@@ -341,8 +345,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
     # Data
 
+    @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Replace the training loader by one that asks the service (Lightning hook)."""
+        """Replace the training loader by one that asks the service."""
         trainer = self._trainer_of()
         if trainer is None or not trainer.training:
             return dataloader
@@ -444,8 +449,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
     # Training begins and ends
 
+    @override
     def on_train_start(self) -> None:
-        """Put the service to where this run begins (Lightning hook)."""
+        """Put the service to where this run begins."""
         trainer, loader, agent = self._trainer, self._loader, self._agent
         assert trainer is not None
         loaders = trainer.fit_loop._combined_loader
@@ -532,7 +538,7 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         return at["epoch"], planner.num_steps - -(-(planner.num_samples - at["samples"]) // planner.global_batch)
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint does not hold, and the next group needs."""
+        """State that the next group needs and a checkpoint does not hold."""
         assert self._trainer is not None
         return {f"{KEY}_hot": {"lr_factor": self._lr_factor, "should_stop": self._trainer.should_stop}}
 
@@ -563,8 +569,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         if callable(self._former_handler) and not isinstance(self._former_handler, _HandlersCompose):
             self._former_handler(number, frame)  # not Lightning's, which speaks to peers from wherever it interrupts this one
 
+    @override
     def on_train_end(self) -> None:
-        """Commit what is done, and leave (Lightning hook)."""
+        """Commit what is done, and leave."""
         assert self._agent is not None and self._connection is not None
         self._agent.stop()
         self._agent.report()
@@ -574,8 +581,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         self._wait_for_all()
         self._close(job_is_over=True)
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the service; let the launcher start again what was stopped for that (Lightning hook)."""
+        """Tell the service; let the launcher start again what was stopped for that."""
         super().on_exception(exception)
         stopped = isinstance(exception, SIGTERMException)
         if self._restarting and isinstance(exception, SystemExit):
@@ -588,8 +596,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
             self._connection.fail([_described(exception)], step)
         self._close(job_is_over=restarts_left() == 0)
 
+    @override
     def teardown(self) -> None:
-        """Give everything back (Lightning hook)."""
+        """Give everything back."""
         if self._agent is not None:
             self._agent.stop()
         self._close(job_is_over=False)
@@ -614,16 +623,18 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         if self._log is not None:
             self._log.close()
 
+    @override
     def on_validation_start(self) -> None:
-        """A validation begins (Lightning hook)."""
+        """A validation begins."""
         super().on_validation_start()
         if self._hot is not None:
             self._hot.validates(self._trainer)
 
     # A step
 
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Take up the step's plan (Lightning hook).
+        """Take up the step's plan.
 
         Raises:
             SIGTERMException: all ranks have agreed to stop, and no callback has seen to it.
@@ -681,8 +692,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
         return own, wait
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass of the first micro-batch (Lightning hook)."""
+        """Forward pass of the first micro-batch."""
         self._rest = (args[1:], kwargs)
         with self._unsynchronized(last=len(self._step.micros) == 1):
             return self._forward(0, args[0])
@@ -703,7 +715,7 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
     @contextmanager
     def _logged_as(self, count: int, batch: Any) -> Iterator[None]:
-        """What the module logs weighs as many samples as count, that of a shadow nothing."""
+        """Weight the module's logged values by the samples that count; those of a shadow weigh nothing."""
         assert self._trainer is not None
         results: Any = self._trainer.fit_loop.epoch_loop._results
         results.batch, results.batch_size = batch, count
@@ -715,8 +727,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         finally:
             vars(results).pop("update_metrics", None)
 
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Weigh and go back; then the other micro-batches, the last of which is followed by the reduction (Lightning hook)."""
+        """Weigh and go back; then the other micro-batches, the last of which is followed by the reduction."""
         step = self._step
         assert self._weights is not None
         weights, all_weights = self._weights
@@ -749,8 +762,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
             raise RuntimeError("AntDTStrategy: training_step returned None, which would leave out a part of the global batch.")
         return loss
 
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """A step; its samples are done then (Lightning hook)."""
+        """A step; its samples are done then."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self._loader is not None and self._agent is not None and self._timer is not None and self._trainer is not None
         self._loader.trained()
@@ -818,7 +832,7 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         return positions[:batch_size]
 
     def antdt_state(self) -> dict[str, Any]:
-        """What goes on: ``step, batch, bpt, wall, bubble, version, restarts, generation, agent_seconds``."""
+        """Status: ``step, batch, bpt, wall, bubble, version, restarts, generation, agent_seconds``."""
         state: dict[str, Any] = {} if self._log is None else dict(self._log.latest)
         if self._loader is not None and self._agent is not None:
             allocation = self._loader.planner.allocation
@@ -834,8 +848,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
 
     # Checkpoints
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add what is left of the epoch, and the controller's state, and write on rank 0 (Lightning hook).
+        """Add what is left of the epoch, and the controller's state, and write on rank 0.
 
         ``checkpoint["antdt"]`` holds ``ledger`` (see `DataShardingService.snapshot`), ``controller``, ``world_size``,
         ``global_batch`` and ``lr_factor``.
@@ -852,7 +867,7 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _snapshot(self) -> dict[str, Any] | None:
-        """What a checkpoint says of the data and the controller, on rank 0; a collective call."""
+        """State of the data and the controller for a checkpoint, on rank 0; a collective call."""
         if self._agent is None or self._loader is None or self._connection is None:
             return None
         self._agent.flush()
@@ -869,8 +884,9 @@ class AntDTStrategy(StrategyContract, DDPStrategy):
         batch = self._loader.planner.global_batch
         return {**snapshot, "world_size": self.world_size, "global_batch": batch, "lr_factor": self._lr_factor}
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of this strategy or another one, or another rank's memory (Lightning hook)."""
+        """Read a checkpoint, of this strategy or another one, or another rank's memory."""
         if self._rejoins:
             return self._rejoin()
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)

@@ -43,7 +43,7 @@ def split_evenly(count: int, cap: int | None) -> list[int]:
 
 
 def loss_scale(weight: float, own: float, total: float, world_size: int, weighting: Weighting) -> float:
-    """What the mean loss of a micro-batch is multiplied with.
+    """Factor for the mean loss of a micro-batch.
 
     Args:
         weight: n_ic, of the micro-batch; 0 for a shadow batch, which takes part in communication only.

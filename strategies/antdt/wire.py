@@ -27,7 +27,7 @@ _LENGTH = struct.Struct(">I")
 
 
 class WireError(ValueError):
-    """What came is no message; the connection cannot go on."""
+    """The data received is not a message; the connection must be closed."""
 
 
 class MessageTooLarge(WireError):

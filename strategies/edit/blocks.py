@@ -1,4 +1,4 @@
-"""Which parameters are synchronised together: the blocks of a network, in the order in which they are used."""
+"""Parameters that are synchronised together: the blocks of a network, in the order of their use."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

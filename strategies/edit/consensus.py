@@ -24,7 +24,7 @@ Sign = Literal["sum", "count"]
 
 @dataclass(frozen=True)
 class Consensus:
-    """How replicas' pseudo-gradients are thinned out and brought to one sign, before they are clipped.
+    """Thinning of the replicas' pseudo-gradients, and election of one sign, before clipping.
 
     With the weighted numbers ``d_i = w_i Delta_i`` of the replicas (0 where dropped or left out as anomalous), the majority of a
     number is the sign of ``sum_i d_i`` (``sum``) or of ``sum_i sign(d_i)`` (``count``), and the result
@@ -79,7 +79,7 @@ def magnitude_limit(size: Tensor, density: float) -> Tensor:
 def kept_at_random(
     shape: torch.Size, consensus: Consensus, sync: int, name: str, replica: int, device: torch.device | None = None
 ) -> Tensor:
-    """Which numbers of a whole parameter a replica keeps, each with probability ``density``: bool.
+    """Mask, bool, of the numbers of a whole parameter that a replica keeps, each with probability ``density``.
 
     A pure function of the seed, the number of the synchronisation, the parameter's name and the replica.
     """
@@ -88,7 +88,7 @@ def kept_at_random(
 
 
 def ballot(part: Tensor, weight: float, consensus: Consensus) -> Tensor:
-    """What a replica hands in to the sum.
+    """A replica's term in the sum.
 
     Args:
         part: ``w Delta`` of a replica, thinned out, of any shape.

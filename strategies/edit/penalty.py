@@ -24,7 +24,7 @@ ClipScope = Literal["module", "global"]
 
 @dataclass(frozen=True)
 class Penalty:
-    """What is done to pseudo-gradients before the outer step.
+    """Treatment of pseudo-gradients before the outer step.
 
     Attributes:
         weighted: weigh replicas by ``softmax(-G / temperature)``; else all by 1/n.

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from strategies.edit.blocks import Block, split_blocks
 from strategies.edit.consensus import Consensus
@@ -223,16 +224,18 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
     # Set-up
 
+    @override
     def setup_distributed(self) -> None:
-        """Join the processes, and arrange them by replica (Lightning hook)."""
+        """Join the processes, and arrange them by replica."""
         super().setup_distributed()
         self.mesh = self._make_mesh()
 
     def _make_mesh(self) -> DeviceMesh:
         return named_mesh(self.root_device.type, **{REPLICATE: -1, SHARD: 1})
 
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Check that the Trainer's options go with replicas that differ, and prepare the network (Lightning hook)."""
+        """Check that the Trainer's options go with replicas that differ, and prepare the network."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
@@ -290,8 +293,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
     # Training
 
+    @override
     def on_train_start(self) -> None:
-        """Begin where the checkpoint, if there is one, left off (Lightning hook)."""
+        """Begin where the checkpoint, if there is one, left off."""
         assert self._fit is not None
         loop = self._fit.fit_loop.epoch_loop
         # Lightning asks rank 0 for a SIGTERM before each batch, and all ranks would wait for it there.
@@ -337,8 +341,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
         return should_validate
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """A step, which a synchronisation precedes if it is due (Lightning hook)."""
+        """A step, which a synchronisation precedes if it is due."""
         self._before_step()
         assert self._fit is not None
         # What came with a save or a validation, of which some may have asked before it, counts from the next batch on; in the
@@ -422,7 +427,7 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
             self._rounds.start_round(self._total_steps())
 
     def _blocks(self, module: LightningModule) -> list[Block]:
-        """What is synchronised one by one."""
+        """Units that are synchronised one by one."""
         return split_blocks(module)
 
     def _total_steps(self) -> int:
@@ -495,19 +500,22 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
         if self.is_asynchronous() or self.local_steps:
             self._synchronize(finish=True)
 
+    @override
     def on_validation_start(self) -> None:
-        """Validate the anchor (Lightning hook)."""
+        """Validate the anchor."""
         if self._is_fitting:
             self._meet()
 
+    @override
     def on_train_end(self) -> None:
-        """Leave the anchor in the module (Lightning hook)."""
+        """Leave the anchor in the module."""
         self._meet()
         if self.synchronizer is not None:
             self.synchronizer.close()
 
+    @override
     def teardown(self) -> None:
-        """Give the loop its own ways back (Lightning hook)."""
+        """Give the loop its own ways back."""
         if self._fit is not None:
             loop = self._fit.fit_loop.epoch_loop
             for name in ("_broadcast_sigterm_tensor", "_should_check_val_epoch", "_should_check_val_fx"):
@@ -523,8 +531,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
     # Collectives that Lightning starts
 
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over ranks, where all of them are at the same place (Lightning hook).
+        """Reduce over ranks, where all of them are at the same place.
 
         Raises:
             RuntimeError: A-EDiT, in the middle of a round.
@@ -532,8 +541,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
         self._check_together("a reduction, such as of a metric logged with sync_dist=True")
         return super().reduce(tensor, group, reduce_op)
 
+    @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Broadcast, where all ranks are at the same place (Lightning hook).
+        """Broadcast, where all ranks are at the same place.
 
         Raises:
             RuntimeError: A-EDiT, in the middle of a round.
@@ -541,8 +551,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
         self._check_together("a broadcast")
         return super().broadcast(obj, src)
 
+    @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather, where all ranks are at the same place (Lightning hook).
+        """Gather, where all ranks are at the same place.
 
         Raises:
             RuntimeError: A-EDiT, in the middle of a round.
@@ -550,8 +561,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
         self._check_together("a gathering of tensors")
         return super().all_gather(tensor, group, sync_grads)
 
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks, where all of them come (Lightning hook).
+        """Wait for all ranks, where all of them come.
 
         Raises:
             RuntimeError: A-EDiT, in the middle of a round.
@@ -568,8 +580,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
     # Checkpoints
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The anchor (Lightning hook)."""
+        """The anchor."""
         if self._is_fitting:
             self._meet()
         return self._whole_state_dict()
@@ -577,8 +590,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
     def _whole_state_dict(self) -> dict[str, Any]:
         return super().lightning_module_state_dict()
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add what EDiT keeps, and every rank's own states, and write on rank 0 (Lightning hook).
+        """Add what EDiT keeps, and every rank's own states, and write on rank 0.
 
         ``checkpoint["edit"]`` holds ``momentum``, ``anchor`` (where it is more precise than the weights), ``detectors``,
         ``syncs`` (how many there were), ``shards`` (ranks a replica) and ``ranks``: of each rank, everything in its checkpoint
@@ -595,8 +609,9 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
             checkpoint = {**checkpoint, KEY: {**state, "shards": self.mesh[SHARD].size(), "ranks": gathered}}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, of this strategy or another one, and take this rank's own states (Lightning hook)."""
+        """Read a checkpoint, of this strategy or another one, and take this rank's own states."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._restored = checkpoint.pop(KEY, None)
         if self._restored is not None and self.mesh is not None:
@@ -627,7 +642,7 @@ class EDiTStrategy(StrategyContract, DDPStrategy):
 
 
 def _position(checkpoint: Mapping[str, Any]) -> str:
-    """How far a rank was in its training, as a text."""
+    """Progress of a rank's training, as a text."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = [loop.get(name, {}).get("current") for name in ("epoch_progress", "epoch_loop.batch_progress")]
     return f"{checkpoint['global_step']} {progress}"

@@ -24,7 +24,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one synchronisation saw; the same on all ranks.
+    """Record of one synchronisation; the same on all ranks.
 
     Attributes:
         steps: local steps of each replica since the one before (n).
@@ -78,7 +78,7 @@ class _Slot:
         outer.step(self.anchor, self.momentum, delta.to(self.anchor.device))
 
     def restart(self) -> None:
-        """The replica goes on from the anchor."""
+        """Put the replica back to the anchor."""
         self.local.copy_(self.anchor)
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Synchronizer:
             self._next_launch += 1
 
     def _handed_in(self, slot: _Slot) -> Tensor:
-        """What this replica adds to the sum for a parameter: (M,), with a consensus (R, M)."""
+        """This replica's term in the sum for a parameter: (M,), with a consensus (R, M)."""
         assert self.report is not None
         weights, consensus = self.report.weights[slot.unit], self.penalty.consensus
         weight = 0.0 if weights is None else weights[self.index]

@@ -48,7 +48,7 @@ class SortedExpertLayer(Protocol):
 
 
 class _Plan(NamedTuple):
-    """What the ranks of a group have told one another.
+    """Counts that the ranks of a group have exchanged.
 
     Attributes:
         sent: rows that this rank sends to each rank.
@@ -115,7 +115,7 @@ class Dispatcher:
         return len(self._layers) - 1
 
     def forward(self, number: int, x_ND: Tensor, ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
-        """What the layer of all experts gives for the tokens of this rank, (N, D).
+        """Output (N, D) of the layer of all experts for the tokens of this rank.
 
         Args:
             number: of the layer.
@@ -232,7 +232,7 @@ class _Forward:
 
 
 def _mode(dtype: torch.dtype, autocast: bool) -> int:
-    """How rows are computed, as a number: their type, and whether by autocast and with gradients."""
+    """Way of computing rows, as a number: their type, autocast, gradients."""
     if dtype not in _DTYPES:
         raise ValueError(f"Expert parallelism knows tokens of {', '.join(map(str, _DTYPES))}, not of {dtype}.")
     return _DTYPES.index(dtype) + _AUTOCAST * autocast + _GRADIENTS * torch.is_grad_enabled()

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from strategies.expert.shards import ExpertShards
 from strategies.mesh import axis_group, named_mesh
@@ -69,8 +70,9 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
 
     # A run begins and ends
 
+    @override
     def setup_environment(self) -> None:
-        """Form the groups and divide the experts, before any callback or checkpoint sees the module (Lightning hook)."""
+        """Form the groups and divide the experts, before any callback or checkpoint sees the module."""
         super().setup_environment()
         self._shards = None
         size = self.expert_parallel_size or self.num_processes
@@ -88,8 +90,9 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
         shards.divide()
         self._shards = shards
 
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the module, and take care of the experts' gradients (Lightning hook)."""
+        """Wrap the module, and take care of the experts' gradients."""
         if self._shards is not None:
             refuse_scaled_losses(self)
             assert self.lightning_module is not None
@@ -102,8 +105,9 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
         if self._shards is not None and trainer.state.fn == TrainerFn.FITTING:
             self._follow_gradients(self._shards)
 
+    @override
     def teardown(self) -> None:
-        """Undo what `setup` did (Lightning hook); the experts are united later, after the last callback that sees them."""
+        """Undo what `setup` did; the experts are united later, after the last callback that sees them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -131,8 +135,9 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
     # Gradients
 
     @contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Inside, gradients are not averaged: those of the first micro-batches of an accumulated step (Lightning hook)."""
+        """Inside, gradients are not averaged: those of the first micro-batches of an accumulated step."""
         self._accumulates = True
         try:
             with super().block_backward_sync():
@@ -211,22 +216,25 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
             last = last or args[1] + 1 >= loop.max_batches[args[2]]
         self._serve(done=last)
 
+    @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         output = super().validation_step(*args, **kwargs)
         trainer = self._trainer()
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._serve_after(trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop, args)
         return output
 
+    @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         output = super().test_step(*args, **kwargs)
         self._serve_after(self._trainer().test_loop, args)
         return output
 
+    @override
     def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         output = super().predict_step(*args, **kwargs)
         self._serve_after(self._trainer().predict_loop, args)
         return output
@@ -237,13 +245,15 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
 
     # Checkpoints hold everything; what a rank has in memory are its parts
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state, on rank 0 (Lightning hook)."""
+        """The whole state, on rank 0."""
         state = super().optimizer_state(optimizer)
         return self._shards.whole_state(optimizer, state) if self._writes() and self._shards is not None else state
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save all experts, those of averages and references beside the weights too (Lightning hook)."""
+        """Save all experts, those of averages and references beside the weights too."""
         if self._writes() and self._shards is not None:
             checkpoint = self._shards.whole_weights(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -252,13 +262,15 @@ class ExpertParallelStrategy(StrategyContract, DDPStrategy):
         """Whether this rank's experts are collected for a checkpoint: one group has all."""
         return self._mesh is not None and self._mesh.get_local_rank("data") == 0
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint and keep this rank's experts (Lightning hook)."""
+        """Read a checkpoint and keep this rank's experts."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         return checkpoint if self._shards is None else self._shards.part_of_weights(checkpoint)
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keep this rank's part of the state (Lightning hook)."""
+        """Keep this rank's part of the state."""
         if self._shards is not None:
             states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
             checkpoint = {**checkpoint, "optimizer_states": [self._shards.part_of_state(*pair) for pair in states]}

@@ -1,4 +1,4 @@
-"""What is known of a model, and which partitions of it fit a cluster best."""
+"""Choice of the partition of a model that fits a cluster best."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ _STATES = {"Rprop": 2, "Adagrad": 1, "ASGD": 1}
 
 
 def states_per_element(optimizer: Optimizer | None) -> int:
-    """How many numbers an optimizer keeps for an element that it trains.
+    """Numbers that an optimizer keeps for each element that it trains.
 
     Args:
         optimizer: one that works element by element; None: nothing is trained.
@@ -38,7 +38,7 @@ def states_per_element(optimizer: Optimizer | None) -> int:
 
 
 def job_of(plans: Sequence[UnitPlan], optimizer: Optimizer | None, precision: StatePrecision, micro_batches: int = 1) -> Job:
-    """What the cost model has to know of a model and its optimizer.
+    """Facts of a model and its optimizer for the cost model.
 
     Args:
         plans: the model's units.

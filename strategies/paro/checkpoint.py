@@ -163,7 +163,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         return {name: torch.Size(shape) for name, (_, (_, shape, _, _)) in self._folder.place.items()}
 
     def others(self) -> dict[str, Any]:
-        """What is no parameter, such as buffers."""
+        """Entries that are not parameters, such as buffers."""
         return {name: of for name, of in self._names.items() if not isinstance(of, str)}
 
     def parameter(self, name: str) -> Tensor:

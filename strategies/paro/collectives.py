@@ -155,7 +155,7 @@ class Collectives:
         return lane.perform(reduce, (tensor,), async_op)
 
     def _ratio(self, coarse: Granularity, fine: Granularity) -> int:
-        """How many times as long a buffer is at the coarser granularity."""
+        """Length of a buffer at the coarser granularity over that at the finer one."""
         blocks = {"N": self.grid.n, "I": self.grid.ng, "G": 1}
         return blocks[coarse] // blocks[fine]
 

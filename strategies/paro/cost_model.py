@@ -1,4 +1,4 @@
-"""What a partition costs: memory of a device and seconds of an optimizer step.
+"""Costs of a partition: memory of a device and seconds of an optimizer step.
 
 Source: "Rethinking Memory and Communication Costs for Efficient Data Parallel Training of Large Language Models" (NeurIPS 2024),
 sections 3.1.1 and 3.1.3 and appendix A.3, with the latency of each collective and the root unit, which is gathered once, added.
@@ -134,7 +134,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained.
+    """The training to plan for.
 
     Attributes:
         parameters: Number of parameters, frozen ones included.
@@ -188,7 +188,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a partition costs on a cluster.
+    """Costs of a partition on a cluster.
 
     Attributes:
         partition: Its code.

@@ -449,7 +449,7 @@ class PaROEngine:
 
     @torch.no_grad()
     def whole(self, own: Tensor, source: Any, size: int) -> Tensor:
-        """What all ranks hold of a flat buffer together, (size,); a collective call."""
+        """The whole flat buffer, (size,), from the parts of all ranks; a collective call."""
         if source == "N":
             return own
         full = own.new_empty(size)

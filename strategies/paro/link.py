@@ -1,4 +1,4 @@
-"""What ranks of one process group, or neighbours on a ring, send one another, each counted in bytes.
+"""Links between the ranks of a process group, or neighbours on a ring; each transfer is counted in bytes.
 
 No hierarchy is decided here; `HORing` and `Collectives` put these together.
 """
@@ -32,7 +32,7 @@ class Meter:
 
 
 class Pending:
-    """What a call has started: some work of torch, and tensors that must live until it is done."""
+    """A started call: work of torch, and tensors that must live until it is done."""
 
     def __init__(self, work: list[dist.Work | None], *keep: Tensor) -> None:
         self._work, self._keep = work, keep

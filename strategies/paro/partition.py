@@ -1,4 +1,4 @@
-"""Which of the three states of a model is whole, shared inside a group, or shared by all ranks: the 14 codes of PaRO."""
+"""The 14 codes of PaRO: each of a model's three states is whole, divided inside a group, or divided among all ranks."""
 
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -19,7 +19,7 @@ _FINENESS = "NIG"
 
 @dataclass(frozen=True)
 class Partition:
-    """How each state of a model is stored.
+    """Storage of each state of a model.
 
     Attributes:
         parameters: granularity of the parameters as they rest between uses.

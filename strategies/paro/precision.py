@@ -1,4 +1,4 @@
-"""Which number format each state of a model has."""
+"""Number format of each state of a model."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args

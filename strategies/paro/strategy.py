@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from strategies.paro.advisor import job_of, rank_fitting
 from strategies.paro.average import ShardAverage
@@ -167,21 +168,24 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         return self.shards_parameters() and not self.gather_for_evaluation
 
     @property
+    @override
     def restore_checkpoint_after_setup(self) -> bool:
-        """Checkpoints are loaded into the shards (Lightning hook)."""
+        """Checkpoints are loaded into the shards."""
         return True
 
     # A run begins and ends
 
+    @override
     def setup_environment(self) -> None:
-        """Join the ranks and form the grid (Lightning hook)."""
+        """Join the ranks and form the grid."""
         super().setup_environment()
         if self.grid is None:
             size = self.num_processes if self.group_size == "node" else self.group_size
             self.grid = RankGrid(size, self.root_device.type, self._timeout)
 
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Make optimizers and schedules on the user's parameters, then divide the states (Lightning hook)."""
+        """Make optimizers and schedules on the user's parameters, then divide the states."""
         assert self.accelerator is not None and self.grid is not None
         module = self.lightning_module
         assert module is not None
@@ -256,11 +260,13 @@ class PaROStrategy(StrategyContract, DDPStrategy):
             held = f"of which a rank holds a part under {self.partition or AUTO}"
             refuse_averages(self, trainer, held, "use EMA of the zoo, or a code with whole parameters such as NIG", shards=True)
 
+    @override
     def configure_ddp(self) -> None:
-        """Nothing: the module is not wrapped (Lightning hook)."""
+        """Nothing: the module is not wrapped."""
 
+    @override
     def teardown(self) -> None:
-        """Leave whole parameters in the module, on the CPU, and end the grid (Lightning hook)."""
+        """Leave whole parameters in the module, on the CPU, and end the grid."""
         interrupted = self._trainer is not None and self._trainer.state.status == TrainerStatus.INTERRUPTED
         if self.engine is not None:
             optimizer = self.engine.optimizer
@@ -278,14 +284,16 @@ class PaROStrategy(StrategyContract, DDPStrategy):
 
     # Training
 
+    @override
     def on_train_start(self) -> None:
-        """Release what was gathered while a checkpoint was loaded (Lightning hook)."""
+        """Release what was gathered while a checkpoint was loaded."""
         if self.engine is not None:
             self.engine.release_all()
 
     @contextmanager
+    @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Inside, a backward pass is not the last one of a step (Lightning hook)."""
+        """Inside, a backward pass is not the last one of a step."""
         if self.engine is not None:
             self.engine.last = False
         try:
@@ -294,14 +302,16 @@ class PaROStrategy(StrategyContract, DDPStrategy):
             if self.engine is not None:
                 self.engine.last = True
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         if self.engine is not None:
             self.engine.begin_forward()
         return super().training_step(*args, **kwargs)
 
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The backward pass; gradients are where the partition has them before ``on_after_backward`` (Lightning hook)."""
+        """The backward pass; gradients are where the partition has them before ``on_after_backward``."""
         assert self.lightning_module is not None
         plugin = self.precision_plugin
         loss = plugin.pre_backward(closure_loss, self.lightning_module)
@@ -310,8 +320,9 @@ class PaROStrategy(StrategyContract, DDPStrategy):
             self.engine.finish_backward()
         return plugin.post_backward(loss, self.lightning_module)
 
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """A step on the masters, and the new parameters to where they are kept (Lightning hook)."""
+        """A step on the masters, and the new parameters to where they are kept."""
         engine = self.engine
         assert engine is not None
 
@@ -345,16 +356,18 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         self._averages.append(ShardAverage(self.engine, device))
         return self._averages[-1]
 
+    @override
     def on_train_end(self) -> None:
-        """Leave the average, if there is one, in the module (Lightning hook)."""
+        """Leave the average, if there is one, in the module."""
         for average in self._averages:
             average.swap()
         self._averages.clear()
 
     # Evaluation
 
+    @override
     def on_validation_start(self) -> None:
-        """Gather all weights, or none if they are to be gathered block by block (Lightning hook)."""
+        """Gather all weights, or none if they are to be gathered block by block."""
         if self.engine is not None and self.gather_for_evaluation:
             self.engine.gather_all()
         elif self.engine is not None:
@@ -362,8 +375,9 @@ class PaROStrategy(StrategyContract, DDPStrategy):
 
     on_test_start = on_predict_start = on_validation_start
 
+    @override
     def on_validation_end(self) -> None:
-        """Release them (Lightning hook)."""
+        """Release them."""
         if self.engine is not None:
             self.engine.release_all()
 
@@ -378,18 +392,21 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         if engine is not None and not engine.held:
             engine.release_all()
 
+    @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         with self._evaluating():
             return super().validation_step(*args, **kwargs)
 
+    @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         with self._evaluating():
             return super().test_step(*args, **kwargs)
 
+    @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step (Lightning hook)."""
+        """The module's step."""
         with self._evaluating():
             return super().predict_step(*args, **kwargs)
 
@@ -431,16 +448,18 @@ class PaROStrategy(StrategyContract, DDPStrategy):
 
     # Checkpoints
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on rank 0, names and shapes elsewhere (Lightning hook)."""
+        """Whole weights on rank 0, names and shapes elsewhere."""
         if self.engine is None:
             return super().lightning_module_state_dict()
         if self.state_dict_type == "sharded":
             return names_of_weights(self.engine)
         return weights(self.engine, keep=self.is_global_zero)
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on rank 0, as one process has it (Lightning hook)."""
+        """The whole state on rank 0, as one process has it."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         if self.engine is None or optimizer is not self.engine.optimizer:
@@ -449,23 +468,26 @@ class PaROStrategy(StrategyContract, DDPStrategy):
             return {"state": {}, "param_groups": optimizer_groups(self.engine)}
         return optimizer_state(self.engine, keep=self.is_global_zero)
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write one file on rank 0, or a folder of shards (Lightning hook)."""
+        """Write one file on rank 0, or a folder of shards."""
         if self.engine is None or self.state_dict_type == "full":
             super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
             save_sharded(self.engine, filepath, checkpoint)
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file, of any strategy, or a folder of shards (Lightning hook)."""
+        """Read a file, of any strategy, or a folder of shards."""
         if self.engine is not None:
             self.engine.gather_all()  # the module's own hooks may look at weights while it is loaded
         if is_sharded(checkpoint_path):
             return read_sharded(checkpoint_path)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each rank takes its part of the weights (Lightning hook)."""
+        """Each rank takes its part of the weights."""
         weights = checkpoint["state_dict"]
         if self.engine is not None and isinstance(weights, ShardedWeights):
             load_sharded_weights(self.engine, weights, strict)
@@ -473,8 +495,9 @@ class PaROStrategy(StrategyContract, DDPStrategy):
         with self.summon_full_params(writeback=True):
             super().load_model_state_dict(checkpoint, strict)
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each rank takes its part of a whole state (Lightning hook)."""
+        """Each rank takes its part of a whole state."""
         if self.engine is None or self.engine.optimizer is None:
             super().load_optimizer_state_dict(checkpoint)
             return

@@ -22,7 +22,7 @@ SMALLEST_SHARE = 32
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies in the flat buffer of its unit.
+    """Place of a parameter in the flat buffer of its unit.
 
     Attributes:
         name: first name of the parameter in the module.
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """Which parameters form a unit: those of one block, one group of the optimizer, one format [spec: paper section 3.1.2].
+    """The parameters of a unit: those of one block, one group of the optimizer, one format [spec: paper section 3.1.2].
 
     Attributes:
         name: path of the block, or ``root``, the optimizer's group (``frozen`` for parameters that are not trained), the format.
@@ -337,7 +337,7 @@ class FlatUnit:
             self.master.copy_(self._part(flat, self.partition.optimizer))
 
     def overlaps(self, state: str) -> Iterator[tuple[Slot, slice, slice]]:
-        """What this rank holds of each parameter: slot, elements of the parameter (flat), elements of the shard."""
+        """This rank's part of each parameter: slot, elements of the parameter (flat), elements of the shard."""
         low, high = self.range(state)
         for slot in self.slots:
             start, stop = max(slot.start, low), min(slot.stop, high)

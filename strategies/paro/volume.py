@@ -1,4 +1,4 @@
-"""What a code costs: bytes sent in a step, and bytes of state that rest on a rank, as closed formulas [paper 3.1, appendix A.3].
+"""Costs of a code: bytes sent in a step, and bytes of state that rest on a rank, as closed formulas [paper 3.1, appendix A.3].
 
 n ranks in groups of m, ng = n / m; ``A = (m - 1) / m`` of a buffer crosses links inside groups in one gather or reduction, and
 ``E = (ng - 1) / n`` those between groups.

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
 from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
 
 from zoo.base.anomaly import EWMADetector, Init
 from zoo.strategy_contract import CallbackContract, gradient_norm, replicas_diverge, step_group, tells_gradient_norm
@@ -229,8 +230,9 @@ class SpikeGuard(CallbackContract, Callback):
         """Yes: a step is skipped, or its gradients are made smaller."""
         return True
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse ways of training in which a step cannot be judged or skipped (Lightning hook)."""
+        """Refuse ways of training in which a step cannot be judged or skipped."""
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -255,8 +257,9 @@ class SpikeGuard(CallbackContract, Callback):
                 " remove SpikeGuard."
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the guard between Lightning and the optimizer (Lightning hook)."""
+        """Put the guard between Lightning and the optimizer."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
                 raise ValueError("SpikeGuard: LBFGS runs the model several times in a step: remove SpikeGuard.")
@@ -274,8 +277,9 @@ class SpikeGuard(CallbackContract, Callback):
                 " not trained on again."
             )
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look up the sample ids (Lightning hook)."""
+        """Look up the sample ids."""
         self._index = batch.get("index") if isinstance(batch, Mapping) else None
         if self._index is None and not self._told_of_index:
             self._told_of_index = True
@@ -284,8 +288,9 @@ class SpikeGuard(CallbackContract, Callback):
                 " neither named in the record nor trained on again."
             )
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the losses of a micro-batch, on the device (Lightning hook)."""
+        """Keep the losses of a micro-batch, on the device."""
         with self._timed():
             reported: Mapping[str, Tensor] = getattr(pl_module, "last_losses", {})
             mean = reported.get("ce")
@@ -300,8 +305,9 @@ class SpikeGuard(CallbackContract, Callback):
                 if self._waiting:
                     self._returned.append(torch.isin(self._index, self._ids_on(self._index.device)))
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Judge the step (Lightning hook)."""
+        """Judge the step."""
         if not self._losses:  # training_step returned None: Lightning has no gradients either
             return
         with self._timed():
@@ -318,22 +324,25 @@ class SpikeGuard(CallbackContract, Callback):
                 torch._foreach_mul_(gradients, self.persist_factor)
             self._forget_step()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Log (Lightning hook)."""
+        """Log."""
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             with self._timed():
                 pl_module.log("guard/skipped", float(self.skipped))
                 pl_module.log("guard/reduced", float(self.reduced))
                 pl_module.log("guard/loss_score", self._loss_score)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave optimizer and module as they were (Lightning hook)."""
+        """Leave optimizer and module as they were."""
         self._remove()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave optimizer and module as they were (Lightning hook)."""
+        """Leave optimizer and module as they were."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:

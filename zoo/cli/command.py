@@ -300,7 +300,7 @@ class ZooCLI(LightningCLI):
 
 
 def _sharding_without_gpu(config: Mapping[str, Any]) -> str:
-    """What to take on a CPU instead of a strategy that shards on GPUs only; nothing where that is not the matter."""
+    """Advice on strategies for CPUs, where one that shards on GPUs only was chosen; else empty."""
     strategy = config.get("strategy")
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     gpu_only = name.lower().startswith(("fsdp", "deepspeed"))

@@ -81,7 +81,7 @@ class ModelPlan:
 
 @dataclass
 class JobPlan:
-    """How it is trained.
+    """The training.
 
     Attributes:
         micro_batches: Micro-batches of an optimizer step.

@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What a checkpoint says of the data, as far as it stands above the configurations; None if they name another class.
+    """The checkpoint's data options that stand above the configurations; None if they name another class.
 
     What they say of prediction (``predict_samples``, ``predict_images``) stays theirs, since no training depends on it.
     """

@@ -1,4 +1,4 @@
-"""How this process uses threads and memory: called by the command line and the benchmarks before torch is imported."""
+"""Use of threads and memory by this process; call before torch is imported."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Where runs live: ``runs/<config>/``, one stable folder a configuration, with its checkpoints, logs and pictures."""
+"""Folders of runs: ``runs/<config>/``, one stable folder a configuration, with checkpoints, logs and pictures."""
 
 import os
 import shutil
@@ -95,7 +95,7 @@ def put_back(archived: Path) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What belongs to the run of a folder itself."""
+    """Entries of a folder that belong to its own run."""
 
     def is_other_run(entry: Path) -> bool:
         # A folder of another run may lie inside (runs/bfn made with --model BFN, beside runs/bfn/digits of a config).

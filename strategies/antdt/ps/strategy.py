@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from strategies.antdt.address import Address
 from strategies.antdt.client import Client
@@ -233,8 +234,9 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
 
     # ---- a run begins -------------------------------------------------------------------------------------------------
 
+    @override
     def setup_distributed(self) -> None:
-        """Find the servers and take part, without a process group (Lightning hook)."""
+        """Find the servers and take part, without a process group."""
         reset_seed()
         self.set_world_ranks()
         module = self.lightning_module
@@ -288,8 +290,9 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
                 " the step, which only the servers know: use gradient_clip_val, or mode asp or ssp."
             )
 
+    @override
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the module (Lightning hook)."""
+        """Prepare the module."""
         assert self.accelerator is not None and self.model is not None
         self._trainer = trainer
         self.accelerator.setup(trainer)
@@ -316,8 +319,9 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
             ranks = [self.global_rank]
         return {"num_replicas": len(ranks), "rank": ranks.index(self.global_rank)}
 
+    @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Replace the training loader by one that asks the data-sharding service (Lightning hook)."""
+        """Replace the training loader by one that asks the data-sharding service."""
         module = self.lightning_module
         trainer = None if module is None else module._trainer
         if trainer is None or not trainer.training:
@@ -357,8 +361,9 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
 
     # ---- training begins ----------------------------------------------------------------------------------------------
 
+    @override
     def on_train_start(self) -> None:
-        """Fill the servers, or be let in by those who train already (Lightning hook)."""
+        """Fill the servers, or be let in by those who train already."""
         trainer, module, loader, data = self._trainer, self.lightning_module, self._loader, self._data
         assert trainer is not None and module is not None and self._agreement is not None
         loaders = trainer.fit_loop._combined_loader
@@ -416,18 +421,21 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
 
     # ---- a step -------------------------------------------------------------------------------------------------------
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch weights, once the step may begin, and run the module (Lightning hook)."""
+        """Fetch weights, once the step may begin, and run the module."""
         assert self._training is not None
         self._training.begin_step()
         return super().training_step(*args, **kwargs)
 
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, of which the module may tell the weight (Lightning hook)."""
+        """Keep the batch, of which the module may tell the weight."""
         self._batch = batch
 
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Run the step's passes here, and the optimizer on the servers (Lightning hook)."""
+        """Run the step's passes here, and the optimizer on the servers."""
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedules ask whether a step came first
         remote: Any = RemoteOptimizer(optimizer, self._push)
         module: Any = model or self.lightning_module
@@ -447,17 +455,20 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
 
     # ---- together -----------------------------------------------------------------------------------------------------
 
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all workers that take part (Lightning hook)."""
+        """Wait for all workers that take part."""
         self._collectives.gather(None, "a barrier")
 
+    @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Give an object of one worker to all (Lightning hook)."""
+        """Give an object of one worker to all."""
         result = self._collectives.broadcast(str(obj) if isinstance(obj, Path) else obj, src)
         return Path(result) if isinstance(obj, Path) and isinstance(result, str) else result
 
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over all workers; in a training step, of which others know nothing, it stays (Lightning hook)."""
+        """Reduce a tensor over all workers; in a training step, of which others know nothing, it stays."""
         if not isinstance(tensor, Tensor) or not self._collectives.meets():
             return tensor
         if self._collectives.in_step:
@@ -468,48 +479,55 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
             return tensor
         return self._collectives.reduce(tensor, reduce_op)
 
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all workers, or any, say yes (Lightning hook)."""
+        """Whether all workers, or any, say yes."""
         return self._collectives.decide(decision, all)
 
+    @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Tensors of all workers, stacked; without gradients (Lightning hook)."""
+        """Tensors of all workers, stacked; without gradients."""
         return self._collectives.stack(tensor)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------------
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The servers' weights (Lightning hook)."""
+        """The servers' weights."""
         if self._training is not None:
             self._training.meet()
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """What the servers keep, as one process would have it (Lightning hook)."""
+        """What the servers keep, as one process would have it."""
         plain: dict[str, Any] = super().optimizer_state(optimizer)
         if self._training is None:
             return plain
         return {**plain, "state": self._training.parameters.states()} if self.is_global_zero else {}
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add what is left of the epoch, and write on rank 0 (Lightning hook)."""
+        """Add what is left of the epoch, and write on rank 0."""
         if self._training is not None and self.is_global_zero:
             self._kept = self._training.position()
         if self._kept is not None and "optimizer_states" in checkpoint:
             checkpoint = {**checkpoint, KEY: self._kept}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of this strategy or another (Lightning hook)."""
+        """Read a checkpoint of this strategy or another."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._restored = checkpoint.pop(KEY, None)
         return checkpoint
 
     # ---- the end ------------------------------------------------------------------------------------------------------
 
+    @override
     def on_train_end(self) -> None:
-        """Leave weights and optimizer states in the module's process (Lightning hook)."""
+        """Leave weights and optimizer states in the module's process."""
         training = self._training
         assert training is not None
         training.meet()
@@ -520,15 +538,17 @@ class ParameterServerStrategy(StrategyContract, DDPStrategy):
         self._borrowed.close()
         self._training = None
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """Go, without waiting for others (Lightning hook)."""
+        """Go, without waiting for others."""
         super().on_exception(exception)
         self._collectives.parted = True
         if not isinstance(exception, SIGTERMException | KeyboardInterrupt):
             self._error = {"type": type(exception).__name__, "message": str(exception)[:500]}
 
+    @override
     def teardown(self) -> None:
-        """Leave the run, and give everything back (Lightning hook)."""
+        """Leave the run, and give everything back."""
         self._borrowed.close()
         self._training, self._collectives.in_step = None, False
         if self.injector is not None:

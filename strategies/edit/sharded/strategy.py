@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from strategies.edit.blocks import Block
 from strategies.edit.strategy import REPLICATE, SHARD, EDiTStrategy
@@ -117,8 +118,9 @@ class EDiTShardedStrategy(EDiTStrategy):
         if self.root_device.type != "cpu":
             torch.accelerator.current_stream(self.root_device).synchronize()
 
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """A step of the inner optimizer, in the warm-up with gradients averaged over the replicas (Lightning hook)."""
+        """A step of the inner optimizer, in the warm-up with gradients averaged over the replicas."""
 
         def averaged() -> Any:
             result = closure()
@@ -159,13 +161,15 @@ class EDiTShardedStrategy(EDiTStrategy):
         return _whole(super()._whole_state_dict())
 
     @torch.no_grad()
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer in whole tensors (Lightning hook)."""
+        """State of an optimizer in whole tensors."""
         return _whole(super().optimizer_state(optimizer))
 
     @torch.no_grad()
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take whole weights, or this rank's shards of them (Lightning hook)."""
+        """Take whole weights, or this rank's shards of them."""
         module = self.lightning_module
         assert module is not None
         if _is_sharded(module):
@@ -177,8 +181,9 @@ class EDiTShardedStrategy(EDiTStrategy):
         super().load_model_state_dict(checkpoint, strict)
 
     @torch.no_grad()
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's shards of whole states (Lightning hook)."""
+        """Take this rank's shards of whole states."""
         states = []
         for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -190,8 +195,9 @@ class EDiTShardedStrategy(EDiTStrategy):
             }})  # fmt: skip
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
+    @override
     def teardown(self) -> None:
-        """Leave the shards where they are (Lightning hook)."""
+        """Leave the shards where they are."""
         module, self._lightning_module = self._lightning_module, None  # else it would be moved to the CPU, shard by shard
         try:
             super().teardown()
