@@ -67,6 +67,25 @@ def test_a_language_model_of_your_own():
     assert text.startswith("The model is ")
 
 
+def own_strategy(folder, strategy, max_steps):
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    import my_strategy
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    made = my_strategy.LocalSGDStrategy(average_every=2) if strategy == "own" else strategy
+    model, norms = my_strategy.main(made, max_steps, default_root_dir=folder, limit_val_batches=0, devices=2, **quiet)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), norms
+
+
+def test_a_strategy_and_a_callback_of_your_own(pool, tmp_path):
+    (first, norms), (second, others) = pool.run(own_strategy, tmp_path, "own", 3)
+    assert torch.equal(first, second), "all have the mean at the end"
+    assert len(norms) == 3 and norms != others, "each rank judges its own steps"
+    (_, norms), (_, others) = pool.run(own_strategy, tmp_path, "ddp", 3)
+    assert norms == others, "the same callback, with a strategy of Lightning's"
+
+
 def test_pictures_to_fill_in(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["half_pictures.py", "digits"])
     exec(compile((EXAMPLES / "half_pictures.py").read_text(), "half_pictures.py", "exec"), {"__name__": "__main__"})
