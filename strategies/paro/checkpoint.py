@@ -103,8 +103,8 @@ def save_sharded(engine: PaROEngine, folder: str | Path, rest: Mapping[str, Any]
     if engine.grid.rank == 0 and folder.is_file():
         folder.unlink()
     if engine.grid.n > 1:
-        dist.barrier()
-    dcp.save(tensors, checkpoint_id=folder)
+        dist.barrier(group=engine.grid.world)
+    dcp.save(tensors, checkpoint_id=folder, process_group=engine.grid.world)
     if engine.grid.rank == 0:
         numbers = parameter_numbers(engine)
         named = {slot.name: numbers[id(slot.parameter)] for unit in engine.units if unit.trained for slot in unit.slots}

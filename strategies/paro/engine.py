@@ -142,7 +142,7 @@ class PaROEngine:
         plans = plan_units(module, blocks, groups, min_unit_params)
         self.units = [FlatUnit(plan, self.grid, partition, precision or StatePrecision()) for plan in plans]
         for buffer in module.buffers() if self.grid.n > 1 else ():
-            dist.broadcast(buffer, src=0)
+            dist.broadcast(buffer, src=self.grid.ranks[0], group=self.grid.world)
         if optimizer is not None:
             early = optimizer.state_dict()
             for index, group in enumerate(optimizer.param_groups):
@@ -393,7 +393,7 @@ class PaROEngine:
         if self.grid.n > 1 and self._order:
             place = {id(unit): index for index, unit in enumerate(self._order)}
             numbers = torch.tensor([place[id(unit)] for unit in order], device=self.units[0].full.device)
-            dist.broadcast(numbers, src=0)
+            dist.broadcast(numbers, src=self.grid.ranks[0], group=self.grid.world)
             order = [self._order[number] for number in numbers.tolist()]
         self._order, self._arrivals = order, None
 
@@ -408,7 +408,7 @@ class PaROEngine:
         if gradients:
             square = torch.nn.utils.get_total_norm(gradients).square()
         if self.partition.optimizer == "G" and self.grid.n > 1:
-            dist.all_reduce(square)
+            dist.all_reduce(square, group=self.grid.world)
         elif self.partition.optimizer == "I" and self.grid.m > 1:
             dist.all_reduce(square, group=self.grid.intra_reduce)
         return square.sqrt()

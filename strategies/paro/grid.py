@@ -1,12 +1,12 @@
 """Ranks as a grid of groups and places, and the process groups that run along it.
 
 Of n ranks in groups of m, rank r is place ``j = r % m`` of group ``i = r // m``. Links inside a group are fast (a node), those
-between groups slow.
+between groups slow. Where the grid is of some ranks of the job only, r counts these.
 """
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from strategies.mesh import members
 from strategies.paro.link import LIBRARY_REDUCES, Link, LinkClass, Ring
 
 __all__ = ["Direction", "Lane", "RankGrid", "Work"]
@@ -26,18 +27,21 @@ Direction = Literal["gather", "reduce"]
 
 
 class RankGrid:
-    """The grid of ``num_groups`` x ``group_size`` ranks; making one is a collective call of all ranks.
+    """The grid of ``num_groups`` x ``group_size`` ranks; making one is a collective call of its ranks.
 
     Args:
         group_size: m, ranks of a group; consecutive ranks belong together.
         device_type: ``cpu`` or ``cuda``; where the tensors lie that travel.
         timeout: of every process group; None: that of torch.
+        ranks: global ranks of the grid, increasing; None: all ranks of the job. Others take no part, and may do other work.
 
     Attributes:
         n: number of ranks.
         m: ranks of a group.
         ng: number of groups.
-        rank: of this process.
+        rank: of this process among the grid's ranks, 0 to n - 1.
+        ranks: global rank of each of them.
+        world: process group of all of them; None: the job's own.
         i: its group.
         j: its place in the group.
         block: index of the block that it holds at granularity G, ``j * ng + i`` (see `Collectives`).
@@ -46,18 +50,26 @@ class RankGrid:
         intra_reduce: as `intra`, for reductions, so that these can be in flight beside gathers.
         inter_reduce: as `inter`, for reductions.
         gather, reduce: the `Lane` of either direction: these groups, and those of the rings between groups.
-        mesh: axes ``("intra", "inter")``, rank table ``arange(n).view(ng, m).T``. On it ``[Shard(0), Shard(0)]`` is
+        mesh: axes ``("intra", "inter")``, rank table ``tensor(ranks).view(ng, m).T``. On it ``[Shard(0), Shard(0)]`` is
             granularity G and ``[Shard(0), Replicate()]`` is I.
 
     Raises:
         RuntimeError: there is no process group yet.
-        ValueError: the group size does not divide the number of ranks; no backend serves the device.
+        ValueError: the group size does not divide the number of ranks; no backend serves the device; this process is not one
+            of ``ranks``, or these are not ranks of the job in increasing order.
     """
 
-    def __init__(self, group_size: int, device_type: str = "cpu", timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, group_size: int, device_type: str = "cpu", timeout: timedelta | None = None, ranks: Sequence[int] | None = None
+    ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("RankGrid: the process group is not initialised yet; call init_process_group first.")
-        self.n, self.rank = dist.get_world_size(), dist.get_rank()
+        self.ranks = members(ranks, "RankGrid")
+        if dist.get_rank() not in self.ranks:
+            raise ValueError(
+                f"RankGrid: rank {dist.get_rank()} is not one of ranks={self.ranks}: only these ranks make and use the grid."
+            )
+        self.n, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
         if not isinstance(group_size, int) or group_size < 1 or self.n % group_size:
             divisors = ", ".join(str(size) for size in range(1, self.n + 1) if self.n % size == 0)
             raise ValueError(f"RankGrid: group_size={group_size!r} does not divide the {self.n} ranks; it may be {divisors}.")
@@ -65,13 +77,14 @@ class RankGrid:
         self.device_type = device_type
         self.timeout = timeout
         self._groups: list[dist.ProcessGroup] = []
+        self.world = None if ranks is None else self.subgroup([*range(self.n)])
         self.m, self.ng = group_size, self.n // group_size
         self.i, self.j = divmod(self.rank, self.m)
         self.block = self.block_of(self.rank)
         self.gather, self.reduce = (self._lane(direction) for direction in ("gather", "reduce"))
         self.intra, self.inter = self.gather.intra.group, self.gather.inter.group
         self.intra_reduce, self.inter_reduce = self.reduce.intra.group, self.reduce.inter.group
-        table = torch.arange(self.n).view(self.ng, self.m).T
+        table = torch.tensor(self.ranks).view(self.ng, self.m).T
         self.mesh = DeviceMesh.from_group([self.intra, self.inter], device_type, mesh=table, mesh_dim_names=("intra", "inter"))
 
     @property
@@ -95,7 +108,7 @@ class RankGrid:
         return j * self.ng + i
 
     def rank_at(self, i: int, j: int) -> int:
-        """Global rank of a place of a group; both count round."""
+        """Rank of a place of a group; both count round."""
         return i % self.ng * self.m + j % self.m
 
     def link(self, rank: int, other: int) -> LinkClass:
@@ -103,8 +116,8 @@ class RankGrid:
         return "intra" if rank // self.m == other // self.m else "inter"
 
     def subgroup(self, ranks: list[int]) -> dist.ProcessGroup:
-        """A new process group; a collective call of its members, who must make their groups in the same order."""
-        group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        """A new process group of ranks of the grid; a collective call of these, who must make their groups in the same order."""
+        group = dist.new_group([self.ranks[rank] for rank in ranks], timeout=self.timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         self._groups.append(group)
         return group
@@ -141,7 +154,7 @@ class RankGrid:
         self.reduce.drain()
 
     def close(self) -> None:
-        """End the process groups, whose threads and connections cost time even if nobody uses them; a call of all ranks.
+        """End the process groups, whose threads and connections cost time even if nobody uses them; a call of all its ranks.
 
         Nothing may be in flight. The grid cannot be used any more; to close it again does nothing.
         """
@@ -150,10 +163,10 @@ class RankGrid:
         while self._groups:
             dist.destroy_process_group(self._groups.pop())
         # Threads end when nobody holds a group; the engine and the units, which hold this object, may live on.
-        del self.gather, self.reduce, self.intra, self.inter, self.intra_reduce, self.inter_reduce, self.mesh
+        del self.gather, self.reduce, self.intra, self.inter, self.intra_reduce, self.inter_reduce, self.mesh, self.world
 
     def add_flat_rings(self) -> None:
-        """Give both lanes a ring of all ranks in the order of ranks; a collective call of all ranks."""
+        """Give both lanes a ring of all ranks in the order of ranks; a collective call of all its ranks."""
         for lane in (self.gather, self.reduce):
             if lane.flat is None:
                 lane.flat = self._ring([*range(self.n)], self.rank)
@@ -175,8 +188,9 @@ class RankGrid:
     def _ring(self, ranks: list[int], position: int) -> Ring:
         even = self.subgroup(ranks)
         odd = even if len(ranks) == 1 or self.backend in LIBRARY_REDUCES else self.subgroup(ranks)
-        neighbours = ranks[position - 1], ranks[(position + 1) % len(ranks)]
-        return Ring(len(ranks), position, neighbours, (even, odd), self.link(self.rank, neighbours[1]), self.backend)
+        previous, following = ranks[position - 1], ranks[(position + 1) % len(ranks)]
+        neighbours = self.ranks[previous], self.ranks[following]
+        return Ring(len(ranks), position, neighbours, (even, odd), self.link(self.rank, following), self.backend)
 
 
 class Work:

@@ -76,7 +76,7 @@ def measure_cluster(
             whole = piece.new_empty(piece.numel() * num_processes)
             taken = []
             for _ in range(repetitions + 1):  # the first one connects
-                dist.barrier()
+                dist.barrier(group=grid.world)
                 begin = clock()
                 gather(whole, piece)
                 if piece.device.type == "cuda":
@@ -84,7 +84,7 @@ def measure_cluster(
                 taken.append(clock() - begin)
             times.append((float(whole.numel()), statistics.median(taken[1:])))
         slowest = torch.tensor([seconds for _, seconds in times], dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=grid.world)
         (small, _), (large, _) = times
         return link_of((small, slowest[0].item()), (large, slowest[1].item()), num_processes)
 

@@ -220,7 +220,7 @@ class FlatUnit:
         self.accumulated: Tensor | None = None
         self.arrived: set[int] = set()
         if grid.n > 1:
-            dist.broadcast(flat, src=0)
+            dist.broadcast(flat, src=grid.ranks[0], group=grid.world)
         self.full, self.gathered = flat.to(self.compute), True
         self.shard = self.full if partition.parameters == "N" else self._part(self.full, partition.parameters).clone()
         self.master: nn.Parameter | None = None

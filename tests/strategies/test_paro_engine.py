@@ -125,7 +125,7 @@ def one_process(case: Case) -> Outcome:
 
 def many_processes(case: Case, grid: RankGrid) -> Outcome:
     network, optimizer = build(case)
-    if get_rank():
+    if grid.rank:
         for parameter in network.parameters():
             parameter.data.zero_()  # the values are those of rank 0
     engine = PaROEngine(network, optimizer, Partition.of(case.code), Collectives(grid), **case.engine)
@@ -134,7 +134,7 @@ def many_processes(case: Case, grid: RankGrid) -> Outcome:
         for index, part in enumerate(batch.chunk(case.micro)):
             engine.last = index == case.micro - 1
             engine.begin_forward()
-            loss = network(part.chunk(get_world_size())[get_rank()]) / case.micro
+            loss = network(part.chunk(grid.n)[grid.rank]) / case.micro
             loss.backward()
             engine.finish_backward()
             losses.append(loss.item())
@@ -289,3 +289,22 @@ def test_elementwise_optimizers_are_exact(pool: RankPool) -> None:
     fused = Case("IIG", dtype=torch.float32, options={"lr": 0.05, "fused": True})
     check(pool, cases, 4, 1e-8)
     check(pool, [fused, Case("GIG", dtype=torch.float32)], 4, 2e-5)
+
+
+ON_RANKS = {(0, 3): Case("IIG", group=1, clip=0.1), (1, 2): Case("GGG", group=2, micro=2)}
+
+
+def engines() -> Outcome:
+    """Two models, each on ranks of its own."""
+    ranks = next(ranks for ranks in ON_RANKS if get_rank() in ranks)
+    return many_processes(ON_RANKS[ranks], RankGrid(ON_RANKS[ranks].group, ranks=ranks))
+
+
+def test_two_models_train_on_ranks_of_their_own(pool: RankPool) -> None:
+    outcomes = pool.run(engines, world_size=4)
+    for ranks, case in ON_RANKS.items():
+        one = one_process(case)
+        for rank in ranks:
+            assert outcomes[rank].norms == pytest.approx(one.norms, rel=1e-10)
+            for name, value in outcomes[rank].weights.items():
+                torch.testing.assert_close(value, one.weights[name], rtol=1e-10, atol=1e-10, msg=name)
