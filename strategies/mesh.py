@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 __all__ = ["axis_group", "axis_ranks", "members", "named_mesh"]
 
 
-def named_mesh(device_type: str, ranks: Sequence[int] | None = None, **axes: int) -> DeviceMesh:
+def named_mesh(device_type: str, ranks: Sequence[int] | None = None, /, **axes: int) -> DeviceMesh:
     """Arrange processes in a mesh; a collective call of all processes of the job.
 
     Args:

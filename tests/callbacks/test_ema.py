@@ -194,3 +194,9 @@ def test_part_that_is_not_there_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="modules='generator' names no parameter of Tiny: give names of its parts, such as net"):
         run(tmp_path, EMA(0.9, modules=["net", "generator"]), record)
     assert not record.steps
+
+
+def test_state_of_earlier_versions_is_read():
+    ema = EMA()
+    ema.load_state_dict({"latest_update_step": 7, "applied": 5})
+    assert ema.state_dict() == {"applied": [5]}

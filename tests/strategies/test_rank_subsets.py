@@ -16,7 +16,7 @@ BLOCK = 3
 
 def meshes() -> tuple[Any, ...]:
     rank = dist.get_rank()
-    roles = {"actor": named_mesh("cpu", ranks=[0], data=1), "critic": named_mesh("cpu", ranks=[1, 2, 3], node=-1, local=1)}
+    roles = {"actor": named_mesh("cpu", [0], data=1), "critic": named_mesh("cpu", [1, 2, 3], node=-1, local=1)}
     own = "actor" if rank == 0 else "critic"
     other = "critic" if rank == 0 else "actor"
     with pytest.raises(ValueError) as error:
