@@ -175,7 +175,7 @@ def test_last_starts_anew_only_for_fit(folder, capsys):
         assert main([stage, "-c", "tiny.yaml", "--ckpt_path", "last"]) == 2
         assert "runs/tiny holds no checkpoint yet, so there is nothing to" in capsys.readouterr().err
     assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "last"]) == 0
-    assert "starting anew" in capsys.readouterr().err
+    assert "a new run starts" in capsys.readouterr().err
     assert main(["fit", "-c", "tiny.yaml", "--ckpt_path", "last", "--trainer.max_steps", "6"]) == 0
     assert read_checkpoint("runs/tiny/checkpoints/last.ckpt")["global_step"] == 6
     assert not Path("runs/tiny/earlier").exists()
@@ -417,6 +417,56 @@ def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path, monkeypatch, ca
     assert f"error: `import strategies` finds {tmp_path}/strategies instead of" in capsys.readouterr().err
 
 
+PLAIN = """
+import torch
+from lightning import LightningModule
+
+
+class Net(LightningModule):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 4))
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.layers(batch[0]) - batch[0]).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self.layers(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_a_plain_module_of_lightning_runs(folder, capsys):
+    Path("plain.py").write_text(PLAIN)
+    Path("plainer.py").write_text(PLAIN.replace("        self.save_hyperparameters()\n", ""))
+    for name in ("plain", "plainer"):
+        words = ["--model", f"{name}.Net", "--model.width", "5", "--data", "tiny.TinyData", "--trainer.accelerator", "cpu"]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", f"runs/{name}"]
+        assert main(["fit", *words, *quiet, "--trainer.max_steps", "2"]) == 0
+        assert main(["fit", *words, *quiet, "--trainer.max_steps", "3", "--ckpt_path", "last"]) == 0
+        last = f"runs/{name}/checkpoints/last.ckpt"
+        assert read_checkpoint(last)["global_step"] == 3
+        for stage in ("validate", "test", "predict"):
+            assert main([stage, *words, *quiet, "--ckpt_path", last]) == 0
+        capsys.readouterr()
+        assert main(["convert", last, "shared", "--model", f"{name}.Net"]) == 2
+        assert (
+            f"{name}.Net is no ZooModule, which alone can be converted: derive it from zoo.ZooModule." in capsys.readouterr().err
+        )
+    without = ["--ckpt_path", "runs/plain/checkpoints/last.ckpt", "--model", "plain.Net", *words[4:], *quiet]
+    assert effective(capsys, "test", *without)["model"]["init_args"]["width"] == 5  # which the checkpoint stores
+
+
 def test_small_floats_without_a_point_are_numbers(folder, capsys):
     text = Path("tiny.yaml").read_text().replace("data:", "  # comment\ndata:")
     Path("tiny.yaml").write_text(text)
@@ -468,7 +518,7 @@ def test_small_floats_without_a_point_are_numbers(folder, capsys):
             ["-c", "emigm/digits", "--model.size", "tiny"],
             "option model.size: expected one of xsmall, small, base, large, huge, null, got tiny",
         ),
-        (["-c", "strategies/dpp"], "there is no configuration strategies/dpp; did you mean strategies/ddp"),
+        (["-c", "strategies/dpp"], "There is no configuration strategies/dpp; did you mean strategies/ddp"),
     ],
 )
 def test_wrong_input_is_one_sentence_before_training(folder, capsys, argv, sentence):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonargparse._parameter_resolvers as resolvers
+import jsonargparse._typehints as hints
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from tiny import MLP, Deep, Net, Tiny, Wider
 
 from zoo.base.hyperparameters import Configurable, build, check_config, class_path, find_class, plain
+from zoo.base.parsing import our_parsing
+from zoo.base.sources import definition, derives_from, home_of
+from zoo.cli.parser import ZooArgumentParser
 
 
 class Colour(enum.Enum):
@@ -176,6 +181,34 @@ def test_what_does_not_fit_is_one_sentence(arguments, message):
     with pytest.raises(ValueError) as caught:
         build(Net, {"class_path": "tiny.MLP", "init_args": arguments})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_jsonargparse_is_changed_only_while_our_parser_runs():
+    def homes():
+        functions = (resolvers.ast_is_constant, resolvers.ast_get_constant_value, hints.import_object,
+                     hints.resolve_class_path_by_name)  # fmt: skip
+        return [function.__module__ for function in functions]
+
+    before = homes()
+    assert all(home.startswith("jsonargparse.") for home in before)
+    with our_parsing():
+        assert not any(home.startswith("jsonargparse.") for home in homes())
+    parser = ZooArgumentParser()
+    parser.add_subclass_arguments(Net, "net")
+    parser.instantiate_classes(parser.parse_args(["--net", "MLP"]))
+    build(Tiny, Tiny(MLP(3)).init_config)
+    with pytest.raises(ValueError):
+        build(Tiny, {"class_path": "this.Foo"})
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--net", "MLQ"])
+    assert homes() == before
+
+
+def test_public_names_are_found_in_the_sources():
+    assert (home_of("ODE2M"), home_of("Digits"), home_of("Net")) == ("zoo.bfn", "datamodules", None)
+    module, statement = definition("strategies", "EDiTStrategy")  # through two packages
+    assert (module, statement.name) == ("strategies.edit.strategy", "EDiTStrategy")
+    assert derives_from("zoo.ling", "LingDPO", "ZooModule") and not derives_from("zoo.ling", "LingConfig", "ZooModule")
 
 
 def test_components_survive_copy_and_pickle():

@@ -1,18 +1,20 @@
 """``zoo`` and ``python -m zoo``."""
 
+import importlib
 import os
 import sys
 import traceback
 
 from zoo.base.own_packages import foreign_package, search_current_folder_last
 from zoo.cli.process import tune_process
+from zoo.cli.verbs import VERBS, print_overview
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: words after ``zoo``; default is the process's.
+        argv: Words after ``zoo``; default is the process's.
 
     Returns:
         Exit status: 0 done, 1 failed, 2 wrong input, 143 stopped by SIGTERM after saving; or what a strategy
@@ -26,55 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     if sentence := foreign_package():
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    if argv[:1] == ["serve-data"]:  # a server of its own, without torch and Lightning
-        from strategies.antdt import server
-
-        return server.main(argv[1:])
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     try:
-        _run(argv)
-    except SIGTERMException as stop:
-        if stop.code:  # a strategy wants the launcher to start the processes again
-            print("Stopped after saving, to be started again.", file=sys.stderr)
-            return int(stop.code)
-        print("Stopped by SIGTERM after saving; the same command with --ckpt_path last continues.", file=sys.stderr)
-        return 143
+        return _run(argv)
     except Exception as error:
         message = _message(error)
         if message is None or os.environ.get("ZOO_TRACEBACK"):
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     verb = argv[0] if argv else "--help"
-    if verb == "list":
-        from zoo.cli.listing import list_everything
-
-        list_everything(argv[1:])
-    elif verb == "assets":
-        from zoo.cli.assets import assets
-
-        assets(argv[1:])
-    elif verb == "convert":
-        from zoo.cli.convert import convert
-
-        convert(argv[1:])
-    elif verb == "plan":
-        from zoo.cli.plan import plan
-
-        plan(argv[1:])
-    elif verb == "simulate":
-        from zoo.cli.simulate import simulate
-
-        simulate(argv[1:])
-    else:
-        from zoo.cli.command import ZooCLI
-
-        ZooCLI(argv)
+    if verb in ("-h", "--help", "--version"):
+        print_overview([verb])
+    handler = VERBS[verb].handler if verb in VERBS else ""
+    module, _, function = (handler or "zoo.cli.command:run").partition(":")
+    return getattr(importlib.import_module(module), function)(argv[1:] if handler else argv) or 0
 
 
 def _message(error: BaseException) -> str | None:

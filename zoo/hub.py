@@ -9,9 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from zoo.base.checkpoint import CONFIG_FILE, fetch_repository, is_pretrained_folder
+from zoo.base.shared_folder import CONFIG_FILE, fetch_repository, is_pretrained_folder
+from zoo.base.sources import public_names, rooms
 
-__all__ = ["ShippedModel", "import_methods", "list_models", "resolve", "upload"]
+__all__ = ["ShippedModel", "import_everything", "import_methods", "list_models", "method_rooms", "resolve", "upload"]
+
+_PACKAGE = Path(str(files("zoo")))
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,16 @@ class ShippedModel:
     num_bytes: int
     folder: Path
 
+    @property
+    def kind(self) -> str:
+        """``weights`` of a method, or an ``extractor`` of features for metrics."""
+        return "weights" if _has_module(self.folder.parents[1]) else "extractor"
+
 
 @cache
 def _manifest() -> dict[str, ShippedModel]:
     models = {}
-    for config in sorted(Path(str(files("zoo"))).glob(f"*/weights/*/{CONFIG_FILE}")):
+    for config in sorted(_PACKAGE.glob(f"*/weights/*/{CONFIG_FILE}")):
         folder = config.parent
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         fields: dict[str, Any] = json.loads(config.read_text())
@@ -44,12 +52,26 @@ def _manifest() -> dict[str, ShippedModel]:
     return models
 
 
+def method_rooms() -> list[str]:
+    """Packages of the methods, such as ``zoo.bfn``: those with a ``module.py``."""
+    return [room for room in rooms() if _has_module(_PACKAGE / room.rpartition(".")[2])]
+
+
 def import_methods() -> None:
-    """Import every method of the zoo, so that its classes are found by their names."""
-    for module in Path(str(files("zoo"))).glob("*/module.py"):
-        importlib.import_module(f"zoo.{module.parent.name}")
-    for room in ("callbacks", "metrics"):
-        importlib.import_module(f"zoo.{room}")
+    """Import every method of the zoo, so that its classes are known."""
+    for room in method_rooms():
+        importlib.import_module(room)
+
+
+def import_everything() -> None:
+    """Import all public classes of methods, callbacks, metrics, data and strategies."""
+    for room in rooms():
+        for name in public_names(room):
+            getattr(importlib.import_module(room), name)
+
+
+def _has_module(room: Path) -> bool:
+    return (room / "module.py").exists()
 
 
 def list_models() -> list[ShippedModel]:

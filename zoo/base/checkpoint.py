@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
+from zoo.base.shared_folder import CONFIG_FILE, WEIGHTS_FILE, fetch_repository, is_pretrained_folder
+
 __all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
     "as_new_files_are",
     "check_weights",
     "fetch_repository",
@@ -25,9 +29,6 @@ __all__ = [
     "take_types",
     "write_pretrained",
 ]
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def as_new_files_are(path: Path) -> None:
@@ -82,33 +83,6 @@ def read_plain(path: str | Path, map_location: Any = "cpu", mmap: bool = False) 
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or is not a checkpoint ({type(error).__name__}): use an earlier one.") from error
-
-
-def fetch_repository(name: str, patterns: list[str]) -> Path:
-    """Folder of a repository of the Hugging Face hub, fetched once, then cached.
-
-    Args:
-        name: ``"organisation/name"``.
-        patterns: of the files that are wanted.
-
-    Raises:
-        FileNotFoundError: there is no such repository, or the hub cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}):"
-            " check the name and the connection, or give a folder."
-        ) from error
-
-
-def is_pretrained_folder(path: str | Path) -> bool:
-    """Whether ``path`` is a folder written by ``save_pretrained``."""
-    return (Path(path) / CONFIG_FILE).is_file()
 
 
 def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

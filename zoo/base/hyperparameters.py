@@ -5,27 +5,26 @@ A component (flow, solver, network ...) or module remembers its constructor's ar
 dictionary goes into checkpoints (loadable with ``weights_only=True``) and into ``config.json``, and builds the object again.
 """
 
-import ast
 import dataclasses
 import enum
 import functools
-import importlib.util
+import importlib
 import inspect
 import itertools
 import sys
 from collections.abc import Collection, Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import jsonargparse
 import jsonargparse._parameter_resolvers as _resolvers
-import jsonargparse._typehints as _typehints
 import numpy as np
 import yaml
 
 from zoo.base.option_errors import explain
 from zoo.base.own_packages import is_own
+from zoo.base.parsing import ImportGuard, is_chosen, our_parsing
+from zoo.base.sources import moved_path
 
 __all__ = ["Configurable", "build", "check_config", "class_path", "find_class", "plain", "plain_arguments", "read_config"]
 
@@ -148,7 +147,9 @@ def plain_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _default_arguments(cls: type) -> dict[str, Any]:
     """Defaults of a constructor as plain data; those of base classes reached through ``**kwargs`` too."""
     defaults = {}
-    for parameter in _resolvers.get_signature_parameters(cls):
+    with our_parsing():
+        parameters = _resolvers.get_signature_parameters(cls)
+    for parameter in parameters:
         default = parameter.default
         if (
             isinstance(default, Mapping) and "class_path" in default
@@ -176,8 +177,9 @@ def build(base: type[T], config: Mapping[str, Any], trusted: bool = False) -> T:
     Raises:
         ValueError: unknown class or argument, a value of the wrong type, or a module that would have to be imported.
     """
-    parser, parsed = _parse(base, config, None if trusted else _Imports())
-    return cast(T, parser.instantiate(parsed).object)
+    parser, parsed = _parse(base, config, None if trusted else ImportGuard())
+    with our_parsing():
+        return cast(T, parser.instantiate(parsed).object)
 
 
 def check_config(base: type, config: Mapping[str, Any], chosen: Collection[str] = ()) -> None:
@@ -194,38 +196,20 @@ def check_config(base: type, config: Mapping[str, Any], chosen: Collection[str] 
     Raises:
         ValueError: unknown class or argument, a value of the wrong type, or a module that would have to be imported.
     """
-    _parse(base, config, _Imports(chosen))
+    _parse(base, config, ImportGuard(chosen))
 
 
-class _Imports:
-    """Which import paths plain data may follow; remembers those refused."""
-
-    def __init__(self, chosen: Collection[str] = ()) -> None:
-        self.chosen = chosen
-        self.refused: list[str] = []
-
-    def check(self, path: str) -> None:
-        if not _is_chosen(path, self.chosen) and _would_import(path):
-            self.refused.append(path)
-            raise ImportError(f"{path} is not known here")
-
-
-_imports: ContextVar[_Imports | None] = ContextVar("_imports", default=None)
-
-
-def _parse(base: type, config: Mapping[str, Any], imports: _Imports | None) -> tuple[jsonargparse.ArgumentParser, Any]:
+def _parse(base: type, config: Mapping[str, Any], guard: ImportGuard | None) -> tuple[jsonargparse.ArgumentParser, Any]:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "object", required=True)
-    token = _imports.set(imports)
     try:
-        return parser, parser.parse_object({"object": _copied(config)})
+        with our_parsing(guard):
+            parser.add_subclass_arguments(base, "object", required=True)
+            return parser, parser.parse_object({"object": _copied(config)})
     except (jsonargparse.ArgumentError, TypeError) as error:
-        if imports is not None and imports.refused:
-            raise ValueError(_unknown(imports.refused[0], base)) from error
+        if guard is not None and guard.refused:
+            raise ValueError(_unknown(guard.refused[0], base)) from error
         reason = explain(str(error), []).removesuffix(" (--help lists all)").replace("object.", "")
         raise ValueError(f"Cannot build {config.get('class_path')} from its arguments: {reason}") from error
-    finally:
-        _imports.reset(token)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -266,18 +250,26 @@ def find_class(path: str, base: type[T], chosen: Collection[str] = ()) -> type[T
     Raises:
         ValueError: no such class, or not a subclass of ``base``.
     """
-    module_path, _, name = path.rpartition(".")
-    if module_path not in sys.modules and (is_own(module_path) or _is_chosen(path, chosen)):
-        try:
-            importlib.import_module(module_path)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"There is no module {module_path} for the class {path}: {error}.") from error
-    target = getattr(sys.modules.get(module_path), name, None)
+    target = _import(path, chosen)
+    if target is None and (moved := moved_path(path)) is not None:
+        target = _import(moved, chosen)
     if not inspect.isclass(target):
         raise ValueError(_unknown(path, base))
     if not issubclass(target, base):
         raise ValueError(f"{path} is not a {base.__name__}, refusing to build it.")
     return target
+
+
+def _import(path: str, chosen: Collection[str]) -> Any:
+    """What an import path leads to; None if there is no such name, or nobody chose its module."""
+    module_path, _, name = path.rpartition(".")
+    if module_path not in sys.modules and (is_own(module_path) or is_chosen(path, chosen)):
+        try:
+            importlib.import_module(module_path)
+        except ModuleNotFoundError as error:
+            if moved_path(path) in (None, path):
+                raise ValueError(f"There is no module {module_path} for the class {path}: {error}.") from error
+    return getattr(sys.modules.get(module_path), name, None)
 
 
 def _unknown(path: str, base: type) -> str:
@@ -286,47 +278,3 @@ def _unknown(path: str, base: type) -> str:
         f"The class {path} is not known here: type its name after its option, such as `{option} {path}`, or in Python import"
         f" {path.rpartition('.')[0]} first."
     )
-
-
-def _is_chosen(path: str, chosen: Collection[str]) -> bool:
-    """Whether the user has named a class, or the class that holds it."""
-    return any(outer in chosen for outer in itertools.accumulate(path.split("."), "{}.{}".format) if "." in outer)
-
-
-def _would_import(path: str) -> bool:
-    """Whether following an import path would import a module that is neither of this package nor imported already."""
-    if is_own(path):
-        return False
-    for name in itertools.accumulate(path.split("."), "{}.{}".format):
-        if name not in sys.modules:
-            try:
-                return importlib.util.find_spec(name) is not None  # what holds it is imported, so that this imports nothing
-            except (ImportError, ValueError):  # it is a class or an attribute
-                return False
-    return False
-
-
-def _is_literal(node: ast.AST) -> bool:
-    try:
-        ast.literal_eval(cast(ast.expr, node))
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-# jsonargparse turns the default `lambda params: AdamW(params, lr=1e-3)` into plain data by reading its source, but takes
-# only bare constants. `betas=(0.9, 0.99)` and negative numbers are literals as well. Pinned by tests/test_lightning_pins.py.
-_resolvers.ast_is_constant = _is_literal
-_resolvers.ast_get_constant_value = ast.literal_eval
-
-# What a value names is imported by this function of jsonargparse alone. Pinned by tests/test_hyperparameters.py.
-_import_object = _typehints.import_object
-
-
-def _import_if_allowed(name: str, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(name, str) and (imports := _imports.get()) is not None:
-        imports.check(name)
-    return _import_object(name, *args, **kwargs)
-
-
-_typehints.import_object = _import_if_allowed

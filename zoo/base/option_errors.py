@@ -1,6 +1,5 @@
-"""Turns the parser's errors into one sentence that names the option, what was wrong, and the nearest right name."""
+"""Turn the parser's errors into one sentence that names the option, what was wrong, and the nearest right name."""
 
-import difflib
 import inspect
 import re
 import sys
@@ -10,27 +9,21 @@ from pathlib import Path
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
 
-__all__ = ["explain", "nearest"]
+from zoo.base.nearest import nearest
 
-VERBS = ("fit", "validate", "test", "predict", "list", "assets", "convert", "plan", "simulate", "serve-data")
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """``"; did you mean X or Y?"``, or nothing if no candidate is near; capitals do not count."""
-    spellings: dict[str, list[str]] = {}
-    for candidate in sorted(set(candidates)):
-        spellings.setdefault(candidate.lower(), []).append(candidate)
-    near = difflib.get_close_matches(name.lstrip("-").lower(), spellings, n=3, cutoff=0.55)
-    return f"; did you mean {' or '.join(name for key in near for name in spellings[key])}?" if near else ""
+__all__ = ["explain"]
 
 
-def explain(message: str, options: list[str], example: str = "-c bfn/digits (`zoo list` shows all)") -> str:
+def explain(
+    message: str, options: list[str], example: str = "-c bfn/digits (`zoo list` shows all)", verbs: Iterable[str] = ()
+) -> str:
     """Explain a parser error.
 
     Args:
-        message: the error of jsonargparse, possibly over many lines.
-        options: names of the options that the parser knows, for suggestions.
-        example: a configuration that holds what is required.
+        message: Error of jsonargparse, possibly over many lines.
+        options: Names of the options that the parser knows, for suggestions.
+        example: Configuration that holds what is required.
+        verbs: Verbs of the command line.
 
     Returns:
         One sentence.
@@ -42,7 +35,7 @@ def explain(message: str, options: list[str], example: str = "-c bfn/digits (`zo
     owner = owners[-1] if owners else None
 
     if match := re.search(r"argument subcommand: invalid choice: '(.*?)'", message):
-        return f"unknown verb {match[1]}{nearest(match[1], VERBS)} (a verb comes first: {', '.join(VERBS)})"
+        return f"unknown verb {match[1]}{nearest(match[1], verbs)} (a verb comes first: {', '.join(verbs)})"
     if match := re.search(r"Option '(\S+?)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?", message):
         owner = _import(match[2]) if match[2] else owner
         names = [parameter.name for parameter in get_signature_parameters(owner)] if owner else options

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from zoo.base.option_errors import nearest
+from zoo.base.nearest import nearest
 from zoo.base.samples import ChecksSampling, Samples, SupportsSampling, TextSamples, to_uint8
 from zoo.metrics.feature_statistics import FeatureStream
 

@@ -1,22 +1,13 @@
 """The words of a command: stage, configurations, checkpoint, typed options."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
-__all__ = ["STAGES", "import_paths", "run_name", "say", "split_configs", "stage_first", "take_ckpt_path", "typed_value"]
+__all__ = ["STAGES", "import_paths", "run_name", "split_configs", "stage_first", "take_ckpt_path", "typed_value"]
 
 
 STAGES = ("fit", "validate", "test", "predict")
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Print a message for the user to stderr, from rank 0."""
-    print(message, file=sys.stderr)
 
 
 def stage_first(argv: list[str]) -> list[str]:

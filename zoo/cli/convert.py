@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import LightningModule
+
 from zoo.base.checkpoint import CONFIG_FILE, is_pretrained_folder, read_plain
 from zoo.base.hyperparameters import find_class, read_config
 from zoo.cli.configs import find_config
@@ -46,7 +48,9 @@ def convert(argv: Sequence[str]) -> None:
     if options.official and (options.half or options.description):
         raise ValueError("--half and --description are for the folder to share: leave them out with --official.")
     if options.model is not None:
-        find_class(options.model, ZooModule, [options.model])
+        cls = find_class(options.model, LightningModule, [options.model])
+        if not issubclass(cls, ZooModule):
+            raise ValueError(f"{options.model} is no ZooModule, which alone can be converted: derive it from zoo.ZooModule.")
     module = _read(options.source, options.config)
     if not options.official:
         print(f"wrote {type(module).__name__} to {module.save_pretrained(options.target, options.description, options.half)}")

@@ -1,16 +1,13 @@
 """Precedence of a checkpoint's hyperparameters over configuration files."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any
 
 import jsonargparse._typehints as _typehints
 
-import zoo.ling
 from zoo.base.hyperparameters import find_class
-from zoo.ling.config import Preset
 
-__all__ = ["above_configs", "architecture", "as_config", "find_named", "is_same_class", "merged", "replaced"]
+__all__ = ["above_configs", "as_config", "find_named", "is_same_class", "merged", "replaced"]
 
 
 def is_same_class(name: str, path: str) -> bool:
@@ -87,14 +84,6 @@ def above_configs(stored: dict[str, Any], parsed: list[dict[str, Any]]) -> dict[
     return {**stored, "init_args": {name: value for name, value in stored["init_args"].items() if name not in theirs}}
 
 
-def architecture(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of a model, an architecture written out that is given by its name."""
-    arguments = dict(arguments or {})
-    if arguments.get("config") in get_args(Preset):
-        arguments["config"] = asdict(zoo.ling.preset(arguments["config"]))
-    return arguments
-
-
 def as_config(hyperparameters: Mapping[str, Any], base: type, chosen: Collection[str]) -> dict[str, Any]:
     """Stored hyperparameters in the notation of configuration files.
 
@@ -112,7 +101,7 @@ def as_config(hyperparameters: Mapping[str, Any], base: type, chosen: Collection
         if name not in ("_class_path", "_instantiator", "zoo_version") and not name.startswith("_")
     }
     path = hyperparameters["_class_path"]
-    cls = find_class(path, base, chosen)
+    cls: type = find_class(path, base, chosen)
     for old, new in getattr(cls, "renamed_arguments", {}).items():
         if old in arguments:
             arguments[new] = arguments.pop(old)

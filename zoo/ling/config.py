@@ -241,6 +241,11 @@ class LingConfig:
         if scaling is not None and scaling.type == "yarn" and scaling.original_max_position_embeddings is None:
             self.rope_scaling = dataclasses.replace(scaling, original_max_position_embeddings=self.max_position_embeddings)
 
+    @classmethod
+    def presets(cls) -> dict[str, "LingConfig"]:
+        """The named configurations, see `preset`."""
+        return {name: cls(**changes) for name, changes in _PRESETS.items()}
+
     @property
     def head_width(self) -> int:
         """Width of a head: ``head_dim``, else D / H."""

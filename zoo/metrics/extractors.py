@@ -14,7 +14,7 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, re
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from zoo.base.option_errors import nearest
+from zoo.base.nearest import nearest
 from zoo.metrics.classifier import FeatureClassifier
 from zoo.metrics.feature_network import FeatureNetwork
 
