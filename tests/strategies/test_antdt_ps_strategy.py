@@ -384,7 +384,7 @@ def test_worker_that_stops_meets_one_that_saves(pool: RankPool, tmp_path: Path) 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"mode": "async"}, "asp, ssp or bsp"), ({"backup": 1}, "bsp only"), ({"servers": 0}, "servers=0 must be at least 1"),
-    ({"servers": []}, "servers=0"), ({"row_update": "no"}, "exact or lazy"), ({"ddp_comm_hook": print}, "process group"),
+    ({"servers": []}, "servers=0"), ({"row_update": "no"}, "exact or lazy"), ({"ddp_comm_hook": print}, "another way"),
     ({"save_every": -1}, "save_every=-1"), ({"frame_limit": 1}, "frame_limit=1"),
 ])  # fmt: skip
 def test_arguments_are_checked(options: Any, message: str) -> None:
