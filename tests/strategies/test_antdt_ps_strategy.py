@@ -331,7 +331,9 @@ def interrupted(folder: Path, options: dict[str, Any], stop: bool) -> list[Any]:
     return [(epoch, version, positions.tolist()) for epoch, version, positions in strategy.positions_log]
 
 
-@pytest.mark.parametrize("options", [{"mode": "asp"}, {"mode": "bsp"}, {"mode": "ssp", "staleness": 1}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "asp"}, {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 1}, marks=pytest.mark.slow)]
+)
 def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
     pool: RankPool, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -559,7 +561,9 @@ def start(*arguments: Any) -> multiprocessing.process.BaseProcess:
     return process
 
 
-@pytest.mark.parametrize(("options", "kill_at"), [({"mode": "asp"}, 0), ({"mode": "ssp", "staleness": 3}, 2)])
+@pytest.mark.parametrize(
+    ("options", "kill_at"), [pytest.param({"mode": "asp"}, 0, marks=pytest.mark.slow), ({"mode": "ssp", "staleness": 3}, 2)]
+)
 def test_killed_worker_stops_nobody_and_a_new_one_joins_those_who_train(
     tmp_path: Path, options: dict[str, Any], kill_at: int
 ) -> None:
@@ -610,7 +614,9 @@ def test_server_that_is_killed_is_started_again_by_the_workers(tmp_path: Path) -
     assert not list((tmp_path / "antdt").glob("ps*/slice.safetensors")), "a run that is over leaves no part behind"
 
 
-@pytest.mark.parametrize("options", [{"mode": "bsp"}, {"mode": "ssp", "staleness": 2}, {"mode": "asp"}])
+@pytest.mark.parametrize("options", [
+    {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 2}, marks=pytest.mark.slow),
+    pytest.param({"mode": "asp"}, marks=pytest.mark.slow)])  # fmt: skip
 def test_clock_that_is_killed_under_several_workers_goes_on_with_all_of_them(tmp_path: Path, options: dict[str, Any]) -> None:
     """Server 0 keeps the clock; what it had not written down when it was killed is lost, as the log says, and nothing else."""
     with services() as where:
