@@ -8,7 +8,9 @@ import pytest
 
 from zoo.cli.process import tune_process
 
-tune_process()  # before torch is imported
+# Before torch is imported: tests run beside one another, so that each has one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+tune_process()
 
 from distributed import RankPool  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

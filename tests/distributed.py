@@ -2,7 +2,7 @@
 
 A test asks for the fixture ``pool`` and calls ``pool.run(function, world_size=2)``: every rank runs ``function`` inside
 a fresh process group, and the results come back in rank order. Ranks are kept between calls, because importing torch
-and Lightning takes longer than most tests; they are forked from one clean server process that has imported both, so a
+and Lightning takes longer than most tests; they are forked from one clean server process that has imported all, so a
 new rank costs milliseconds and a rank that hung or died is simply replaced.
 """
 
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from fork_server import start_fork_server
 from torch import distributed
 
 MAX_RANKS = 8
@@ -182,26 +183,9 @@ class RankPool:
         """Start the ranks that are missing; replace all if one died between two calls."""
         if any(rank.process.exitcode is not None for rank in self._ranks):
             self.close()
-        with _single_threaded():
-            for rank in range(len(self._ranks), world_size):
-                self._ranks.append(_Rank(rank, Path(self._logs.name) / f"rank{rank}.log"))
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Let a server process that starts inside import torch and Lightning once, with one thread each."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "lightning", "torchmetrics"])
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        start_fork_server()
+        for rank in range(len(self._ranks), world_size):
+            self._ranks.append(_Rank(rank, Path(self._logs.name) / f"rank{rank}.log"))
 
 
 def _packages(module: str) -> dict[str, list[str]]:

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from zoo.base.checkpoint import read_checkpoint
 
@@ -37,7 +37,7 @@ def test_a_killed_rank_costs_what_was_not_saved_and_no_sample(tmp_path: Path) ->
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
     command = [sys.executable, "-m", *torchrun, "fit", "-c", "bfn/digits", "-c", "strategies/antdt", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = warm_python.run(command, cwd=tmp_path, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "runs" / "bfn" / "digits"
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")

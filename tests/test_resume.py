@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 import yaml
 from test_cli import CONFIG
 
@@ -105,8 +105,8 @@ def test_the_curve_continues_as_if_never_interrupted(folder, how, step, workers,
     command += ["--trainer.callbacks.how", str(int(how))]
     if how:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "zoo", *command], env=environment, capture_output=True, timeout=120)
-        assert done.returncode == (143 if how == signal.SIGTERM else -9), done.stderr.decode()[-2000:]
+        done = warm_python.run([sys.executable, "-m", "zoo", *command], env=environment, timeout=120)
+        assert done.returncode == (143 if how == signal.SIGTERM else -9), done.stderr[-2000:]
     else:
         with pytest.raises(RuntimeError, match="out of memory"):
             main(command)

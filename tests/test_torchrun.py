@@ -2,12 +2,12 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 
 from zoo.base.checkpoint import read_checkpoint
 
@@ -37,7 +37,7 @@ class Terminate(lightning.Callback):
 def fit(folder: Path, launcher: list[str], *options: str, ends_well: bool = True) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, "fit", "-c", "bfn/digits", "--trainer.log_every_n_steps", "1", *QUIET, *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = warm_python.run(command, cwd=folder, env=environment, timeout=200)
     assert (done.returncode == 0) is ends_well, done.stderr[-3000:]
 
 
@@ -112,7 +112,7 @@ def test_no_process_begins_before_the_earlier_run_is_out_of_the_way(tmp_path):
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zoo"]
     options = ["--model", "watch.Observed", "--model.net", "tiny.MLP", "--data", "tiny.TinyData", "--trainer.max_steps", "1"]
     command = [sys.executable, "-m", *torchrun, "fit", *options, "--trainer.strategy", "ddp", *QUIET]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = warm_python.run(command, cwd=tmp_path, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"seen_{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
     assert (tmp_path / "runs/observed/earlier/0/metrics.csv").exists()
@@ -149,7 +149,7 @@ def test_an_earlier_run_is_put_back_after_the_last_start_if_none_has_trained(tmp
     torchrun = ["torch.distributed.run", "--nproc-per-node", "1", "--max-restarts", "1", "--standalone", "-m", "zoo"]
     options = ["--model", "fails.Fails", "--model.net", "tiny.MLP", "--data", "tiny.TinyData", "--model.steps", str(steps)]
     command = [sys.executable, "-m", *torchrun, "fit", *options, "--trainer.log_every_n_steps", "1", *QUIET]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = warm_python.run(command, cwd=tmp_path, env=environment, timeout=200)
     assert done.returncode and done.stderr.count("ValueError: wrong data") >= 1, done.stderr[-3000:]
     moved, back = (
         word in done.stderr for word in ("the earlier one moved to runs/fails/earlier/0", "the earlier run is back in")

@@ -1,0 +1,14 @@
+"""Imports of the fork server: the whole zoo, and what its commands import when they run."""
+
+import gc
+
+import datamodules
+import strategies
+from zoo.hub import import_methods
+
+import_methods()
+for package in (datamodules, strategies):
+    for name in package.__all__:
+        getattr(package, name)
+gc.collect()
+gc.freeze()  # pages of what is imported stay shared with the forks
