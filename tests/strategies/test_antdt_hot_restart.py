@@ -21,6 +21,7 @@ import torch.distributed as dist
 from antdt_hot_job import Death, EndedWhileItLeaves, Job, Torchrun, logs
 from antdt_kept import split_and_run
 from antdt_replace_once import ReplaceOnce
+from fork_server import start_fork_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
@@ -220,6 +221,7 @@ def keep(tmp_path: Path) -> Callable[..., tuple[int | None, str]]:
 
     def run(code: str, spares: int = 1, before: str = "") -> tuple[int | None, str]:
         args = (before, code, spares, tmp_path / "out")
+        start_fork_server()
         process = multiprocessing.get_context("forkserver").Process(target=split_and_run, args=args)
         process.start()
         process.join(60)
