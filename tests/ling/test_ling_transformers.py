@@ -177,7 +177,7 @@ def test_a_copy_divides_by_its_own_norms(lite):
         torch.testing.assert_close(other(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_evaluation_follows_an_optimizer_that_counts_no_version(compiled, lite):
     model = loaded(lite, dtype=torch.float32).train()
     run = torch.compile(model, backend="eager") if compiled else model

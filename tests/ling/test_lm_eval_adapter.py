@@ -72,7 +72,7 @@ def lm_of(network, **options):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_multiple_choice_agrees_with_our_own(evaluate, batch_size):
     network = network_of()
     found, _ = evaluate(lm_of(network, batch_size=batch_size), "quiz")
@@ -96,7 +96,7 @@ def test_model_is_known_by_its_name(evaluate):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("max_length", [128, 10])
+@pytest.mark.parametrize("max_length", [pytest.param(128, marks=pytest.mark.slow), 10])
 def test_rolling_likelihood_predicts_each_byte_once(evaluate, max_length):
     network = network_of()
     found, responses = evaluate(lm_of(network, max_length=max_length), "prose")
@@ -126,7 +126,7 @@ def greedy(network, prompt, count):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_generation_stops_at_the_text_of_the_task(evaluate, batch_size):
     network = network_of()
     _, responses = evaluate(lm_of(network, batch_size=batch_size), "tell")

@@ -136,6 +136,7 @@ def test_averages_and_loading_processes_go_on(torchrun: Torchrun, tmp_path: Path
     assert max(recoveries(job)) < 15  # a loader that outlived its rank would keep the connections open for longer
 
 
+@pytest.mark.slow
 def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Path) -> None:
     """Ranges of three steps are under way, and commits are late: the ledger is settled by those who live."""
     job = Job(
