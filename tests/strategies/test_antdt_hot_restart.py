@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from antdt_hot_job import Death, EndedWhileItLeaves, Job, Torchrun, logs
 from antdt_kept import split_and_run
-from antdt_replace_once import ReplaceOnce
+from antdt_plans import Restart
 from fork_server import start_fork_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,7 +168,7 @@ def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Pat
 
 def test_the_controller_has_one_rank_replaced(torchrun: Torchrun, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     job = Job(
-        tmp_path, slow=0.1, options={"solution": ReplaceOnce(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
+        tmp_path, slow=0.1, options={"solution": Restart(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
         trainer={"limit_val_batches": 1.0},
     )  # fmt: skip
     goes_through(torchrun, job, undisturbed, {1: 1})

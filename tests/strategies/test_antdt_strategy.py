@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from antdt_job import Noisy, Plans, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
+from antdt_job import Noisy, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
+from antdt_plans import Plans
 from distributed import RankPool
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler

@@ -98,7 +98,7 @@ def test_replicas_meet_in_the_statistics_of_their_routers_too(pool: RankPool, tm
     assert all(torch.equal(rank["weights"][name], value) for rank in ranks for name, value in ranks[0]["weights"].items())
 
 
-@pytest.mark.parametrize(("backend", "world_size"), [("aot_eager", 2), pytest.param("inductor", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("backend", "world_size"), [("eager", 2), pytest.param("inductor", 4, marks=pytest.mark.slow)])
 def test_compiled_blocks_in_shards_are_the_plain_ones(pool: RankPool, tmp_path: Path, backend: str, world_size: int) -> None:
     small = CONFIG.replace(num_hidden_layers=1, first_k_dense_replace=0)
     plain, compiled = (
