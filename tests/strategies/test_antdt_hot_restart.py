@@ -107,9 +107,10 @@ def goes_through(torchrun: Torchrun, job: Job, undisturbed: dict[str, Any], lost
             {0: 1, 1: 2, 2: 1},
         ),
         # In the validation between the epochs; before its end; when the next has begun, but no batch; in its first step.
-        (
+        pytest.param(
             (Death(0, 6, "validation"), Death(1, 6, "epoch_end"), Death(2, 6, "epoch_start"), Death(2, 6, "forward", 1)),
             {0: 1, 1: 1, 2: 2},
+            marks=pytest.mark.slow,
         ),
         # Two at once, of which one only while it rejoins; in the last validation, and when all is done but the farewell.
         (

@@ -511,7 +511,7 @@ def language(kind: Callable[..., Any], chunk: int) -> tuple[list[float], dict[st
     replica = 2 * dist.get_rank() // dist.get_world_size()
     ids = torch.randint(24, (24, 9), generator=torch.Generator().manual_seed(replica))
     data = DataLoader([{"input_ids": row} for row in ids], batch_size=2)
-    trainer = trainer_of(kind(), 11, callbacks=[Watch()], use_distributed_sampler=False, limit_val_batches=2)
+    trainer = trainer_of(kind(), 7, callbacks=[Watch()], use_distributed_sampler=False, limit_val_batches=2)
     trainer.fit(model, data, data)
     return losses, weights_of(model)
 

@@ -355,8 +355,8 @@ class ByRank(Dataset):
 
 def fit_by_rank(kind: Callable[..., Any], **options: Any) -> Run:
     strategy, model = kind(), model_of()
-    data = DataLoader(ByRank(2, 24), batch_size=8 // dist.get_world_size())
-    trainer = trainer_of(strategy, 12, use_distributed_sampler=False, **options)
+    data = DataLoader(ByRank(2, 16), batch_size=8 // dist.get_world_size())
+    trainer = trainer_of(strategy, 8, use_distributed_sampler=False, **options)
     trainer.fit(model, data)
     state = strategy.synchronizer.state_dict()
     return Run(model.seen, weights_of(model), {"state": state, "inner": strategy.optimizer_state(trainer.optimizers[0])})
