@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from antdt_job import Noisy, RowsData, weights_of
+from fork_server import start_fork_server
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
@@ -196,6 +197,7 @@ class Torchrun:
     """Starts the processes of jobs as torchrun does, quickly: a process that has imported all splits them off."""
 
     def __init__(self) -> None:
+        start_fork_server()
         context = multiprocessing.get_context("forkserver")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,))

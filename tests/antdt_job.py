@@ -1,4 +1,4 @@
-"""A small job for the tests of AntDT: rows that know their index, a module that draws noise, scripted decisions."""
+"""A small job for the tests of AntDT: rows that know their index, and a module that draws noise."""
 
 import json
 import os
@@ -18,51 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
 from strategies import AntDTStrategy
-from strategies.antdt.actions import Action, AdjustBatch, KillRestart
-from strategies.antdt.monitor import Windows
-from strategies.antdt.solutions import Solution, StaticBSP
+from strategies.antdt.solutions import StaticBSP
 from zoo import ZooModule
 from zoo.callbacks import RunCheckpoint
-
-
-class Plans(Solution):
-    """Decides on the given batches, one decision after the other."""
-
-    windows = Windows(1, 2, "steps", min_steps=1, skip_steps=0)
-
-    def __init__(self, plans: list[list[int]], cap: list[int | None] | None = None) -> None:
-        self.plans, self.cap = plans, cap
-        self.given = 0
-
-    def decide(self, view: Any, now: float) -> list[Action]:
-        if self.given >= len(self.plans) or AdjustBatch.kind not in view.ready:
-            return []
-        self.given += 1
-        batch = self.plans[self.given - 1]
-        return [AdjustBatch(tuple(batch), tuple(self.cap or view.cap))]
-
-    def cooldowns(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.given = state["given"]
-
-
-class Restart(Plans):
-    """Wants a worker to be started again, once, when so many steps are done."""
-
-    def __init__(self, worker: int, step: int) -> None:
-        super().__init__([])
-        self.worker, self.step = worker, step
-
-    def decide(self, view: Any, now: float) -> list[Action]:
-        if self.given or view.step < self.step or not view.workers[self.worker].restartable:
-            return []
-        self.given = 1
-        return [KillRestart(f"worker:{self.worker}")]
 
 
 class Rows(Dataset):

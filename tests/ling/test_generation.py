@@ -179,7 +179,7 @@ def test_new_weights_are_used_at_once() -> None:
 
 
 def test_step_of_fixed_shapes_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = network_of()
+    network = network_of(BASE.replace(num_hidden_layers=1))
     ids, mask = padded(prompts_of(3, 8, 5))
     expected = network.generate(ids, mask, max_new_tokens=9)
     made = []
@@ -209,7 +209,7 @@ def test_streams_that_take_turns_are_each_as_alone(monkeypatch: pytest.MonkeyPat
     def traced(*arguments: object) -> StaticStep:
         return StaticStep(*arguments, backend="eager")  # type: ignore[arg-type]
 
-    network = network_of(BASE.replace(attention_dropout=0.5)).train()
+    network = network_of(BASE.replace(attention_dropout=0.5, num_hidden_layers=1)).train()
     prompts = prompts_of(5, 5)
     expected = [network.generate(prompt[None], max_new_tokens=6)[0, 5:].tolist() for prompt in prompts]
     monkeypatch.setattr(steps, "StaticStep", traced)

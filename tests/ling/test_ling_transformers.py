@@ -3,12 +3,12 @@
 import copy
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from ling_reference import CASES, LITE, logits_and_routes, random_weights, write_released
 from safetensors.torch import load_file
 from torch import Tensor
@@ -132,7 +132,7 @@ def test_importing_the_method_does_not_import_the_models_of_the_library(lite):
         "import sys, zoo.ling; assert 'transformers.modeling_utils' not in sys.modules; zoo.ling.register();"
         f"import transformers; print(type(transformers.AutoConfig.from_pretrained({str(lite)!r})).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm_python.run([sys.executable, "-c", code])
     assert done.stdout.strip() == "BailingMoeConfig", done.stderr
 
 
@@ -177,7 +177,7 @@ def test_a_copy_divides_by_its_own_norms(lite):
         torch.testing.assert_close(other(IDS).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_evaluation_follows_an_optimizer_that_counts_no_version(compiled, lite):
     model = loaded(lite, dtype=torch.float32).train()
     run = torch.compile(model, backend="eager") if compiled else model

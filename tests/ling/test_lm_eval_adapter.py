@@ -72,7 +72,7 @@ def lm_of(network, **options):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_multiple_choice_agrees_with_our_own(evaluate, batch_size):
     network = network_of()
     found, _ = evaluate(lm_of(network, batch_size=batch_size), "quiz")
@@ -103,13 +103,13 @@ def test_rolling_likelihood_predicts_each_byte_once(evaluate, max_length):
     total, num_bytes = 0.0, 0
     for question, response in zip(read_questions(TASKS / "quiz.jsonl"), responses, strict=True):
         ids = [257, *f"{question.question} {', '.join(question.choices)}".encode()]
-        logp = 0.0
-        for end in range(1, len(ids)):
+        logp, done = 0.0, 0
+        while done < len(ids) - 1:
             # The first window is whole; later ones end where the text goes on for `max_length` or less, and are always full.
-            window = math.ceil(end / max_length) * max_length
-            start = max(0, min(window, len(ids) - 1) - max_length)
-            logits = network(torch.tensor([ids[start:end]])).logits[0, -1].double()
-            logp += (logits[ids[end]] - logits.logsumexp(-1)).item()
+            end = min(done + max_length, len(ids) - 1)
+            logps = network(torch.tensor([ids[max(0, end - max_length) : end]])).logits[0].double().log_softmax(-1)
+            logp += sum(logps[number - end, ids[number + 1]].item() for number in range(done, end))
+            done = end
         assert response[0][0] == pytest.approx(logp, rel=1e-4)
         total, num_bytes = total + logp, num_bytes + len(ids) - 1
     assert found["bits_per_byte,none"] == pytest.approx(-total / num_bytes / math.log(2), rel=1e-4)
@@ -126,7 +126,7 @@ def greedy(network, prompt, count):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_generation_stops_at_the_text_of_the_task(evaluate, batch_size):
     network = network_of()
     _, responses = evaluate(lm_of(network, batch_size=batch_size), "tell")

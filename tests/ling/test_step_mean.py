@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from antdt_job import Plans
+from antdt_plans import Plans
 from distributed import RankPool
 from hypothesis import given
 from hypothesis import strategies as st

@@ -79,8 +79,10 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("prompts", "temperature"), [(5, 0.0), (1, 1.0)])
+@pytest.mark.parametrize(("prompts", "temperature", "strategy"), [
+    *((5, 0.0, strategy) for strategy in STRATEGIES),
+    *(pytest.param(1, 1.0, each, marks=[] if each in ("fsdp2", "paro") else [pytest.mark.slow]) for each in STRATEGIES),
+])  # fmt: skip
 def test_every_prompt_is_answered_once_as_by_one_process(
     pool: RankPool, tmp_path: Path, strategy: str, prompts: int, temperature: float
 ) -> None:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from antdt_hot_job import Death, EndedWhileItLeaves, Job, Torchrun, logs
 from antdt_kept import split_and_run
-from antdt_replace_once import ReplaceOnce
+from antdt_plans import Restart
+from fork_server import start_fork_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
@@ -106,9 +107,10 @@ def goes_through(torchrun: Torchrun, job: Job, undisturbed: dict[str, Any], lost
             {0: 1, 1: 2, 2: 1},
         ),
         # In the validation between the epochs; before its end; when the next has begun, but no batch; in its first step.
-        (
+        pytest.param(
             (Death(0, 6, "validation"), Death(1, 6, "epoch_end"), Death(2, 6, "epoch_start"), Death(2, 6, "forward", 1)),
             {0: 1, 1: 1, 2: 2},
+            marks=pytest.mark.slow,
         ),
         # Two at once, of which one only while it rejoins; in the last validation, and when all is done but the farewell.
         (
@@ -135,6 +137,7 @@ def test_averages_and_loading_processes_go_on(torchrun: Torchrun, tmp_path: Path
     assert max(recoveries(job)) < 15  # a loader that outlived its rank would keep the connections open for longer
 
 
+@pytest.mark.slow
 def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Path) -> None:
     """Ranges of three steps are under way, and commits are late: the ledger is settled by those who live."""
     job = Job(
@@ -166,7 +169,7 @@ def test_killed_from_outside_at_random_moments(torchrun: Torchrun, tmp_path: Pat
 
 def test_the_controller_has_one_rank_replaced(torchrun: Torchrun, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     job = Job(
-        tmp_path, slow=0.1, options={"solution": ReplaceOnce(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
+        tmp_path, slow=0.1, options={"solution": Restart(worker=1, step=3), "report_every": 1, "decide_every": 0.1},
         trainer={"limit_val_batches": 1.0},
     )  # fmt: skip
     goes_through(torchrun, job, undisturbed, {1: 1})
@@ -220,6 +223,7 @@ def keep(tmp_path: Path) -> Callable[..., tuple[int | None, str]]:
 
     def run(code: str, spares: int = 1, before: str = "") -> tuple[int | None, str]:
         args = (before, code, spares, tmp_path / "out")
+        start_fork_server()
         process = multiprocessing.get_context("forkserver").Process(target=split_and_run, args=args)
         process.start()
         process.join(60)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_python
 from antdt_job import wait_for_end
 
 from strategies.antdt.address import Address
@@ -176,7 +177,7 @@ def test_solutions_that_are_none_are_refused(folder: Path, solution: str, messag
 
 def serve(folder: Path, *words: str) -> "subprocess.Popen[str]":
     """``zoo serve-data``, when it listens."""
-    process = subprocess.Popen(
+    process = warm_python.Popen(
         [sys.executable, "-m", "zoo", "serve-data", "--folder", str(folder), *words],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -189,7 +190,7 @@ def test_verb_serves_until_it_is_told_to_end(folder: Path) -> None:
     with Client(find(folder), 0) as client:
         client.configure(DATASET, SOLUTION, world_size=1, global_batch=8)
         again = [sys.executable, "-m", "zoo", "serve-data", "--folder", str(folder)]
-        second = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        second = warm_python.run(again, env=ENVIRONMENT)
         assert second.returncode == 1 and "error: another server writes the journal" in second.stderr
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)

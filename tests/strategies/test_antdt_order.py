@@ -12,7 +12,7 @@ from strategies.antdt.order import SampleOrder, Shuffle
 MODES = st.sampled_from(["none", "shard", "global"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_samples=st.integers(1, 300), seed=st.integers(0, 2**31), shuffle=MODES, shard=st.integers(1, 70),
     table_limit=st.sampled_from([1, 3, 2**27]), epoch=st.integers(0, 5), data=st.data(),

@@ -211,9 +211,9 @@ def test_worker_that_dies_within_a_push_leaves_all_or_its_samples_come_again(cou
 
 
 def test_run_of_which_some_workers_never_come_gives_up() -> None:
-    with servers(1, start_timeout=2.0) as started:
+    with servers(1, start_timeout=0.3) as started:
         worker = client(started, 0, 3)
-        with pytest.raises(ServiceError, match=r"2 of 3 workers have not come within 2 s: 1, 2"):
+        with pytest.raises(ServiceError, match=r"2 of 3 workers have not come within 0.3 s: 1, 2"):
             worker.gather(None)
         worker.close()
 

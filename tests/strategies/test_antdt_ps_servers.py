@@ -300,6 +300,7 @@ def test_backup_worker_is_not_waited_for_and_its_gradient_is_dropped_and_counted
 # ---- frames -------------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.text(max_size=5) | st.floats(allow_nan=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3)

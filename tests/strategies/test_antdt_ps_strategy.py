@@ -6,24 +6,29 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from distributed import RankPool, _single_threaded
+from distributed import RankPool
+from fork_server import start_fork_server
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
+from warm_python import Popen
 
 from strategies import ParameterServerStrategy
 from strategies.antdt.inject import Slowdown
+from strategies.antdt.ps import launch
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.server import ServerThread as DataServer
 from zoo.callbacks import RunCheckpoint, SpikeGuard
@@ -331,7 +336,9 @@ def interrupted(folder: Path, options: dict[str, Any], stop: bool) -> list[Any]:
     return [(epoch, version, positions.tolist()) for epoch, version, positions in strategy.positions_log]
 
 
-@pytest.mark.parametrize("options", [{"mode": "asp"}, {"mode": "bsp"}, {"mode": "ssp", "staleness": 1}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "asp"}, {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 1}, marks=pytest.mark.slow)]
+)
 def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
     pool: RankPool, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -471,6 +478,14 @@ def test_average_of_weights_is_that_of_one_process(pool: RankPool, tmp_path: Pat
 # ---- deaths -------------------------------------------------------------------------------------------------------------
 
 
+def _start_warm(words: list[str], **options: Any) -> Popen:
+    return Popen([words[0], *(word for word in words[1:] if word != "-P")], **options)
+
+
+WARM = SimpleNamespace(Popen=_start_warm, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+"""In place of ``subprocess`` where servers are started: they are forked from a process that has imported all."""
+
+
 class Witness(list[Any]):
     """Writes down what was trained at once, so that it survives the process."""
 
@@ -537,8 +552,11 @@ def worker(
     kill_at: int | None,
     kill_server: int | None = None,
     meetings: bool = False,
+    warm: bool = False,
 ) -> None:
     """The body of a process that somebody watches over, one by one."""
+    if warm:
+        launch.subprocess = WARM  # type: ignore[assignment]
     os.environ.update(environment | {"LOCAL_RANK": str(rank), "NODE_RANK": "0"})
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(240, exit=True)  # a worker that waits forever says where
@@ -552,14 +570,16 @@ def worker(
 
 
 def start(*arguments: Any) -> multiprocessing.process.BaseProcess:
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=runpy.run_path, args=(__file__, {"_as_worker": arguments}, "worker"))
-    with _single_threaded():
-        process.start()
+    process.start()
     return process
 
 
-@pytest.mark.parametrize(("options", "kill_at"), [({"mode": "asp"}, 0), ({"mode": "ssp", "staleness": 3}, 2)])
+@pytest.mark.parametrize(
+    ("options", "kill_at"), [pytest.param({"mode": "asp"}, 0, marks=pytest.mark.slow), ({"mode": "ssp", "staleness": 3}, 2)]
+)
 def test_killed_worker_stops_nobody_and_a_new_one_joins_those_who_train(
     tmp_path: Path, options: dict[str, Any], kill_at: int
 ) -> None:
@@ -590,7 +610,8 @@ def test_killed_worker_stops_nobody_and_a_new_one_joins_those_who_train(
     assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
 
 
-def test_server_that_is_killed_is_started_again_by_the_workers(tmp_path: Path) -> None:
+def test_server_that_is_killed_is_started_again_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "subprocess", WARM)
     with services() as where:
         strategy = ParameterServerStrategy(
             mode="bsp", servers=2, server=where["server"], save_every=0.0, shard_steps=1, server_cost=0.01,
@@ -610,13 +631,18 @@ def test_server_that_is_killed_is_started_again_by_the_workers(tmp_path: Path) -
     assert not list((tmp_path / "antdt").glob("ps*/slice.safetensors")), "a run that is over leaves no part behind"
 
 
-@pytest.mark.parametrize("options", [{"mode": "bsp"}, {"mode": "ssp", "staleness": 2}, {"mode": "asp"}])
+@pytest.mark.parametrize("options", [
+    {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 2}, marks=pytest.mark.slow),
+    pytest.param({"mode": "asp"}, marks=pytest.mark.slow)])  # fmt: skip
 def test_clock_that_is_killed_under_several_workers_goes_on_with_all_of_them(tmp_path: Path, options: dict[str, Any]) -> None:
     """Server 0 keeps the clock; what it had not written down when it was killed is lost, as the log says, and nothing else."""
     with services() as where:
         where |= {"servers": 2, "save_every": 0.0, **options}
         environment = {"ANTDT_TOKEN": os.environ["ANTDT_TOKEN"]}
-        processes = [start(rank, 3, tmp_path, environment, where, None, 0 if rank == 2 else None) for rank in range(3)]
+        warm = options["mode"] == "bsp"  # the slow ones are started as outside of tests
+        processes = [
+            start(rank, 3, tmp_path, environment, where, None, 0 if rank == 2 else None, False, warm) for rank in range(3)
+        ]
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0, 0, 0]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from antdt_job import Plans, Restart, Run, diary, job, wait_for_end
+from antdt_job import Run, diary, job, wait_for_end
+from antdt_plans import Plans, Restart
 from distributed import RankError, RankPool
 
 from zoo.base.checkpoint import read_checkpoint

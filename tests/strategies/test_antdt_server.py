@@ -85,7 +85,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(messages=st.lists(st.dictionaries(st.text(), JSON, max_size=4), max_size=4), data=st.data())
 def test_messages_survive_any_way_of_being_cut(messages: list[dict[str, Any]], data: st.DataObject) -> None:
     stream = b"".join(map(encode, messages))
@@ -254,6 +254,7 @@ def test_one_client_serves_many_threads(server: ServerThread) -> None:
         assert Counter(got) == Counter({(0, position): 1 for position in range(500)})
 
 
+@pytest.mark.slow  # waits until the other is declared lost
 def test_signs_of_life_keep_a_worker_in(server: ServerThread) -> None:
     """A worker that validates for long says nothing else."""
     with Client(server.address, 0) as client, Client(server.address, 1) as other:
@@ -303,15 +304,21 @@ def test_barrier_of_real_connections(server: ServerThread) -> None:
         clients[0].join(3, barrier=True, timeout=0.1)
 
 
-def test_end_without_clients_and_on_request(tmp_path: Path) -> None:
+@pytest.mark.slow  # waits for the time-out
+def test_end_without_clients(tmp_path: Path) -> None:
     idle = ServerThread(ScriptedController, idle_timeout=2.0, journal=Journal(tmp_path))
     with Client(idle.address, 0) as client:
         configure(client)
         client.join(1, barrier=True)
     idle._thread.join(timeout=10)
     assert not idle._thread.is_alive() and (tmp_path / "ledger.json").exists()
+
+
+def test_end_on_request(tmp_path: Path) -> None:
     asked = ServerThread(ScriptedController, journal=Journal(tmp_path))
     with Client(asked.address, 0) as client:
+        configure(client)
+        client.join(1, barrier=True)
         assert client.status()["generation"] == 1
         client.shutdown()
     asked._thread.join(timeout=10)

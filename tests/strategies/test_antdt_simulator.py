@@ -35,7 +35,7 @@ def simulate(solution: Solution, slowness: SlownessModel | str = CALM, cluster: 
 
 
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 200), st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.25]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_without_slowness_a_job_takes_its_closed_form(workers: int, batch: int, samples: int, fixed: float, comm: float) -> None:
     cluster = SimCluster(workers=workers, local_batch=batch, cost=0.125, fixed=fixed, communication=comm)
     result = simulate(StaticBSP(), cluster=cluster, samples=samples)
@@ -96,7 +96,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(mode: Any) -> None:
 PLANTED = SlownessModel(transient_rate=0.0, persistent_share=0.1, persistent_onset=100.0)
 
 
-@pytest.mark.parametrize(("mode", "group"), [("bsp", False), ("bsp", True), ("asp", False)])
+@pytest.mark.parametrize(("mode", "group"), [pytest.param("bsp", False, marks=pytest.mark.slow), ("bsp", True), ("asp", False)])
 def test_planted_stragglers_are_found_and_only_they(mode: Any, group: bool) -> None:
     cluster = SimCluster(workers=20, local_batch=10, steps=2500, cost=0.1, restart_seconds=20.0)
     model = PLANTED
@@ -135,6 +135,7 @@ def test_a_restarted_worker_is_absent_and_its_samples_are_trained_by_others() ->
     assert result.repeated == result.dropped == 0
 
 
+@pytest.mark.slow
 def test_a_thousand_workers_are_simulated_with_the_real_controller() -> None:
     cluster = SimCluster(workers=1000, local_batch=100, steps=40)
     model = SlownessModel()
@@ -155,7 +156,7 @@ def test_transient_slowness_has_its_share_of_time() -> None:
 @given(
     st.lists(st.tuples(st.floats(0, 50), st.sampled_from([0.5, 1.0, 2.0, 4.0])), max_size=6), st.floats(0, 20), st.floats(0.1, 60)
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_work_is_done_when_its_integral_is(changes: list[tuple[float, float]], begin: float, work: float) -> None:
     changes = sorted(changes)
     end = NodeSlowness(changes).finish(begin, work)

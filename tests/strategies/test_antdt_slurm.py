@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from warm_python import Popen
+
 from strategies.antdt.server import TOKEN_VARIABLE, ServerThread
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +53,7 @@ def srun(folder: Path, server: str, tokens: list[str]) -> list[tuple[int, str, s
         }  # fmt: skip
         command = [sys.executable, str(folder / "job.py"), server, str(folder)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        tasks.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        tasks.append(Popen(command, cwd=folder, env=environment, **pipes))
     ended = []
     try:
         for task in tasks:

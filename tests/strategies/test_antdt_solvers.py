@@ -30,7 +30,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], list[float], int, list[int],
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_balance_is_the_best_of_all_batches(problem: tuple[list[float], list[float], int, list[int], list[int | None]]) -> None:
     fixed, cost, total, low, high = problem
     spans = [range(least, (total if most is None else min(most, total)) + 1) for least, most in zip(low, high, strict=True)]
@@ -46,7 +46,7 @@ def test_balance_is_the_best_of_all_batches(problem: tuple[list[float], list[flo
 
 
 @given(st.data(), st.integers(1, 3), st.integers(3, 18))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_balance_micro_is_the_best_of_all_batches(data: st.DataObject, count: int, total: int) -> None:
     fixed, cost = ([data.draw(kind) for _ in range(count)] for kind in (FIXED, COST))
     cap = [data.draw(st.one_of(st.none(), st.integers(1, 6))) for _ in range(count)]

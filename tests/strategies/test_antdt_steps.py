@@ -113,7 +113,7 @@ def shared_out(chance: random.Random, total: int, world: int, least: int = 0) ->
     return tuple(b - a + least for a, b in zip([0, *cuts], [*cuts, total - least * world], strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_samples=st.integers(1, 300), world=st.integers(1, 5), extra=st.integers(0, 30), shard_steps=st.integers(1, 8),
     often=st.sampled_from([0.0, 0.2, 1.0]), seed=st.integers(0, 10**6),
@@ -145,7 +145,7 @@ def test_all_but_one_rank_hand_everything_over_and_back(slow: int) -> None:
     assert positions(steps) == list(range(1000))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), world=st.integers(2, 5))
 def test_decisions_come_into_force_in_the_same_step_everywhere(seed: int, world: int) -> None:
     """Though each rank hears of them when it does; and versions never go back."""

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from antdt_job import Noisy, Plans, Reports, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
+from antdt_job import Noisy, Reports, Rows, RowsData, Run, fit, samples, trainer_of, weights_of
+from antdt_plans import Plans
 from distributed import RankPool
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -40,7 +41,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+QUICK = ("uneven", "micro-batches by hook", "clipped")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS])
 def test_equal_to_one_process(pool: RankPool, tmp_path: Path, name: str) -> None:
     """Losses and weights of the DataLoader's own epochs in one process, whatever the batches, in float64."""
     antdt, data, options = SETTINGS[name]
@@ -89,7 +93,7 @@ def evaluate(folder: Path, antdt: dict[str, Any] | None) -> tuple[Any, ...]:
     return validation, test, [batch.tolist() for batch in trainer.predict(module, data) or []]
 
 
-@pytest.mark.parametrize("limit", [3, 1.0])
+@pytest.mark.parametrize("limit", [3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_epochs_cut_short_and_validation_between(pool: RankPool, tmp_path: Path, limit: Any) -> None:
     """What is left of an epoch that ends early is not used in the next; validation leaves training alone."""
     options = {"limit_train_batches": limit, "limit_val_batches": 2, "val_check_interval": 2, "max_epochs": 3}

@@ -56,7 +56,7 @@ NUMBERS = st.lists(ROW, min_size=1, max_size=5)
 
 @pytest.mark.parametrize("consensus", [each for each in SETTINGS if each.density == 1] + [Consensus("magnitude", 0.9, None)])
 @given(NUMBERS, st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_election_is_the_definition(consensus: Consensus, numbers: list[list[float]], data: st.DataObject) -> None:
     deltas = [torch.tensor(row, dtype=torch.float64) for row in numbers]
     weights = [data.draw(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])) for _ in deltas]
@@ -195,7 +195,9 @@ def fit_each(granularity: str) -> list[dict[str, Any]]:
     return [fit(partial(EDiTStrategy, **OPTIONS, consensus=consensus, granularity=granularity)) for consensus in SETTINGS]
 
 
-@pytest.mark.parametrize("granularity", ["block", "parameter", "global"])
+@pytest.mark.parametrize(
+    "granularity", ["block", pytest.param("parameter", marks=pytest.mark.slow), pytest.param("global", marks=pytest.mark.slow)]
+)
 def test_a_synchronisation_is_the_definition(pool: RankPool, granularity: str) -> None:
     for consensus, *ranks in zip(SETTINGS, *pool.run(fit_each, granularity, world_size=3), strict=True):
         moved = 0.0
@@ -217,7 +219,9 @@ def test_a_synchronisation_is_the_definition(pool: RankPool, granularity: str) -
         assert ranks[0]["bytes"] == 8 * rows * sum(value.numel() for value in ranks[0]["before"].values())
 
 
-@pytest.mark.parametrize("consensus", [Consensus("magnitude", 0.4), Consensus("random", 0.6, "count")])
+@pytest.mark.parametrize(
+    "consensus", [Consensus("magnitude", 0.4), pytest.param(Consensus("random", 0.6, "count"), marks=pytest.mark.slow)]
+)
 def test_shards_overlap_offload_and_resuming_change_nothing(pool: RankPool, tmp_path: Any, consensus: Consensus) -> None:
     options = {**OPTIONS, "outer_momentum": 0.8, "clip": 0.01, "consensus": consensus}
     (whole, _) = pool.run(fit, partial(EDiTStrategy, **options))

@@ -40,22 +40,24 @@ from zoo.callbacks import BatchSizeWarmup, SpikeGuard
 # What it computes
 
 
-def test_a_step_a_round_of_sgd_is_synchronous_sgd(pool: RankPool) -> None:
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_step_a_round_of_sgd_is_synchronous_sgd(pool: RankPool, ranks: int) -> None:
     edit = partial(EDiTStrategy, sync_interval=1, warmup_steps=0, **PLAIN)
-    for ranks in (2, 4):
-        local = pool.run(fit, edit, adam=False, world_size=ranks)
-        ddp = pool.run(fit, "ddp", adam=False, world_size=ranks)
-        assert max(apart(a, b, buffers=False) for a, b in zip(local, ddp, strict=True)) < 1e-13
-        assert [run.losses for run in local] == [pytest.approx(run.losses, rel=1e-12) for run in ddp]
-        assert apart(local[0], local[-1]) == 0
+    local = pool.run(fit, edit, adam=False, world_size=ranks)
+    ddp = pool.run(fit, "ddp", adam=False, world_size=ranks)
+    assert max(apart(a, b, buffers=False) for a, b in zip(local, ddp, strict=True)) < 1e-13
+    assert [run.losses for run in local] == [pytest.approx(run.losses, rel=1e-12) for run in ddp]
+    assert apart(local[0], local[-1]) == 0
 
 
-def test_warm_up_is_ddp(pool: RankPool) -> None:
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.slow), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "steps": 4}],
+    ids=["plain", "accumulated"])  # fmt: skip
+def test_warm_up_is_ddp(pool: RankPool, options: dict[str, Any]) -> None:
     edit = partial(EDiTStrategy, sync_interval=3, warmup_steps=8, **FULL)
-    for options in ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "steps": 4}):
-        local, ddp = pool.run(fit, edit, **options), pool.run(fit, "ddp", **options)
-        assert apart(local[0], ddp[0], buffers=False) == 0 and apart(local[0], local[1]) == 0
-        assert local[0].losses == ddp[0].losses
+    local, ddp = pool.run(fit, edit, **options), pool.run(fit, "ddp", **options)
+    assert apart(local[0], ddp[0], buffers=False) == 0 and apart(local[0], local[1]) == 0
+    assert local[0].losses == ddp[0].losses
 
 
 def test_one_replica_is_plain_training(pool: RankPool) -> None:
@@ -91,12 +93,16 @@ def after_local_steps(scopes: dict[str, str], overlap: bool, cpu_offload: bool, 
     return Run(model.seen, weights_of(model), extra)
 
 
-@pytest.mark.parametrize("kind", [Residual, ReadsLayer], ids=["called", "read and skipped"])
-@pytest.mark.parametrize(
-    "scopes",
-    [{}, {"granularity": "parameter"}, {"granularity": "global", "detector_update": "include"}, {"clip_scope": "global"}],
-    ids=["block", "parameter", "global", "clipped as a whole"],
-)
+SCOPES: dict[str, dict[str, str]] = {
+    "block": {}, "parameter": {"granularity": "parameter"}, "global": {"granularity": "global", "detector_update": "include"},
+    "clipped as a whole": {"clip_scope": "global"},
+}  # fmt: skip
+FIRST = [("block", Residual), ("parameter", ReadsLayer), ("global", Residual)]
+
+
+@pytest.mark.parametrize(("scopes", "kind"), [
+    pytest.param(scopes, kind, id=f"{name}-{kind.__name__}", marks=[] if (name, kind) in FIRST else [pytest.mark.slow])
+    for name, scopes in SCOPES.items() for kind in (Residual, ReadsLayer)])  # fmt: skip
 def test_overlap_and_offload_change_nothing(pool: RankPool, scopes: dict[str, str], kind: type[Residual]) -> None:
     hooked = pool.run(after_local_steps, scopes, True, False, kind)
     blocking = pool.run(after_local_steps, scopes, False, True, kind)
@@ -245,7 +251,7 @@ def equal(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("warmup", "writer"),
-    [(1, None), (10, None), (1, AsyncCheckpointIO())],
+    [(1, None), pytest.param(10, None, marks=pytest.mark.slow), (1, AsyncCheckpointIO())],
     ids=["from local steps", "from the warm-up", "written beside training"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(pool: RankPool, tmp_path: Path, warmup: int, writer: Any) -> None:
@@ -269,7 +275,11 @@ def loaded(path: Path) -> dict[str, Tensor]:
     return weights_of(Residual.load_from_checkpoint(path))
 
 
-def test_other_strategies_take_the_checkpoint(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [
+    [("auto", 1), (EDiTStrategy(4, warmup_steps=1), 4)],
+    pytest.param([("ddp", 2), (EDiTStrategy(4, warmup_steps=1), 1)], marks=pytest.mark.slow)],
+    ids=["fewer and more", "as many and one"])  # fmt: skip
+def test_other_strategies_take_the_checkpoint(pool: RankPool, tmp_path: Path, others: list[tuple[Any, int]]) -> None:
     pool.run(resumed, tmp_path, 4, 7, partial(EDiTStrategy, sync_interval=4, warmup_steps=1, **FULL))
     path = tmp_path / "middle.ckpt"
     stored = read_checkpoint(path)
@@ -277,7 +287,7 @@ def test_other_strategies_take_the_checkpoint(pool: RankPool, tmp_path: Path) ->
     assert equal(weights, dict(stored["state_dict"]))
     assert len(stored["edit"]["ranks"]) == 2 and stored["edit"]["momentum"].keys() == dict(model_of().named_parameters()).keys()
     torch.set_default_dtype(torch.float32)
-    for strategy, ranks in (("auto", 1), ("ddp", 2), (EDiTStrategy(4, warmup_steps=1), 1), (EDiTStrategy(4, warmup_steps=1), 4)):
+    for strategy, ranks in others:
         for run in pool.run(under_another, path, strategy, world_size=ranks):
             assert run["steps"] == 12
             assert not equal(run["weights"], weights)
@@ -345,14 +355,16 @@ class ByRank(Dataset):
 
 def fit_by_rank(kind: Callable[..., Any], **options: Any) -> Run:
     strategy, model = kind(), model_of()
-    data = DataLoader(ByRank(2, 24), batch_size=8 // dist.get_world_size())
-    trainer = trainer_of(strategy, 12, use_distributed_sampler=False, **options)
+    data = DataLoader(ByRank(2, 16), batch_size=8 // dist.get_world_size())
+    trainer = trainer_of(strategy, 8, use_distributed_sampler=False, **options)
     trainer.fit(model, data)
     state = strategy.synchronizer.state_dict()
     return Run(model.seen, weights_of(model), {"state": state, "inner": strategy.optimizer_state(trainer.optimizers[0])})
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.slow), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}],
+    ids=["plain", "accumulated"])  # fmt: skip
 def test_sharded_replicas_are_the_whole_ones(pool: RankPool, options: dict[str, Any]) -> None:
     whole = pool.run(fit_by_rank, partial(EDiTStrategy, sync_interval=3, warmup_steps=2, **FULL), **options)
     shards = pool.run(fit_by_rank, SHARDED, world_size=4, **options)
@@ -499,9 +511,16 @@ def loader_of_halves() -> DataLoader:
     return data
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("kind", [partial(EDiTStrategy, sync_interval=2, warmup_steps=2), partial(
-    EDiTShardedStrategy, shard_size=1, sync_interval=2, warmup_steps=2)], ids=["replicated", "sharded"])  # fmt: skip
+HALVES: dict[str, Callable[..., Any]] = {
+    "replicated": partial(EDiTStrategy, sync_interval=2, warmup_steps=2),
+    "sharded": partial(EDiTShardedStrategy, shard_size=1, sync_interval=2, warmup_steps=2),
+}
+
+
+@pytest.mark.parametrize(("kind", "precision"), [
+    pytest.param(kind, precision, id=f"{name}-{precision}", marks=[] if quick else [pytest.mark.slow])
+    for name, kind in HALVES.items() for precision in ("bf16-mixed", "bf16-true")
+    for quick in [(name == "sharded") == (precision == "bf16-mixed")]])  # fmt: skip
 def test_anchors_of_half_precision_weights_are_kept_in_float32(pool: RankPool, kind: Callable[..., Any], precision: str) -> None:
     for same, near, kinds in pool.run(half, kind, precision):
         assert same and near and kinds == {torch.float32}
@@ -529,7 +548,8 @@ def guarded(kind: Callable[..., Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size"), [(partial(EDiTStrategy, sync_interval=3, warmup_steps=2, **FULL), 2), (SHARDED, 4)]
+    ("kind", "world_size"),
+    [pytest.param(partial(EDiTStrategy, sync_interval=3, warmup_steps=2, **FULL), 2, marks=pytest.mark.slow), (SHARDED, 4)],
 )
 def test_a_spike_is_skipped_by_its_replica_alone(pool: RankPool, kind: Callable[..., Any], world_size: int) -> None:
     ranks = pool.run(guarded, kind, world_size=world_size)

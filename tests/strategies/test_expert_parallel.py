@@ -214,14 +214,23 @@ SETTINGS = {
 # fmt: on
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_divided_experts_train_as_in_one_process(pool: RankPool, tmp_path: Path, setting: Setting) -> None:
+SIZES = {name: 4 if "accumulated" in name else 2 for name in SETTINGS}
+"""Ranks of the run that is not slow: two groups of two where most comes together, one group elsewhere."""
+
+
+@pytest.mark.parametrize(("setting", "world_size"), [
+    pytest.param(setting, size, id=f"{name}-{size}", marks=[] if size == SIZES[name] and name != "plain" else [pytest.mark.slow])
+    for name, setting in SETTINGS.items() for size in (2, 4)])  # fmt: skip
+def test_divided_experts_train_as_in_one_process(pool: RankPool, tmp_path: Path, setting: Setting, world_size: int) -> None:
     tolerance = 1e-10 if setting.dtype == torch.float64 else 2e-3
     (one,) = pool.run(run, tmp_path, "one", setting, world_size=1)
     assert len(one.losses) >= 5 and len(set(one.losses)) == len(one.losses)
     assert setting.clip is None or max(one.norms) > setting.clip
-    for world_size, strategy in ((2, "2"), (4, "2")):
-        assert_same(pool.run(run, tmp_path, strategy, setting, world_size=world_size), one, tolerance)
+    assert_same(pool.run(run, tmp_path, "2", setting, world_size=world_size), one, tolerance)
+
+
+def runs(folder: Path, strategy: str, jobs: list[tuple[Setting, str | None]]) -> list[Outcome]:
+    return [run(folder, strategy, setting, save=save) for setting, save in jobs]
 
 
 RESUMED = Setting(steps=6, clip=0.3, average=True)
@@ -232,10 +241,8 @@ def interrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tup
     """Checkpoints in the middle of an epoch, by one process, by two groups of two ranks, and a whole run."""
     folder = tmp_path_factory.mktemp("interrupted")
     half = replace(RESUMED, steps=3)
-    (one,) = pool.run(run, folder, "one", RESUMED, world_size=1)
-    pool.run(run, folder, "one", half, save="one", world_size=1)
-    pool.run(run, folder, "2", half, save="divided", world_size=4)
-    pool.run(run, folder, "2", replace(half, writes_beside=True), save="beside", world_size=4)
+    ((one, _),) = pool.run(runs, folder, "one", [(RESUMED, None), (half, "one")], world_size=1)
+    pool.run(runs, folder, "2", [(half, "divided"), (replace(half, writes_beside=True), "beside")], world_size=4)
     return folder, one
 
 
@@ -262,7 +269,13 @@ def test_checkpoints_are_those_of_one_process(interrupted: tuple[Path, Outcome],
 
 @pytest.mark.parametrize(
     ("saved", "strategy", "world_size"),
-    [("one", "2", 2), ("divided", "2", 4), ("divided", "4", 4), ("divided", "ddp", 2), ("divided", "one", 1)],
+    [
+        ("one", "2", 2),
+        ("divided", "2", 4),
+        ("divided", "4", 4),
+        pytest.param("divided", "ddp", 2, marks=pytest.mark.slow),
+        ("divided", "one", 1),
+    ],
 )
 def test_a_run_continues_under_any_strategy(
     pool: RankPool, interrupted: tuple[Path, Outcome], saved: str, strategy: str, world_size: int
@@ -351,7 +364,11 @@ class Uneven(Callback):
         trainer.strategy.barrier()
 
 
-def uneven(folder: Path, precision: Any) -> tuple[list[float], dict[str, float]]:
+def uneven(folder: Path, precisions: list[Any]) -> list[tuple[list[float], dict[str, float]]]:
+    return [uneven_in(folder, precision) for precision in precisions]
+
+
+def uneven_in(folder: Path, precision: Any) -> tuple[list[float], dict[str, float]]:
     """Ranks with unequally many batches of validation, in two loaders, and passes outside of steps."""
     setting = Setting(torch.float32, precision, steps=4)
     model, data = model_of(setting), Sequences(GLOBAL_BATCH // get_world_size())
@@ -364,14 +381,13 @@ def uneven(folder: Path, precision: Any) -> tuple[list[float], dict[str, float]]
     return model.seen, {k: float(v) for k, v in trainer.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_ranks_may_have_unequally_many_batches_of_evaluation(pool: RankPool, tmp_path: Path, precision: Any) -> None:
-    losses = {}
-    for ran in (precision, "32-true"):
-        ranks = pool.run(uneven, tmp_path, ran, world_size=2)
-        assert ranks[0][1]["val/loss"] == ranks[1][1]["val/loss"]
-        losses[ran] = [sum(pair) / 2 for pair in zip(*(seen for seen, _ in ranks), strict=True)]
-    assert losses[precision] == pytest.approx(losses["32-true"], rel=0.02)
+def test_ranks_may_have_unequally_many_batches_of_evaluation(pool: RankPool, tmp_path: Path) -> None:
+    whole: list[float] = []
+    for first, second in zip(*pool.run(uneven, tmp_path, ["32-true", "bf16-mixed", "bf16-true"], world_size=2), strict=True):
+        assert first[1]["val/loss"] == second[1]["val/loss"]
+        losses = [sum(pair) / 2 for pair in zip(first[0], second[0], strict=True)]
+        whole = whole or losses
+        assert losses == pytest.approx(whole, rel=0.02)
 
 
 class Scoring(Callback):
@@ -398,6 +414,10 @@ def test_ranks_may_score_texts_of_different_lengths(pool: RankPool, tmp_path: Pa
     assert second[1] == pytest.approx(common, rel=1e-10) and second[0] < whole
 
 
+def refusals(folder: Path, kinds: list[str]) -> list[str]:
+    return [refuse(folder, kind) for kind in kinds]
+
+
 def refuse(folder: Path, kind: str) -> str:
     setting = Setting(torch.float32, "16-mixed" if kind == "16-mixed" else "32-true")
     model: LightningModule = BoringModel() if kind == "no experts" else model_of(setting)
@@ -413,17 +433,16 @@ def refuse(folder: Path, kind: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("processes", "expert_parallel_size=3 does not divide the 2 processes"),
-        ("experts", "expert_parallel_size=2 does not divide the 3 experts"),
-        ("no experts", "BoringModel has no experts to divide"),
-        ("16-mixed", "use bf16-mixed"),
-    ],
-)
-def test_what_does_not_fit_is_said_before_the_first_step(pool: RankPool, tmp_path: Path, kind: str, message: str) -> None:
-    assert all(message in said for said in pool.run(refuse, tmp_path, kind))
+def test_what_does_not_fit_is_said_before_the_first_step(pool: RankPool, tmp_path: Path) -> None:
+    messages = {
+        "processes": "expert_parallel_size=3 does not divide the 2 processes",
+        "experts": "expert_parallel_size=2 does not divide the 3 experts",
+        "no experts": "BoringModel has no experts to divide",
+        "16-mixed": "use bf16-mixed",
+    }
+    for said in pool.run(refusals, tmp_path, list(messages)):
+        for found, message in zip(said, messages.values(), strict=True):
+            assert message in found
 
 
 def test_size_must_be_positive() -> None:

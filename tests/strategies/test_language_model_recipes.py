@@ -23,7 +23,7 @@ CONFIG = LingConfig(
     num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=8, intermediate_size=16, first_k_dense_replace=1,
     initializer_range=0.3, pad_token_id=None, eos_token_id=None,
 )  # fmt: skip
-GLOBAL_BATCH, STEPS, PLANTED = 8, 14, 5
+GLOBAL_BATCH, STEPS, PLANTED = 8, 10, 5
 
 
 class Texts(ZooDataModule):
@@ -46,19 +46,21 @@ class Spiking(Ling):
 
 
 def run(
-    folder: Path, kind: Callable[[], Any] | str, config: LingConfig = CONFIG, compiled: bool = False, steps: int = STEPS
+    folder: Path, kind: Callable[[], Any] | str, config: LingConfig = CONFIG, backend: str | None = None, steps: int = STEPS
 ) -> dict[str, Any]:
     """Train by a recipe in miniature on the ranks of the present group."""
     torch.set_default_dtype(torch.float64)
     seed_everything(3, verbose=False)
     model = Spiking(
-        config, aux_scope="global", router_warmup_steps=8, activation_checkpointing=True, loss_chunk=7, compile=compiled,
-        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+        config, aux_scope="global", router_warmup_steps=8, activation_checkpointing=True, loss_chunk=7,
+        compile=backend is not None, optimizer=partial(torch.optim.AdamW, lr=1e-2),
     )  # fmt: skip
+    if backend is not None:
+        model.network.compile(backend=backend)
     guard, monitor = SpikeGuard(alpha=0.2, warmup=4, threshold=3.0, retry_window=4), RouterMonitor(every_n_steps=7)
     Trainer(
         accelerator="cpu", devices=get_world_size(), strategy=kind if isinstance(kind, str) else kind(), precision="64-true",
-        max_steps=steps, gradient_clip_val=1.0, callbacks=[guard, monitor, BatchSizeWarmup(4, 8, 100)], logger=False,
+        max_steps=steps, gradient_clip_val=1.0, callbacks=[guard, monitor, BatchSizeWarmup(4, 8, 60)], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     ).fit(model, Texts(batch_size=GLOBAL_BATCH // get_world_size() // 2))  # fmt: skip
     state = guard.state_dict()
@@ -72,7 +74,7 @@ def run(
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_guard_monitor_ramp_and_warm_up_with_divided_experts_are_those_of_one_process(
     pool: RankPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -96,9 +98,12 @@ def test_replicas_meet_in_the_statistics_of_their_routers_too(pool: RankPool, tm
     assert all(torch.equal(rank["weights"][name], value) for rank in ranks for name, value in ranks[0]["weights"].items())
 
 
-def test_compiled_blocks_in_shards_are_the_plain_ones(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "world_size"), [("eager", 2), pytest.param("inductor", 4, marks=pytest.mark.slow)])
+def test_compiled_blocks_in_shards_are_the_plain_ones(pool: RankPool, tmp_path: Path, backend: str, world_size: int) -> None:
     small = CONFIG.replace(num_hidden_layers=1, first_k_dense_replace=0)
-    plain, compiled = (pool.run(run, tmp_path, SHARDED, small, choice, 7, timeout=240) for choice in (False, True))
+    plain, compiled = (
+        pool.run(run, tmp_path, SHARDED, small, choice, 7, world_size=world_size, timeout=240) for choice in (None, backend)
+    )
     for ours, theirs in zip(compiled, plain, strict=True):
         assert (ours["guard"], ours["applied"]) == (theirs["guard"], theirs["applied"])
         for name, value in theirs["weights"].items():

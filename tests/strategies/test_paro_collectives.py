@@ -93,7 +93,9 @@ def wrong_results(group_sizes: list[int]) -> list[Any]:
     return wrong
 
 
-@pytest.mark.parametrize(("n", "group_sizes"), [(8, [2, 4]), (6, [2, 3]), (4, [1, 4]), (1, [1])])
+@pytest.mark.parametrize(
+    ("n", "group_sizes"), [pytest.param(8, [2, 4], marks=pytest.mark.slow), (6, [2, 3]), (4, [1, 4]), (1, [1])]
+)
 def test_layout_and_sums_are_exact_on_every_grid(pool: RankPool, n: int, group_sizes: list[int]) -> None:
     assert pool.run(wrong_results, group_sizes, world_size=n) == [[]] * n
 
@@ -149,7 +151,7 @@ def wrong_rings() -> list[Any]:
     return wrong
 
 
-@pytest.mark.parametrize("n", [4, 6])
+@pytest.mark.parametrize("n", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_rings_sum_alike_each_time_and_on_each_rank(pool: RankPool, n: int) -> None:
     assert pool.run(wrong_rings, world_size=n) == [[]] * n
 
@@ -308,6 +310,7 @@ def deserted() -> str:
     return str(error.value)
 
 
+@pytest.mark.slow  # waits for the time-out
 def test_a_peer_that_never_comes_is_an_error_of_wait(pool: RankPool) -> None:
     assert "imed out" in pool.run(deserted, world_size=2)[0]
 

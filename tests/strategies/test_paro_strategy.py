@@ -188,25 +188,43 @@ def assert_same(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
     assert {k: v for rank in ranks for k, v in rank.predictions.items()} == one.predictions
 
 
-def test_runs_of_ling_are_those_of_one_process(pool: RankPool, tmp_path: Path) -> None:
-    settings = [
-        Setting("IIG"),
-        Setting("GGG", options=(("prefetch", 2), ("block_classes", ["Block"]))),
-        Setting("NIG"),
-        Setting("NNN"),
-        Setting("IIG", "bf16-true"),
-    ]
-    one, coarse = pool.run(runs, tmp_path, [Setting(), Setting(precision="32-true")], world_size=1)[0]
-    assert len(one.losses) == 10 and max(one.norms) > 0.3 and {"inside/val/loss"} & one.metrics.keys()
+PREFETCHING = Setting("GGG", options=(("prefetch", 2), ("block_classes", ["Block"])))
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """The run of one process, in double and in single precision."""
+    found: list[Outcome] = pool.run(
+        runs, tmp_path_factory.mktemp("alone"), [Setting(), Setting(precision="32-true")], world_size=1
+    )[0]
+    assert len(found[0].losses) == 10 and max(found[0].norms) > 0.3 and {"inside/val/loss"} & found[0].metrics.keys()
+    return found
+
+
+def test_runs_of_ling_are_those_of_one_process(pool: RankPool, tmp_path: Path, alone: list[Outcome]) -> None:
+    for ranks in zip(*pool.run(runs, tmp_path, [Setting("IIG"), PREFETCHING], world_size=4), strict=True):
+        assert_same(list(ranks), alone[0], 1e-10)
+
+
+@pytest.mark.slow
+def test_whole_parameters_are_those_of_one_process_and_take_more_memory(
+    pool: RankPool, tmp_path: Path, alone: list[Outcome]
+) -> None:
+    settings = [PREFETCHING, Setting("NIG"), Setting("NNN")]
     every = list(zip(*pool.run(runs, tmp_path, settings, world_size=4), strict=True))
-    for ranks in every[:4]:
-        assert_same(list(ranks), one, 1e-10)
-    # Half precision with float32 masters: the same curve but for rounding.
-    bf16 = torch.tensor([rank.losses for rank in every[4]]).mean(0)
-    torch.testing.assert_close(bf16, torch.tensor(coarse.losses), rtol=0.03, atol=0.03)
-    assert all(value.dtype != torch.float32 for value in every[4][0].weights.values() if value.is_floating_point())
-    sharded, whole = every[1][0].stats[-1], every[3][0].stats[-1]
+    for ranks in every[1:]:
+        assert_same(list(ranks), alone[0], 1e-10)
+    sharded, whole = every[0][0].stats[-1], every[2][0].stats[-1]
     assert sharded["gathered"] == 0 and sharded["optimizer"] * 4 == whole["optimizer"]
+
+
+def test_half_precision_with_float32_masters_has_the_same_curve_but_for_rounding(
+    pool: RankPool, tmp_path: Path, alone: list[Outcome]
+) -> None:
+    every = pool.run(runs, tmp_path, [Setting("IIG", "bf16-true")])
+    bf16 = torch.tensor([rank.losses for (rank,) in every]).mean(0)
+    torch.testing.assert_close(bf16, torch.tensor(alone[1].losses), rtol=0.03, atol=0.03)
+    assert all(value.dtype != torch.float32 for value in every[0][0].weights.values() if value.is_floating_point())
 
 
 def bfn() -> LightningModule:
