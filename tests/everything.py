@@ -2,13 +2,9 @@
 
 import gc
 
-import datamodules
-import strategies
-from zoo.hub import import_methods
+import zoo.cli.command  # noqa: F401
+from zoo.hub import import_everything
 
-import_methods()
-for package in (datamodules, strategies):
-    for name in package.__all__:
-        getattr(package, name)
+import_everything()
 gc.collect()
 gc.freeze()  # pages of what is imported stay shared with the forks

@@ -2,8 +2,10 @@
 
 import inspect
 
+import jsonargparse
 import lightning
-from jsonargparse import _parameter_resolvers
+from jsonargparse import _parameter_resolvers, _typehints
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -19,14 +21,18 @@ def test_names_of_lightning():
         LightningCLI: ["_parse_ckpt_path", "_instantiate_trainer", "parse_arguments", "before_instantiate_classes"],
         HyperparametersMixin: ["_set_hparams", "_to_hparams_dict"],
         _FitLoop: ["_should_accumulate"],
+        RichProgressBar: ["_get_train_description"],
     }.items():
         for name in names:
             assert callable(getattr(cls, name)), name
-    assert {"_ckpt_path", "trainer"} - set(inspect.signature(LightningCLI).parameters)  # our attributes shadow none of its own
+    assert {"_command", "trainer"} - set(inspect.signature(LightningCLI).parameters)  # our attributes shadow none of its own
 
 
 def test_names_of_jsonargparse():
+    assert Version("4.40") <= Version(jsonargparse.__version__) < Version("4.54")
     assert callable(_parameter_resolvers.get_signature_parameters)
+    for name in ("import_object", "resolve_class_path_by_name"):
+        assert callable(getattr(_typehints, name))
     source = inspect.getsource(_parameter_resolvers.ParametersVisitor.replace_param_default_subclass_specs)
     assert "ast_is_constant" in source and "ast_get_constant_value" in source
 

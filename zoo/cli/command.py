@@ -217,8 +217,9 @@ class ZooCLI(LightningCLI):
         config["enable_checkpointing"] = config.get("enable_checkpointing") is not False
         if not config["enable_checkpointing"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        callbacks = [*callbacks, *display_callbacks(config)]
         try:
-            return super()._instantiate_trainer(config, [*callbacks, *display_callbacks(config)])
+            return super()._instantiate_trainer({**config, "enable_model_summary": False}, callbacks)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"trainer: {error}{_sharding_without_gpu(config)}") from error
 

@@ -47,7 +47,7 @@ def display_callbacks(config: Mapping[str, Any]) -> list[Callback]:
 def print_results(results: Sequence[Mapping[str, float]], stage: str) -> None:
     """Print the metrics of an evaluation, with their whole names."""
     table = Table(f"{stage} metric".capitalize(), *(f"value {n}" if len(results) > 1 else "value" for n in range(len(results))))
-    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"  # on a narrow terminal
     for name in sorted({name for result in results for name in result}):
         table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
     if table.row_count:
