@@ -663,6 +663,7 @@ def test_errors_of_foreign_code_keep_their_traceback(folder):
         main(["fit", "-c", "tiny.yaml", "--model", "broken_module.Broken"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="not measured: torch.compile needs a C++ compiler")
 def test_compiling_changes_neither_names_nor_results(folder):
     # A process of its own, as for a user: torch's compiler minds what other tests have imported.
@@ -679,6 +680,7 @@ def test_compiling_changes_neither_names_nor_results(folder):
         assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_tab_completion_is_printed(folder, capsys):
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit):

@@ -99,7 +99,18 @@ def test_the_default_codec_can_be_shown_and_replaced(capsys):
     assert "object at 0x" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", STEPPED)
+#: Configurations that differ from another stepped one in a few numbers, or whose parts have long tests of their own.
+VARIANTS = (
+    "antdt/flights_dd",
+    "antdt/flights_ps",
+    "bfn/digits_discretized",
+    "bfn/digits_k2",
+    "emigm/digits_maskgit",
+    "ling/tiny_long",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VARIANTS)) for n in STEPPED])
 def test_it_trains_validates_and_tests(name):
     config = yaml.safe_load(CONFIGS[name].read_text())
     asset = ASSETS.get(config["data"]["class_path"])

@@ -1,4 +1,4 @@
-"""Style and types are part of the test run."""
+"""Style is part of the test run, types of the whole one (`make lint` checks both)."""
 
 import importlib.util
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("words", ["ruff check", "ruff format --check", "mypy"])
+@pytest.mark.parametrize("words", ["ruff check", "ruff format --check", pytest.param("mypy", marks=pytest.mark.slow)])
 def test_clean(words: str) -> None:
     tool, *options = words.split()
     if importlib.util.find_spec(tool) is None:

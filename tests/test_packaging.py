@@ -44,6 +44,7 @@ def test_only_the_packages_and_their_data_are_installed(installed):
         assert (installed / folder.relative_to(ROOT) / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_it_lists_trains_and_samples_outside_the_checkout(installed, tmp_path):
     assert "bfn-digits" in zoo(installed, tmp_path, "list")
     quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import re
 import subprocess
 import sys
@@ -56,6 +57,11 @@ class Import(NamedTuple):
         return any(self.target == name or self.target.startswith(name + ".") for name in names)
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def module_name(path: Path, root: Path) -> str:
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -78,7 +84,7 @@ def imports(path: Path, root: Path) -> Iterator[Import]:
                 yield from visit(child, at_top and not inside and not checked, for_types or checked)
 
     importer = module_name(path, root)
-    for node, at_top, for_types in visit(ast.parse(path.read_text()), True, False):
+    for node, at_top, for_types in visit(parsed(path.read_text()), True, False):
         place = f"{path.relative_to(root)}:{node.lineno}"
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -203,7 +209,7 @@ def needs_no_extra(root: Path) -> list[str]:
     setup.read(root / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
     declared = {canonical(re.split(r"[\[<>=~!]", line)[0].strip()) for line in lines if line.strip()}
-    owners = metadata.packages_distributions()
+    owners = packages_distributions()
     return [
         f"{found.place} imports {found.target}, which setup.cfg does not list under install_requires"
         for path in files(root, *PACKAGES)
@@ -213,6 +219,9 @@ def needs_no_extra(root: Path) -> list[str]:
         and package not in {*PACKAGES, *sys.stdlib_module_names}
         and not declared & {canonical(owner) for owner in owners.get(package, [])}
     ]
+
+
+packages_distributions = functools.cache(metadata.packages_distributions)
 
 
 def canonical(distribution: str) -> str:
@@ -226,7 +235,7 @@ def strategies_are_asked_by_function(root: Path) -> list[str]:
         f"{path.relative_to(root)}:{node.lineno} {ast.unparse(node)}"
         for package, subject in asked.items()
         for path in files(root, package)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path.read_text()))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("getattr", "hasattr")
         and isinstance(node.args[1], ast.Constant)
@@ -234,11 +243,16 @@ def strategies_are_asked_by_function(root: Path) -> list[str]:
     ]
 
 
+def is_attribute(node: ast.AST, modules: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether a node is ``module.name``."""
+    return isinstance(node, ast.Attribute) and node.attr in names and getattr(node.value, "id", None) in modules
+
+
 def nothing_is_unpickled(root: Path) -> list[str]:
     """No file can run code by being read: weights_only=True, and an unpickler only with a find_class of its own."""
     breaches = []
     for path in files(root, *PACKAGES, "benchmarks", "examples"):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         guarded = {
             id(base)
             for node in ast.walk(tree)
@@ -247,20 +261,17 @@ def nothing_is_unpickled(root: Path) -> list[str]:
             for base in node.bases
         }
         for node in ast.walk(tree):
-            text = ast.unparse(node) if isinstance(node, ast.Call | ast.Attribute | ast.ImportFrom) else ""
             place = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
-                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg in ("weights_only", "allow_pickle")}
                 if given.get("weights_only") == "False" or given.get("allow_pickle") == "True":
-                    breaches.append(f"{place} {text}")
-                elif ast.unparse(node.func) == "torch.load" and given.get("weights_only") != "True":
-                    breaches.append(f"{place} {text} lacks weights_only=True")
-            elif isinstance(node, ast.Attribute):
-                unsafe = rf"({'|'.join(PICKLES)})\.(load|loads|open|Unpickler)"
-                if re.fullmatch(unsafe, text) and id(node) not in guarded:
-                    breaches.append(f"{place} {text}")
+                    breaches.append(f"{place} {ast.unparse(node)}")
+                elif is_attribute(node.func, ("torch",), ("load",)) and given.get("weights_only") != "True":
+                    breaches.append(f"{place} {ast.unparse(node)} lacks weights_only=True")
+            elif is_attribute(node, PICKLES, ("load", "loads", "open", "Unpickler")) and id(node) not in guarded:
+                breaches.append(f"{place} {ast.unparse(node)}")
             elif isinstance(node, ast.ImportFrom) and node.module in PICKLES:
-                breaches += [f"{place} {text}" for alias in node.names if alias.name in ("load", "loads", "Unpickler")]
+                breaches += [f"{place} imports {a.name}" for a in node.names if a.name in ("load", "loads", "Unpickler")]
     return breaches
 
 

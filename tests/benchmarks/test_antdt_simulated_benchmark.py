@@ -30,6 +30,7 @@ def test_bars_are_the_median_speed_and_the_worst_ratio() -> None:
     assert over["value"] == pytest.approx(1.1) and not over["holds"]
 
 
+@pytest.mark.slow
 def test_smoke_run_simulates_every_arm_and_keeps_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = simulated.main(["--smoke"])

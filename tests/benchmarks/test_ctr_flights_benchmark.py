@@ -24,6 +24,7 @@ def test_a_row_has_a_one_for_each_field_and_pair() -> None:
     assert len(set(matrix[0].indices.tolist())) == 6  # equal ids of different fields are different features
 
 
+@pytest.mark.slow
 def test_only_crosses_learn_what_fields_do_together() -> None:
     train, val, test = rows(400, 0), rows(100, 1), rows(200, 2)
     errors = {}

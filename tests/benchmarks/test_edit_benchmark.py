@@ -40,6 +40,7 @@ def test_bar_is_the_worst_median_of_edit_against_ddp(tmp_path: Path) -> None:
     assert bar["value"] == 0.02 and bar["holds"]
 
 
+@pytest.mark.slow
 def test_smoke_run_measures_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = json.loads(edit.main(["--smoke"]).read_text())

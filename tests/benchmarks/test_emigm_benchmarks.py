@@ -205,6 +205,7 @@ def test_figures_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
         assert earlier(run, other, tmp_path, True) is None
 
 
+@pytest.mark.slow
 def test_smoke_runs_measure_everything_and_keep_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):

@@ -34,6 +34,7 @@ def test_bits_per_byte_are_those_of_validation(data: Text) -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Text) -> None:
     data.prepare_data()
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ def test_arms_are_of_equal_active_width_or_equal_size() -> None:
     assert configs[WIDE].flops_per_token(256) > 2 * experts.flops_per_token(256)
 
 
+@pytest.mark.slow
 def test_smoke_run_trains_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = main(["--smoke"])

@@ -48,6 +48,7 @@ def test_the_advisor_is_told_what_the_engine_moves() -> None:
     assert job.root == 2 * 264 * 256 + 256 + 2 * 256 * paro.CONFIG.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_memory_of_every_code_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = json.loads(paro_memory.main([]).read_text())

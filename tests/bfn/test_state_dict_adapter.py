@@ -277,6 +277,7 @@ def test_a_training_folder_is_read_and_what_is_left_out_is_said(tmp_path, capsys
     assert "is a folder without config.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_base_class_knows_every_method(tmp_path):
     """In a new process, where nothing but zoo is imported."""
     torch.save(official(ImprovedUNet(image_shape=(1, 8, 8), width=32, multipliers=(1, 2), num_res_blocks=1, num_heads=2)),

@@ -81,6 +81,7 @@ def test_ids_lie_in_their_fields_and_unseen_ones_are_none(flights: Flights) -> N
     assert counts[1:].min() >= 10 and counts[0] > 0
 
 
+@pytest.mark.slow
 def test_the_same_table_is_made_again(flights: Flights, tmp_path: Path) -> None:
     flights.write(tmp_path)
     for path in flights.folder().iterdir():
