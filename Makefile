@@ -28,10 +28,10 @@ demo: install
 	$(ZOO) predict -c bfn/mnist --ckpt_path bfn-mnist --trainer.default_root_dir runs/bfn-mnist
 
 test: assets
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: assets
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'slow or not slow'
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'slow or not slow'
 
 bench: install
 	$(PY) -m benchmarks.bfn_solvers --data digits

@@ -10,6 +10,7 @@ from zoo.cli.process import tune_process
 
 # Before torch is imported: tests run beside one another, so that each has one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers would import torch in each
 tune_process()
 
 from distributed import RankPool  # noqa: E402

@@ -2,6 +2,10 @@
 
 import gc
 
+import shtab  # noqa: F401
+import torch.distributed.run
+import torch.utils.tensorboard  # noqa: F401
+
 import zoo.cli.command  # noqa: F401
 from zoo.hub import import_everything
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 import yaml
 from lightning import Trainer
 from PIL import Image
@@ -631,11 +632,6 @@ def test_a_module_that_draws_no_samples_predicts_a_whole_split(folder, capsys):
     assert [(row["index"], row["label"], row["red"]) for row in rows] == [(0, 0, 0), (1, 0, 2), (2, 1, 1)]
 
 
-def test_methods_are_imported_when_they_are_used():
-    code = "import sys, zoo; assert 'torch' not in sys.modules; zoo.bfn.Network; zoo.metrics.FeatureDistance"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-
-
 def test_without_model_and_data_the_way_is_shown(folder, capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
@@ -667,12 +663,12 @@ def test_errors_of_foreign_code_keep_their_traceback(folder):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="not measured: torch.compile needs a C++ compiler")
 def test_compiling_changes_neither_names_nor_results(folder):
     # A process of its own, as for a user: torch's compiler minds what other tests have imported.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     weights = []
     for compiled in ("false", "true"):
         root = ["--trainer.default_root_dir", f"compile_{compiled}", "--model.net.dropout", "0.0"]
         command = [sys.executable, "-m", "zoo", "fit", "-c", "tiny.yaml", "--model.compile", compiled, *root]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        done = warm_python.run(command, env=environment, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(read_checkpoint(f"compile_{compiled}/checkpoints/last.ckpt")["current_model_state"])
     assert weights[0].keys() == weights[1].keys()

@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +72,17 @@ def files(root: Path, *folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
 
 
-def imports(path: Path, root: Path) -> Iterator[Import]:
+def imports(path: Path, root: Path) -> Iterable[Import]:
+    """As :func:`read_imports`; files of this tree are read once for all rules."""
+    return imports_of_this_tree(path) if root == ROOT else read_imports(path, root)
+
+
+@cache
+def imports_of_this_tree(path: Path) -> tuple[Import, ...]:
+    return tuple(read_imports(path, ROOT))
+
+
+def read_imports(path: Path, root: Path) -> Iterator[Import]:
     """Every import of a file, for type checkers too; ``from a import b`` names ``a.b`` where that is a module, else ``a``."""
 
     def visit(node: ast.AST, at_top: bool, for_types: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool, bool]]:

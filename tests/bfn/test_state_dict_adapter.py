@@ -283,7 +283,8 @@ def test_the_base_class_knows_every_method(tmp_path):
     torch.save(official(ImprovedUNet(image_shape=(1, 8, 8), width=32, multipliers=(1, 2), num_res_blocks=1, num_heads=2)),
                tmp_path / "weights.pt")  # fmt: skip
     arguments = [str(tmp_path / "weights.pt"), str(published_config(tmp_path))]
-    code = f"import zoo; print(type(zoo.ZooModule.from_official(*{arguments})).__name__)"
+    code = "import sys, zoo; assert 'torch' not in sys.modules; zoo.metrics.FeatureDistance"
+    code += f"; print(type(zoo.ZooModule.from_official(*{arguments})).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "BFN\n", done.stderr
 
