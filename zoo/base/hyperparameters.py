@@ -261,7 +261,7 @@ def find_class(path: str, base: type[T], chosen: Collection[str] = ()) -> type[T
 
 
 def _import(path: str, chosen: Collection[str]) -> Any:
-    """What an import path leads to; None if there is no such name, or nobody chose its module."""
+    """Object at an import path; None if there is no such name, or nobody chose its module."""
     module_path, _, name = path.rpartition(".")
     if module_path not in sys.modules and (is_own(module_path) or is_chosen(path, chosen)):
         try:

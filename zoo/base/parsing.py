@@ -1,4 +1,4 @@
-"""How jsonargparse reads names and defaults while a parser of the zoo runs; at all other times it is as its authors made it.
+"""Changes to how jsonargparse reads names and defaults, in force only while a parser of the zoo runs.
 
 Pinned by tests/test_lightning_pins.py and tests/test_hyperparameters.py; setup.cfg bounds the version.
 """

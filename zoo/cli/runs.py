@@ -36,7 +36,7 @@ def find_checkpoint(ckpt_path: str, folder: Path, stage: str) -> Path | None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Returns:
-        The checkpoint; None where ``fit`` shall start anew because the run has no checkpoint yet.
+        The checkpoint; None where ``fit`` starts a new run because there is no checkpoint yet.
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint yet to validate, test or predict with.
