@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def imports(path: Path, root: Path) -> Iterable[Import]:
     return imports_of_this_tree(path) if root == ROOT else read_imports(path, root)
 
 
-@cache
+@functools.cache
 def imports_of_this_tree(path: Path) -> tuple[Import, ...]:
     return tuple(read_imports(path, ROOT))
 
@@ -248,42 +247,46 @@ def strategies_are_asked_by_function(root: Path) -> list[str]:
         for path in files(root, package)
         for node in ast.walk(parsed(path.read_text()))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in ("getattr", "hasattr")
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
         and isinstance(node.args[1], ast.Constant)
         and re.search(rf"(^|[._])({subject})$", ast.unparse(node.args[0]))
     ]
 
 
-def is_attribute(node: ast.AST, modules: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether a node is ``module.name``."""
-    return isinstance(node, ast.Attribute) and node.attr in names and getattr(node.value, "id", None) in modules
-
-
 def nothing_is_unpickled(root: Path) -> list[str]:
     """No file can run code by being read: weights_only=True, and an unpickler only with a find_class of its own."""
-    breaches = []
-    for path in files(root, *PACKAGES, "benchmarks", "examples"):
-        tree = parsed(path.read_text())
-        guarded = {
-            id(base)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef)
-            and any(isinstance(item, ast.FunctionDef) and item.name == "find_class" for item in node.body)
-            for base in node.bases
-        }
-        for node in ast.walk(tree):
-            place = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
-            if isinstance(node, ast.Call):
-                given = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg in ("weights_only", "allow_pickle")}
-                if given.get("weights_only") == "False" or given.get("allow_pickle") == "True":
-                    breaches.append(f"{place} {ast.unparse(node)}")
-                elif is_attribute(node.func, ("torch",), ("load",)) and given.get("weights_only") != "True":
-                    breaches.append(f"{place} {ast.unparse(node)} lacks weights_only=True")
-            elif is_attribute(node, PICKLES, ("load", "loads", "open", "Unpickler")) and id(node) not in guarded:
-                breaches.append(f"{place} {ast.unparse(node)}")
-            elif isinstance(node, ast.ImportFrom) and node.module in PICKLES:
-                breaches += [f"{place} imports {a.name}" for a in node.names if a.name in ("load", "loads", "Unpickler")]
-    return breaches
+    return [
+        f"{path.relative_to(root)}:{node.lineno} {ast.unparse(node)}"
+        for path in files(root, *PACKAGES, "benchmarks", "examples")
+        for node in unsafe_loads(parsed(path.read_text()))
+    ]
+
+
+def unsafe_loads(tree: ast.AST) -> Iterator[ast.expr | ast.ImportFrom]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call | ast.Attribute | ast.ImportFrom | ast.ClassDef)]
+    guarded = {
+        id(base)
+        for node in nodes
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(item, ast.FunctionDef) and item.name == "find_class" for item in node.body)
+        for base in node.bases
+    }
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+            loads = isinstance(node.func, ast.Attribute) and node.func.attr == "load" and ast.unparse(node.func) == "torch.load"
+            if given.get("weights_only", not loads) is not True or given.get("allow_pickle") is True:
+                yield node
+        elif isinstance(node, ast.Attribute) and node.attr in ("load", "loads", "open", "Unpickler"):
+            if ast.unparse(node.value) in PICKLES and id(node) not in guarded:
+                yield node
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.module in PICKLES
+            and {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}
+        ):
+            yield node
 
 
 def files_are_named_by_their_idea(root: Path) -> list[str]:

@@ -29,7 +29,7 @@ def test_only_crosses_learn_what_fields_do_together() -> None:
     train, val, test = rows(400, 0), rows(100, 1), rows(200, 2)
     errors = {}
     for crossed in ([], [0, 1]):
-        model = HashedRegression(crossed, [0.1, 10.0]).fit(*train, *val)
+        model = HashedRegression(crossed, [0.1, 10.0], num_bits=12).fit(*train, *val)
         errors[len(crossed)] = np.mean((model.predict(test[0]) > 0.5) != test[1])
         assert model.strength in (0.1, 10.0)
     assert errors[2] == 0 and errors[0] > 0.3
