@@ -73,7 +73,7 @@ def mixed(count: int, seed: int = 0) -> list[tuple[list[int], dict[str, object]]
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("max_tokens", "max_batch", "growth"), [(400, 8, 32), (30, 8, 2), (24, 3, 1), (24, 1, 5)])
 def test_requests_get_what_they_get_alone(network: LingForCausalLM, max_tokens: int, max_batch: int, growth: int) -> None:
-    requests = mixed(14)
+    requests = mixed(9)
     expected = [alone(network, prompt, **options) for prompt, options in requests]
     engine = Engine(network, max_tokens, max_batch, growth)
     numbers = [engine.submit(prompt, **options) for prompt, options in requests]  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_order_of_arrival_does_not_matter(network: LingForCausalLM) -> None:
     growth=st.integers(1, 6),
     base=st.integers(0, 6),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_queue_ends_with_its_tokens_and_all_memory_free(
     network: LingForCausalLM, sizes: list[tuple[int, int]], max_tokens: int, max_batch: int, growth: int, base: int
 ) -> None:

@@ -228,7 +228,7 @@ def both(accumulate: int) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_nothing_changes_bit_for_bit_where_all_labels_count(pool: RankPool, accumulate: int) -> None:
     for weighted, plain in pool.run(both, accumulate, world_size=2):
         assert all(torch.equal(value, plain[name]) for name, value in weighted.items())

@@ -126,6 +126,7 @@ def test_lost_ranks_are_replaced(
     goes_through(torchrun, Job(tmp_path, deaths, ranks=3, trainer={"limit_val_batches": 1.0}), undisturbed, lost)
 
 
+@pytest.mark.slow
 def test_averages_and_loading_processes_go_on(torchrun: Torchrun, tmp_path: Path) -> None:
     """Validation uses averaged weights, which a loss in its midst must not leave in the model; killed ranks leave loaders."""
     averages = (EMA(decay=0.9),)

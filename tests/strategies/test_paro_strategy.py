@@ -95,7 +95,7 @@ class Recording(Ling):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         ids = batch["input_ids"]
-        for _ in range(1 + 2 * int(batch["index"])):
+        for _ in range(1 + int(batch["index"])):
             ids = torch.cat([ids, self.network(ids).logits[:, -1:].argmax(-1)], 1)
         return {"index": batch["index"], "ids": ids}
 
