@@ -58,6 +58,11 @@ NEEDS_WEIGHTS = {
 }
 
 
+#: Two whose strategies have long tests of their own.
+BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
+#: One of each method.
+FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny")
+FEW = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 STEPPED = [name for name in WHOLE if name not in PUBLISHED and name not in (*NEEDS_WEIGHTS, "emigm/cache_latents")]
 
 
@@ -99,27 +104,24 @@ def test_the_default_codec_can_be_shown_and_replaced(capsys):
     assert "object at 0x" not in capsys.readouterr().out
 
 
-#: Configurations that differ from another stepped one in a few numbers, or whose parts have long tests of their own.
-VARIANTS = (
-    "antdt/flights_dd",
-    "antdt/flights_ps",
-    "bfn/digits_discretized",
-    "bfn/digits_k2",
-    "emigm/digits_maskgit",
-    "ling/tiny_long",
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in VARIANTS)) for n in STEPPED])
-def test_it_trains_validates_and_tests(name):
+def fit(name):
     config = yaml.safe_load(CONFIGS[name].read_text())
     asset = ASSETS.get(config["data"]["class_path"])
     if asset and not any(state.name == asset and state.state == "ready" for state in list_assets()):
         pytest.skip(f"not measured: zoo assets fetch {asset}")
-    few = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
-    assert main(["fit", "-c", name, *few, *QUIET]) == 0
+    assert main(["fit", "-c", name, *FEW, *QUIET]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in STEPPED if name not in (*FIRST, *BALANCED)])
+def test_it_trains_and_validates(name):
+    fit(name)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in STEPPED])
+def test_it_trains_validates_and_tests(name):
+    fit(name)
     without = ["--trainer.callbacks", "null"]  # drawing thousands of samples is the benchmark's business
-    assert main(["test", "-c", name, "--ckpt_path", "last", *few, *QUIET, *without]) == 0
+    assert main(["test", "-c", name, "--ckpt_path", "last", *FEW, *QUIET, *without]) == 0
 
 
 def says(merged, value):
@@ -231,16 +233,23 @@ def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_be
     assert model.config.replace(**{name: getattr(before, name) for name in changes}) == before.replace(head_dim=32)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("strategies/")])
-def test_strategies_compose_with_every_method(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        pytest.param(name, whole, marks=() if "/ddp" in name or whole == "ling/tiny" else pytest.mark.slow)
+        for name in CONFIGS
+        if name.startswith("strategies/")
+        for whole in FIRST  # the trainer is composed
+    ],
+)
+def test_strategies_compose_with_every_method(name, whole, capsys):
     if "deepspeed" in name and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("not measured: pip install lightning-zoo[deepspeed]")
-    for whole in ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny"):  # of each method one: the trainer is composed
-        with pytest.raises(SystemExit) as stop:
-            main(["fit", "-c", whole, "-c", name, "--print_config"])
-        assert not stop.value.code
-        merged = yaml.safe_load(capsys.readouterr().out)
-        for key, value in yaml.safe_load(CONFIGS[name].read_text())["trainer"].items():
-            assert says(merged["trainer"][key], value), f"{whole}: {merged['trainer'][key]}"
-        callbacks = yaml.safe_load(CONFIGS[whole].read_text())["trainer"].get("callbacks", [])
-        assert len(merged["trainer"]["callbacks"] or []) == len(callbacks)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", whole, "-c", name, "--print_config"])
+    assert not stop.value.code
+    merged = yaml.safe_load(capsys.readouterr().out)
+    for key, value in yaml.safe_load(CONFIGS[name].read_text())["trainer"].items():
+        assert says(merged["trainer"][key], value), merged["trainer"][key]
+    callbacks = yaml.safe_load(CONFIGS[whole].read_text())["trainer"].get("callbacks", [])
+    assert len(merged["trainer"]["callbacks"] or []) == len(callbacks)
