@@ -20,6 +20,13 @@ sys.exit(3)
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and a real process would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("form", ["-c", "-m", "script"])
 def test_words_folder_environment_streams_and_status_are_the_real_ones(tmp_path: Path, form: str) -> None:
     (tmp_path / "reporter.py").write_text(REPORT)
