@@ -1,4 +1,4 @@
-"""How long ``zoo`` takes to answer: beside a bare LightningCLI with the same classes, and for the verbs that need no torch.
+"""Start-up time of ``zoo``: beside a bare LightningCLI with the same classes, and of the verbs that need no torch.
 
 ``python -m benchmarks.startup`` runs each command in a process of its own. ``zoo fit --print_config`` and the bare command line
 alternate, so that a busy moment meets both; the bar is the median of the paired ratios.

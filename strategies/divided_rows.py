@@ -203,6 +203,6 @@ class DividedRows:
 
 
 def _starts(name: str) -> list[int]:
-    """Where the name of a parameter may begin for a part of the module: at each module above it."""
+    """Possible starts of a parameter's name for a part of the module: each module above it."""
     starts = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
     return starts[:-1] or starts

@@ -103,7 +103,7 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
     # Optimization
 
     def parameter_groups(self) -> Iterable[Any]:
-        """What the optimizer gets: all parameters; override for groups with options of their own."""
+        """Parameters for the optimizer: all; override for groups with options of their own."""
         return self.parameters()
 
     def optimizer_config(

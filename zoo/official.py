@@ -81,7 +81,7 @@ class OfficialWeights:
 
     @classmethod
     def official_leftovers(cls, config: Mapping[str, Any]) -> list[str]:
-        """What a configuration of the published code says that `from_official` does not take over, a line each.
+        """Entries of a published configuration that `from_official` does not take over, a line each.
 
         Args:
             config: the file, parsed; any other gives nothing.

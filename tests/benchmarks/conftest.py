@@ -1,4 +1,4 @@
-"""What benchmarks do many times and no test of them is about: start processes, and read the shipped classifiers."""
+"""Cheap substitutes for two steps of benchmarks that no test is about: starting processes, reading shipped classifiers."""
 
 from copy import deepcopy
 from functools import cache
