@@ -2,7 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,9 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers would import torch in each
 tune_process()
 
-from distributed import RankPool  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from torch import distributed  # noqa: E402
+
+if TYPE_CHECKING:
+    from distributed import RankPool
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    from fork_server import fork_server_here
+
+    fork_server_here()
 
 # The same examples in each run, and no test that looks at the clock.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -35,13 +43,16 @@ def nothing_is_left() -> Iterator[None]:
             os.environ[name] = value
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    if distributed.is_available() and distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[RankPool]:
+def pool() -> "Iterator[RankPool]":
     """The warm gloo ranks of this run: started when a test first asks, killed when the run ends or is interrupted."""
+    from distributed import RankPool  # where tests run, not in the process that hands them out
+
     ranks = RankPool()
     yield ranks
     ranks.close()

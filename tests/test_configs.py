@@ -60,8 +60,13 @@ NEEDS_WEIGHTS = {
 
 #: Two whose strategies have long tests of their own.
 BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
+#: Those that differ from another in a few numbers: read here, trained by `make test-all`.
+LIKE_ANOTHER = ("bfn/digits_k2", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "ling/tiny_long")
 #: One of each method.
 FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny")
+#: Of the published ones one of each kind of network; the others differ in sizes.
+BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
+         "emigm/imagenet512_large", "ling/lite_pretrain", "ling/plus_pretrain")  # fmt: skip
 FEW = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 STEPPED = [name for name in WHOLE if name not in PUBLISHED and name not in (*NEEDS_WEIGHTS, "emigm/cache_latents")]
 
@@ -72,7 +77,9 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["zoo"])
 
 
-@pytest.mark.parametrize(("name", "num_parameters"), PUBLISHED.items())
+@pytest.mark.parametrize(("name", "num_parameters"), [
+    pytest.param(*recipe, marks=[] if recipe[0] in BUILT else [pytest.mark.slow]) for recipe in PUBLISHED.items()
+])  # fmt: skip
 def test_published_recipes_are_built_whole(name, num_parameters):
     config = yaml.safe_load(CONFIGS[name].read_text())
     if name.startswith("ctr/"):  # whose data know the sizes
@@ -112,9 +119,19 @@ def fit(name):
     assert main(["fit", "-c", name, *FEW, *QUIET]) == 0
 
 
-@pytest.mark.parametrize("name", [name for name in STEPPED if name not in (*FIRST, *BALANCED)])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else [])
+    for name in STEPPED if name not in (*FIRST, *BALANCED)
+])  # fmt: skip
 def test_it_trains_and_validates(name):
     fit(name)
+
+
+@pytest.mark.parametrize("name", LIKE_ANOTHER)
+def test_it_is_read(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", name, "--print_config"])
+    assert "class_path" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in STEPPED])
@@ -131,7 +148,10 @@ def says(merged, value):
     return merged == value or (isinstance(merged, str) and merged.startswith("strategies.") and merged.endswith(f".{value}"))
 
 
-@pytest.mark.parametrize("name", NEEDS_WEIGHTS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("ling/chat", "ling/lite_dpo", "ling/lite_sft") else [pytest.mark.slow])
+    for name in NEEDS_WEIGHTS
+])  # fmt: skip
 def test_recipes_for_released_weights_say_what_is_missing(name, capsys):
     """The data module and the trainer are parsed; the model names the folder that it wants."""
     assert main(["fit" if name != "ling/chat" else "predict", "-c", name, *QUIET]) != 0

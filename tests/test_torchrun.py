@@ -59,6 +59,7 @@ def stopped_by(folder: Path, signal: str) -> int:
     return read_checkpoint(folder / "runs/bfn/digits/checkpoints/last.ckpt")["global_step"]
 
 
+@pytest.mark.slow
 def test_interrupt_at_the_terminal_saves(tmp_path):
     assert 4 <= stopped_by(tmp_path, "SIGINT") < 8
 
@@ -140,7 +141,7 @@ class Fails(tiny.Tiny):
 """
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_earlier_run_is_put_back_after_the_last_start_if_none_has_trained(tmp_path, steps):
     (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "runs/fails/checkpoints").mkdir(parents=True)

@@ -47,8 +47,11 @@ def tiny(**options: object) -> EMIGM:
     return model.eval()
 
 
-@pytest.mark.parametrize("window", [Guidance(1.0), Guidance(4.0, 0.1, 0.5), Guidance(2.0, 0.0, 1.0, "linear")])
-@pytest.mark.parametrize("num_iter", [1, 5, 16, 40])
+@pytest.mark.parametrize(("num_iter", "window"), [
+    pytest.param(num_iter, window, marks=[] if num_iter == quick else [pytest.mark.slow])
+    for quick, window in ((5, Guidance(1.0)), (16, Guidance(4.0, 0.1, 0.5)), (1, Guidance(2.0, 0.0, 1.0, "linear")))
+    for num_iter in (1, 5, 16, 40)
+])  # fmt: skip
 def test_loop_sampler_gives_the_same_tokens_from_the_same_draws(window: Guidance, num_iter: int) -> None:
     network = sampling.random_network(sampling.TINY, 16, 4, "cpu")
     sampler, index_B = MaskSampler(num_iter, guidance=window), torch.tensor([3, 1, 8])

@@ -123,14 +123,18 @@ def test_a_run_cut_right_after_a_checkpoint_continues_with_the_next_batch(hook, 
     cut_and_resume(hook, count, LIMITS[limit], tmp_path, workers=(0, 0))
 
 
-@pytest.mark.parametrize("workers", [(2, 2), (0, 2), (2, 0)])
-@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_end", 7), ("on_train_epoch_end", 2)])
+@pytest.mark.parametrize("workers", [pytest.param((2, 2), marks=pytest.mark.slow), (0, 2), (2, 0)])
+@pytest.mark.parametrize(
+    ("hook", "count"), [("on_train_batch_end", 7), pytest.param("on_train_epoch_end", 2, marks=pytest.mark.slow)]
+)
 def test_it_does_with_workers_and_another_number_of_them(hook, count, workers, tmp_path):
     cut_and_resume(hook, count, LIMITS["epochs"], tmp_path, workers)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("step", [0, 1, 5, 13])
+@pytest.mark.parametrize(("step", "num_workers"), [
+    pytest.param(step, workers, marks=[] if (step, workers) in ((0, 0), (5, 2), (13, 0)) else [pytest.mark.slow])
+    for step in (0, 1, 5, 13) for workers in (0, 2)
+])  # fmt: skip
 def test_a_batch_that_was_fetched_and_not_trained_is_trained_after_resuming(step, num_workers, tmp_path):
     expected = whole_run(tmp_path)
     first, second = Recorder(fail_in_step=step), Recorder()

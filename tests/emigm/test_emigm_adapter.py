@@ -366,7 +366,7 @@ def test_tokens_of_no_known_codec_need_a_configuration(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The number of attention heads")
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("suffix", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
 def test_convert_needs_no_configuration_and_gives_back_what_it_was_given(suffix, tmp_path, capsys):
     path, weights = published_like(tmp_path)
     if suffix == "safetensors":

@@ -377,6 +377,7 @@ def test_sharded_replicas_are_the_whole_ones(pool: RankPool, options: dict[str, 
     assert not equal(shards[0].extra["inner"], shards[2].extra["inner"])
 
 
+@pytest.mark.slow
 def test_a_resumed_sharded_run_is_the_uninterrupted_one(pool: RankPool, tmp_path: Path) -> None:
     for whole, rest in pool.run(resumed, tmp_path, 7, 12, SHARDED, world_size=4):
         assert whole.losses[7:] == rest.losses and apart(whole, rest) == 0

@@ -72,7 +72,7 @@ def run(
     }
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_guard_monitor_ramp_and_warm_up_with_divided_experts_are_those_of_one_process(
     pool: RankPool, tmp_path: Path, world_size: int
 ) -> None:
@@ -89,6 +89,7 @@ def test_guard_monitor_ramp_and_warm_up_with_divided_experts_are_those_of_one_pr
 SHARDED = partial(EDiTShardedStrategy, shard_size=2, sync_interval=3, warmup_steps=2, **FULL)
 
 
+@pytest.mark.slow
 def test_replicas_meet_in_the_statistics_of_their_routers_too(pool: RankPool, tmp_path: Path) -> None:
     ranks = pool.run(run, tmp_path, SHARDED, world_size=4)
     assert len([name for name in ranks[0]["weights"] if "running" in name]) == 4

@@ -222,7 +222,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("code", [pytest.param("IIG", marks=pytest.mark.slow), "GGG"])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["IIG", "GGG"])
 def test_variants_train_as_one_process(pool: RankPool, code: str) -> None:
     check(pool, [Case(code, steps=2, **variant) for variant in VARIANTS.values()], 4)
 

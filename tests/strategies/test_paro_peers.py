@@ -101,7 +101,15 @@ def pair(code: str, peer: str) -> tuple[list[Tensor], list[Tensor]]:
     return with_paro(code), peers[peer]()
 
 
-@pytest.mark.parametrize(("code", "peer"), [("NNN", "DDP"), ("GGG", "FSDP2"), ("III", "HSDP"), ("IIG", "FSDP2")])
+@pytest.mark.parametrize(
+    ("code", "peer"),
+    [
+        pytest.param("NNN", "DDP", marks=pytest.mark.slow),
+        ("GGG", "FSDP2"),
+        ("III", "HSDP"),
+        pytest.param("IIG", "FSDP2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_code_takes_the_steps_of_its_peer(pool: RankPool, code: str, peer: str) -> None:
     for ours, theirs in pool.run(pair, code, peer, world_size=4):
         assert len(ours) == len(theirs) == 6

@@ -171,10 +171,6 @@ def run(folder: Path, setting: Setting) -> Outcome:
     )
 
 
-def runs(folder: Path, settings: list[Setting]) -> list[Outcome]:
-    return [run(folder, setting) for setting in settings]
-
-
 def assert_same(ranks: list[Outcome], one: Outcome, tolerance: float) -> None:
     mean_losses = torch.tensor([rank.losses for rank in ranks], dtype=torch.float64).mean(0).tolist()
     assert mean_losses == pytest.approx(one.losses, rel=tolerance)
@@ -192,39 +188,35 @@ PREFETCHING = Setting("GGG", options=(("prefetch", 2), ("block_classes", ["Block
 
 
 @pytest.fixture(scope="module")
-def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """The run of one process, in double and in single precision."""
-    found: list[Outcome] = pool.run(
-        runs, tmp_path_factory.mktemp("alone"), [Setting(), Setting(precision="32-true")], world_size=1
-    )[0]
-    assert len(found[0].losses) == 10 and max(found[0].norms) > 0.3 and {"inside/val/loss"} & found[0].metrics.keys()
+def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run of one process, in double precision."""
+    found: Outcome = pool.run(run, tmp_path_factory.mktemp("alone"), Setting(), world_size=1)[0]
+    assert len(found.losses) == 10 and max(found.norms) > 0.3 and {"inside/val/loss"} & found.metrics.keys()
     return found
 
 
-def test_runs_of_ling_are_those_of_one_process(pool: RankPool, tmp_path: Path, alone: list[Outcome]) -> None:
-    for ranks in zip(*pool.run(runs, tmp_path, [Setting("IIG"), PREFETCHING], world_size=4), strict=True):
-        assert_same(list(ranks), alone[0], 1e-10)
+@pytest.mark.parametrize("setting", [Setting("IIG"), pytest.param(PREFETCHING, marks=pytest.mark.slow)], ids=["IIG", "GGG"])
+def test_a_run_of_ling_is_that_of_one_process(pool: RankPool, tmp_path: Path, alone: Outcome, setting: Setting) -> None:
+    assert_same(pool.run(run, tmp_path, setting, world_size=4), alone, 1e-10)
 
 
 @pytest.mark.slow
-def test_whole_parameters_are_those_of_one_process_and_take_more_memory(
-    pool: RankPool, tmp_path: Path, alone: list[Outcome]
-) -> None:
+def test_whole_parameters_are_those_of_one_process_and_take_more_memory(pool: RankPool, tmp_path: Path, alone: Outcome) -> None:
     settings = [PREFETCHING, Setting("NIG"), Setting("NNN")]
-    every = list(zip(*pool.run(runs, tmp_path, settings, world_size=4), strict=True))
+    every = [pool.run(run, tmp_path, setting, world_size=4) for setting in settings]
     for ranks in every[1:]:
-        assert_same(list(ranks), alone[0], 1e-10)
+        assert_same(ranks, alone, 1e-10)
     sharded, whole = every[0][0].stats[-1], every[2][0].stats[-1]
     assert sharded["gathered"] == 0 and sharded["optimizer"] * 4 == whole["optimizer"]
 
 
-def test_half_precision_with_float32_masters_has_the_same_curve_but_for_rounding(
-    pool: RankPool, tmp_path: Path, alone: list[Outcome]
-) -> None:
-    every = pool.run(runs, tmp_path, [Setting("IIG", "bf16-true")])
-    bf16 = torch.tensor([rank.losses for (rank,) in every]).mean(0)
-    torch.testing.assert_close(bf16, torch.tensor(alone[1].losses), rtol=0.03, atol=0.03)
-    assert all(value.dtype != torch.float32 for value in every[0][0].weights.values() if value.is_floating_point())
+@pytest.mark.slow
+def test_half_precision_with_float32_masters_has_the_same_curve_but_for_rounding(pool: RankPool, tmp_path: Path) -> None:
+    (one,) = pool.run(run, tmp_path, Setting(precision="32-true"), world_size=1)
+    ranks = pool.run(run, tmp_path, Setting("IIG", "bf16-true"), world_size=4)
+    bf16 = torch.tensor([rank.losses for rank in ranks]).mean(0)
+    torch.testing.assert_close(bf16, torch.tensor(one.losses), rtol=0.03, atol=0.03)
+    assert all(value.dtype != torch.float32 for value in ranks[0].weights.values() if value.is_floating_point())
 
 
 def bfn() -> LightningModule:
@@ -304,21 +296,17 @@ def images(folder: Path, make: Callable[[], LightningModule], code: str | None) 
     )
 
 
-def images_of(folder: Path, jobs: list[tuple[Callable[[], LightningModule], str | None]]) -> list[Images]:
-    return [images(folder, *job) for job in jobs]
-
-
-def test_models_of_images_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "code"), [(bfn, "IIG"), pytest.param(emigm, "GGG", marks=pytest.mark.slow)])
+def test_models_of_images_run_unchanged(pool: RankPool, tmp_path: Path, make: Callable[[], LightningModule], code: str) -> None:
     """Averaged weights, validation of the average inside the run, and samples, one rank with more of them than others."""
-    ones = pool.run(images_of, tmp_path, [(bfn, None), (emigm, None)], world_size=1)[0]
-    for rank in pool.run(images_of, tmp_path, [(bfn, "IIG"), (emigm, "GGG")], world_size=4):
-        for ours, one in zip(rank, ones, strict=True):
-            assert ours.weights.keys() == one.weights.keys() and one.metrics
-            for name, value in ours.weights.items():
-                torch.testing.assert_close(value, one.weights[name], rtol=1e-10, atol=1e-10, msg=name)
-            assert ours.metrics == pytest.approx(one.metrics, rel=1e-8)
-            for index, image in ours.images.items():
-                torch.testing.assert_close(image, one.images[index], rtol=1e-8, atol=1e-8)
+    (one,) = pool.run(images, tmp_path, make, None, world_size=1)
+    for ours in pool.run(images, tmp_path, make, code, world_size=4):
+        assert ours.weights.keys() == one.weights.keys() and one.metrics
+        for name, value in ours.weights.items():
+            torch.testing.assert_close(value, one.weights[name], rtol=1e-10, atol=1e-10, msg=name)
+        assert ours.metrics == pytest.approx(one.metrics, rel=1e-8)
+        for index, image in ours.images.items():
+            torch.testing.assert_close(image, one.images[index], rtol=1e-8, atol=1e-8)
 
 
 def clicks(folder: Path, code: str | None) -> tuple[dict[str, Tensor], dict[str, float]]:
