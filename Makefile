@@ -5,6 +5,8 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 ZOO := $(PY) -m zoo
+# Modules are compiled when they are first imported, a fraction of those that are installed; this must be allowed, then.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo test test-all bench lint assets
 
@@ -13,7 +15,7 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # What the tests and the demo read; fetched once into the cache, before anything runs without network.
