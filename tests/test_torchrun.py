@@ -12,6 +12,7 @@ import warm_python
 from zoo.base.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
+SHORT = ["--trainer.limit_val_batches", "2"]
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 
@@ -36,7 +37,19 @@ class Terminate(lightning.Callback):
 
 def fit(folder: Path, launcher: list[str], *options: str, ends_well: bool = True) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "fit", "-c", "bfn/digits", "--trainer.log_every_n_steps", "1", *QUIET, *options]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "fit",
+        "-c",
+        "bfn/digits",
+        "--trainer.log_every_n_steps",
+        "1",
+        *SHORT,
+        *QUIET,
+        *options,
+    ]
     done = warm_python.run(command, cwd=folder, env=environment, timeout=200)
     assert (done.returncode == 0) is ends_well, done.stderr[-3000:]
 

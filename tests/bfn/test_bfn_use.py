@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from sweep import sweep
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import Digits
@@ -58,7 +59,7 @@ def black_and_white(**options) -> BFN:
 # Half and double precision
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", sweep(["bf16-true", "bf16-mixed", "64-true"]))
 def test_scores_do_not_depend_on_the_precision_of_the_weights(tmp_path, precision):
     """An untrained network says exactly 0 in any float type, so the data and the arithmetic around it must agree."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sweep import sweep_tuples
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,11 +406,16 @@ def test_fourier_features_are_not_rounded_to_bfloat16():
 
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [
-        (lambda: UNetVDM((1, 4, 4), width=8, depth=1, norm_groups=4), (4, 4, 1)),
-        (lambda: ImprovedUNet((1, 4, 4), width=8, norm_groups=4, multipliers=(1, 1), num_res_blocks=1, patch_size=2), (4, 4, 1)),
-        (lambda: BFNTransformer(5, 5, seq_len=6, width=8, depth=1, num_heads=2), (6, 5)),
-    ],
+    sweep_tuples(
+        [
+            (lambda: UNetVDM((1, 4, 4), width=8, depth=1, norm_groups=4), (4, 4, 1)),
+            (
+                lambda: ImprovedUNet((1, 4, 4), width=8, norm_groups=4, multipliers=(1, 1), num_res_blocks=1, patch_size=2),
+                (4, 4, 1),
+            ),
+            (lambda: BFNTransformer(5, 5, seq_len=6, width=8, depth=1, num_heads=2), (6, 5)),
+        ]
+    ),
     ids=SMALL,
 )
 def test_compiles_without_a_break_in_the_graph(network, shape):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sweep import sweep
 
 import zoo.bfn
 from zoo.base.hyperparameters import build
@@ -138,7 +139,9 @@ def check_against_class(component: dict[str, Any]) -> None:
         inspect.signature(cls).bind(**component["init_args"])
 
 
-@pytest.mark.parametrize("config", [cifar10(16, False), cifar10(256, True), mnist(), text8(), solver_cifar10(), solver_text8()])
+@pytest.mark.parametrize(
+    "config", sweep([cifar10(16, False), cifar10(256, True), mnist(), text8(), solver_cifar10(), solver_text8()], quick=(1, 3))
+)
 def test_what_is_read_builds_the_published_model(config):
     found = read_official_config(config).hyperparameters
     build(Flow, found["flow"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep
 
 from zoo.base.random import SampleRandom
 from zoo.bfn.continuous_flow import ContinuousFlow
@@ -266,7 +267,7 @@ def test_ancestral_sampling_sends_the_estimate_and_updates_the_belief(n):
 
 
 @pytest.mark.parametrize("cls", [ODE1, ODE2M, ODE2S, ODE3M, SDE1, SDE2M])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", sweep(GRIDS))
 def test_constant_estimate_is_solved_exactly_by_any_number_of_steps(cls, grid):
     """ODE: the noise that the state seems to hold is scaled down; SDE: the steps' noise adds up to that of one step."""
     x, eta, results = 0.4, 1 / 64, []

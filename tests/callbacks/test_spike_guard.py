@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from sweep import sweep
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -354,7 +355,7 @@ def run_in_parts(folder, stops, steps=30):
     return guard, watch, loader, read_checkpoint(ckpt_path)
 
 
-@pytest.mark.parametrize("stop", [13, 14, 18, 21])
+@pytest.mark.parametrize("stop", sweep([13, 14, 18, 21], quick=(0, 2)))
 def test_a_resumed_run_is_the_whole_run(tmp_path, stop):
     """Also in the middle of bad steps, with samples that are still to come back, and after a skip as the last step."""
     whole, cut = run_in_parts(tmp_path / "whole", []), run_in_parts(tmp_path / "parts", [stop])

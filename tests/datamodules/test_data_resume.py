@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from sweep import sweep_tuples
 from torch import distributed, nn
 from torch.utils.data import Dataset
 
@@ -115,9 +116,12 @@ def cut_and_resume(hook: str, count: int, limit: dict[str, int], tmp_path: Path,
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(
     ("hook", "count"),
-    [("on_train_batch_end", step) for step in (1, 4, 5, 6, 10, 13, 19)]
-    + [("on_train_epoch_end", epoch) for epoch in range(1, 4)]
-    + [("on_validation_end", epoch) for epoch in range(1, 4)],
+    sweep_tuples(
+        [("on_train_batch_end", step) for step in (1, 4, 5, 6, 10, 13, 19)]
+        + [("on_train_epoch_end", epoch) for epoch in range(1, 4)]
+        + [("on_validation_end", epoch) for epoch in range(1, 4)],
+        quick=(1, 2, 3, 7, 9, 11),
+    ),
 )
 def test_a_run_cut_right_after_a_checkpoint_continues_with_the_next_batch(hook, count, limit, tmp_path):
     cut_and_resume(hook, count, LIMITS[limit], tmp_path, workers=(0, 0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep
 
 from datamodules import Text
 from datamodules.base.datamodule import ZooDataModule
@@ -212,7 +213,9 @@ def test_validation_is_the_held_out_text_whole_and_always_the_same(pair):
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
-@pytest.mark.parametrize("options", [{}, {"packing": False}, {"document_mask": True, "windows_per_epoch": 64}])
+@pytest.mark.parametrize(
+    "options", sweep([{}, {"packing": False}, {"document_mask": True, "windows_per_epoch": 64}], quick=(0, 2))
+)
 def test_a_cut_epoch_resumes_exactly_with_any_number_of_workers(pair, options, workers):
     def loader(num_workers: int) -> Any:
         data = Text(sources=pair, seq_len=16, batch_size=4, num_workers=num_workers, seed=3, **options)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
+from sweep import sweep_tuples
 from torch.utils.data import Dataset
 
 from datamodules.base.datamodule import ZooDataModule
@@ -107,7 +108,11 @@ def test_two_ranks_share_what_one_sees():
 
 
 @pytest.mark.parametrize(
-    ("stop", "workers"), [(stop, (0, 0)) for stop in (1, 2, 7, 10, 13, 20, 29, 30)] + [(7, (2, 0)), (10, (0, 2)), (13, (2, 2))]
+    ("stop", "workers"),
+    sweep_tuples(
+        [(stop, (0, 0)) for stop in (1, 2, 7, 10, 13, 20, 29, 30)] + [(7, (2, 0)), (10, (0, 2)), (13, (2, 2))],
+        quick=(1, 3, 5, 7, 9),
+    ),
 )
 def test_a_cut_run_goes_on_with_the_retries_that_were_waiting(stop, workers):
     expected, _ = train(loader(), lead=4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import Trainer, seed_everything
+from sweep import sweep
 from torch import Tensor
 from torch.distributed import get_world_size
 
@@ -134,7 +135,7 @@ def test_ranks_hide_different_numbers_of_tokens_and_still_reduce(pool: RankPool,
     assert first.test == second.test
 
 
-@pytest.mark.parametrize("method", ["eMIGM, equal masks", "MDM"])
+@pytest.mark.parametrize("method", sweep(["eMIGM, equal masks", "MDM"]))
 def test_two_ranks_equal_one_process(pool: RankPool, tmp_path: Path, method: str) -> None:
     """Where a number of masked tokens is shared, the same is injected; masks of each sample are its own anyway."""
     (one,) = pool.run(run, tmp_path, method, world_size=1)

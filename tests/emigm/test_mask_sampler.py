@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sweep import sweep_tuples
 from torch import nn
 
 from zoo.base.random import SampleRandom
@@ -79,7 +80,7 @@ def test_every_token_is_revealed_once(num_iter, num_tokens, known, schedule, law
     assert [step.number for step in steps] == sorted({step.number for step in steps})
 
 
-@pytest.mark.parametrize(("schedule", "num_iter"), [("exp", 8), ("linear", 4), ("cosine", 20)])
+@pytest.mark.parametrize(("schedule", "num_iter"), sweep_tuples([("exp", 8), ("linear", 4), ("cosine", 20)], quick=(0, 1)))
 def test_counts_follow_the_markov_chain(schedule, num_iter):
     """Masked tokens after each step: Binomial(masked, 1 - gamma(s)/gamma(t)) are revealed, at least one."""
     count, tau = 800, step_times(num_iter)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from sweep import sweep_tuples
 from torch import nn
 
 from zoo.emigm.network import MaskedTransformer, _Block
@@ -60,17 +61,20 @@ def count(module):
 
 @pytest.mark.parametrize(
     ("size", "image_size", "millions"),
-    [
-        ("xsmall", 256, 69.019),
-        ("small", 256, 96.641),
-        ("base", 256, 207.924),
-        ("large", 256, 478.325),
-        ("huge", 256, 942.402),
-        ("xsmall", 512, 104.507),
-        ("small", 512, 132.146),
-        ("base", 512, 244.151),
-        ("large", 512, 478.403),
-    ],
+    sweep_tuples(
+        [
+            ("xsmall", 256, 69.019),
+            ("small", 256, 96.641),
+            ("base", 256, 207.924),
+            ("large", 256, 478.325),
+            ("huge", 256, 942.402),
+            ("xsmall", 512, 104.507),
+            ("small", 512, 132.146),
+            ("base", 512, 244.151),
+            ("large", 512, 478.403),
+        ],
+        quick=(0, 4, 8),
+    ),
 )
 def test_numbers_of_parameters(size, image_size, millions):
     """Those of tables 6 and 7, and to the unit those of the layers as the paper describes them."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TopPLogitsWarper
@@ -107,8 +108,10 @@ def test_few_tokens_visit_the_same_experts(num_tokens: int, dtype: torch.dtype) 
     assert torch.allclose(out, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.3, "top_k": 9},
-                                     {"repetition_penalty": 1.4}, {"temperature": 1.0, "repetition_penalty": 0.7}])  # fmt: skip
+@pytest.mark.parametrize("options", sweep([
+    {}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.4}, {"temperature": 1.3, "top_k": 9},
+    {"temperature": 1.0, "repetition_penalty": 0.7},
+], quick=(0, 1, 2)))  # fmt: skip
 @pytest.mark.parametrize("plain", [True, False], ids=["cpu step", "modules"])
 def test_a_row_of_a_padded_batch_is_the_prompt_alone(
     options: dict[str, float], plain: bool, monkeypatch: pytest.MonkeyPatch

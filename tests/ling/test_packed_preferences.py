@@ -10,6 +10,7 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import Callback, Trainer, seed_everything
+from sweep import sweep
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -73,7 +74,9 @@ def results(model: LingDPO, batch: Any) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize(
-    "options", [{}, {"format_patterns": ["[<>]"]}, {"references": True}], ids=["all", "format", "precomputed"]
+    "options",
+    sweep([{}, {"format_patterns": ["[<>]"]}, {"references": True}], quick=(0, 2)),
+    ids=["all", "format", "precomputed"],
 )
 @pytest.mark.parametrize("aux_reduction", ["sum", "mean"])
 def test_packed_batches_give_the_same_numbers_and_gradients(tmp_path: Path, options: dict[str, Any], aux_reduction: Any) -> None:

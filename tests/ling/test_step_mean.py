@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from sweep import sweep
 from torch import Tensor
 from torch.distributed import get_rank, get_world_size
 from torch.distributed.tensor import DTensor
@@ -159,7 +160,7 @@ def on_ranks(name: str, **options: Any) -> Outcome:
                accumulate_grad_batches=ACCUMULATE)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", sweep(STRATEGIES, quick=(0, 1)))
 def test_accumulated_steps_of_ranks_are_those_of_one_batch(pool: RankPool, name: str) -> None:
     """With ranks and micro-batches without labels, an incomplete last step, and clipping of some steps."""
     one = steps_of_one_process()

@@ -25,6 +25,7 @@ from fork_server import start_fork_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
+from sweep import sweep_tuples
 from torch import nn
 
 from benchmarks.sample_trace import audit, read_traces
@@ -100,24 +101,26 @@ def goes_through(torchrun: Torchrun, job: Job, undisturbed: dict[str, Any], lost
 
 @pytest.mark.parametrize(
     ("deaths", "lost"),
-    [
-        # In a forward pass, and the process that has come for it again; rank 0 while it saves; rank 2 after its last step.
-        (
-            (Death(1, 2, "forward"), Death(1, 2, "forward", 1), Death(0, 4, "saving"), Death(2, 6, "batch_end")),
-            {0: 1, 1: 2, 2: 1},
-        ),
-        # In the validation between the epochs; before its end; when the next has begun, but no batch; in its first step.
-        pytest.param(
-            (Death(0, 6, "validation"), Death(1, 6, "epoch_end"), Death(2, 6, "epoch_start"), Death(2, 6, "forward", 1)),
-            {0: 1, 1: 1, 2: 2},
-            marks=pytest.mark.slow,
-        ),
-        # Two at once, of which one only while it rejoins; in the last validation, and when all is done but the farewell.
-        (
-            (Death(0, 3, "forward"), Death(1, 3, "setup"), Death(0, 12, "validation", 1), Death(2, 12, "train_end")),
-            {0: 2, 1: 1, 2: 1},
-        ),
-    ],
+    sweep_tuples(
+        [
+            # In a forward pass, and the process that has come for it again; rank 0 while it saves; rank 2 after its last step.
+            (
+                (Death(1, 2, "forward"), Death(1, 2, "forward", 1), Death(0, 4, "saving"), Death(2, 6, "batch_end")),
+                {0: 1, 1: 2, 2: 1},
+            ),
+            # In the validation between the epochs; before its end; when the next has begun, but no batch; in its first step.
+            pytest.param(
+                (Death(0, 6, "validation"), Death(1, 6, "epoch_end"), Death(2, 6, "epoch_start"), Death(2, 6, "forward", 1)),
+                {0: 1, 1: 1, 2: 2},
+                marks=pytest.mark.slow,
+            ),
+            # Two at once, of which one only while it rejoins; in the last validation, and when all is done but the farewell.
+            (
+                (Death(0, 3, "forward"), Death(1, 3, "setup"), Death(0, 12, "validation", 1), Death(2, 12, "train_end")),
+                {0: 2, 1: 1, 2: 1},
+            ),
+        ]
+    ),
     ids=["steps", "epochs", "together"],
 )
 def test_lost_ranks_are_replaced(

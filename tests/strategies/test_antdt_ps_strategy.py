@@ -21,6 +21,7 @@ from fork_server import start_fork_server
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from sweep import sweep, sweep_tuples
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
@@ -183,8 +184,8 @@ def trained(results: list[dict[str, Any]]) -> Counter[tuple[int, int]]:
 EVERYTHING = Counter({(epoch, position): 1 for epoch in range(2) for position in range(ROWS)})
 
 
-@pytest.mark.parametrize(("count", "kind", "clip", "tables"), [
-    (1, "adamw", 0.0, None), (2, "sgd", 0.5, ["table"]), (3, "adamw", 0.0, ["ta*"])])  # fmt: skip
+@pytest.mark.parametrize(("count", "kind", "clip", "tables"), sweep_tuples([
+    (1, "adamw", 0.0, None), (2, "sgd", 0.5, ["table"]), (3, "adamw", 0.0, ["ta*"])], quick=(1, 2)))  # fmt: skip
 def test_synchronous_training_is_that_of_one_process_with_the_union_batch(
     pool: RankPool, tmp_path: Path, count: int, kind: str, clip: float, tables: list[str] | None
 ) -> None:
@@ -213,7 +214,8 @@ def test_synchronous_training_is_that_of_one_process_with_the_union_batch(
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "asp"}, {"mode": "ssp", "staleness": 2}, {"mode": "bsp", "backup": 1, "on_drop": "requeue"}]
+    "options",
+    sweep([{"mode": "asp"}, {"mode": "ssp", "staleness": 2}, {"mode": "bsp", "backup": 1, "on_drop": "requeue"}], quick=(1,)),
 )
 def test_asynchronous_training_uses_each_sample_once_and_learns(pool: RankPool, tmp_path: Path, options: dict[str, Any]) -> None:
     with services(2) as where:
@@ -295,7 +297,7 @@ def stay(folder: Path, ranks: int, options: dict[str, Any], ckpt: str | None, ep
     return module.state_dict(), strategy.positions_log
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+@pytest.mark.parametrize("strategy", sweep(["auto", "ddp"]))
 def test_checkpoint_goes_on_in_one_process_and_back(pool: RankPool, tmp_path: Path, strategy: str) -> None:
     first, second = str(tmp_path / "first.ckpt"), str(tmp_path / "second.ckpt")
     with services(2) as where:
@@ -337,7 +339,7 @@ def interrupted(folder: Path, options: dict[str, Any], stop: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "asp"}, {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 1}, marks=pytest.mark.slow)]
+    "options", sweep([{"mode": "asp"}, {"mode": "bsp"}, pytest.param({"mode": "ssp", "staleness": 1}, marks=pytest.mark.slow)])
 )
 def test_run_that_is_told_to_stop_goes_on_with_the_samples_that_are_left(
     pool: RankPool, tmp_path: Path, options: dict[str, Any]

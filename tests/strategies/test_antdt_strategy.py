@@ -14,6 +14,7 @@ from distributed import RankPool
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
+from sweep import sweep_tuples
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
@@ -65,7 +66,7 @@ def test_what_is_compared_makes_a_difference(pool: RankPool, tmp_path: Path) -> 
     assert one.metrics != pytest.approx(other.metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "world"), [(45, 2), (50, 3), (3, 3)])
+@pytest.mark.parametrize(("rows", "world"), sweep_tuples([(45, 2), (50, 3), (3, 3)], quick=(1, 2)))
 def test_every_sample_once_an_epoch(pool: RankPool, tmp_path: Path, rows: int, world: int) -> None:
     """A last step that is not full, ranks that have nothing in it, and hardly a sample for each rank."""
     antdt = {"solution": Plans([[6, 1, 1][:world], [1, 6, 1][:world]] if world == 3 else UNEVEN), "shuffle": "global"}

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from distributed import RankPool
 from hypothesis import given
 from hypothesis import strategies as st
+from sweep import sweep
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,7 +80,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [False, True], ids=["samples", "tokens"])
+@pytest.mark.parametrize("tokens", sweep([False, True], quick=(1,)), ids=["samples", "tokens"])
 def test_unequal_batches_give_the_gradient_of_their_union(pool: RankPool, tokens: bool) -> None:
     def ranks(*settings: Any, world_size: int = 3) -> list[list[Tensor]]:
         return pool.run(train, *settings, tokens, world_size=world_size)

@@ -38,8 +38,8 @@ from zoo.ling import Ling, LingConfig
 WHOLE = partial(EDiTStrategy, 4, warmup_steps=1, **FULL)
 SHARDED = partial(EDiTShardedStrategy, shard_size=2, sync_interval=4, warmup_steps=1, **FULL)
 KINDS = [
-    pytest.param(WHOLE, 2, id="whole-2"), pytest.param(SHARDED, 2, id="sharded-2", marks=pytest.mark.slow),
-    pytest.param(SHARDED, 4, id="sharded-4"),
+    pytest.param(WHOLE, 2, id="whole-2"), pytest.param(SHARDED, 2, id="sharded-2"),
+    pytest.param(SHARDED, 4, id="sharded-4", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import RankPool
+from sweep import sweep
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -210,7 +211,7 @@ def in_flight(method: Method) -> tuple[bool, bool]:
     return all(map(torch.equal, found, expected)), bool(sent) and not collectives.sent
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sweep(METHODS))
 def test_operations_in_flight_neither_mix_nor_block_one_another(pool: RankPool, method: Method) -> None:
     assert pool.run(in_flight, method, world_size=4, timeout=60) == [(True, True)] * 4
 

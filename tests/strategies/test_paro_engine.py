@@ -295,6 +295,7 @@ def test_half_precision_learns_as_float32_does(pool: RankPool) -> None:
     assert ranks["IIG"][0][1]["parameters"] * 2 == ranks["NIG"][0][1]["parameters"]
 
 
+@pytest.mark.slow
 def test_elementwise_optimizers_are_exact(pool: RankPool) -> None:
     cases = [Case("IIG", steps=2, optimizer=name, options=options) for name, options in OPTIMIZERS.items()]
     fused = Case("IIG", dtype=torch.float32, options={"lr": 0.05, "fused": True})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import LightningModule, Trainer
+from sweep import sweep_tuples
 from torch import Tensor, nn
 from torch.distributed import get_rank, get_world_size
 from torch.utils.data import DataLoader
@@ -113,7 +114,9 @@ def fit(strategy: str, accumulate: int = 1, **options: Any) -> tuple[list[float]
     return net.norms, {name: value.detach().clone() for name, value in net.named_parameters()}
 
 
-@pytest.mark.parametrize(("code", "world_size", "accumulate"), [("GGG", 2, 1), ("IIG", 4, 2), ("NIG", 4, 1)])
+@pytest.mark.parametrize(
+    ("code", "world_size", "accumulate"), sweep_tuples([("GGG", 2, 1), ("IIG", 4, 2), ("NIG", 4, 1)], quick=(0, 1))
+)
 def test_norms_and_penalties_of_summoned_weights_are_those_of_one_process(
     pool: RankPool, code: str, world_size: int, accumulate: int
 ) -> None:
