@@ -61,7 +61,8 @@ NEEDS_WEIGHTS = {
 #: Two whose strategies have long tests of their own.
 BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
 #: Those that differ from another in a few numbers: read here, trained by `make test-all`.
-LIKE_ANOTHER = ("bfn/digits_k2", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "ling/tiny_long")
+LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "emigm/digits_mdm",
+                "ling/tiny_long")  # fmt: skip
 #: One of each method.
 FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny")
 #: Of the published ones one of each kind of network; the others differ in sizes.

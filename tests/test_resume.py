@@ -71,6 +71,7 @@ def folder(tmp_path_factory):
     os.environ.update(environment)
 
 
+@pytest.mark.slow
 def test_an_epoch_without_validation_ends_and_resumes(folder):
     """The last batch of an epoch after which no validation is due: the steps after it keep their numbers."""
     for name, stop in (("sparse_whole", "20"), ("sparse_cut", "8")):
@@ -93,7 +94,7 @@ def options(name: str, workers: int, accumulate: int) -> list[str]:
         (signal.SIGTERM, 11, 0, 1),
         (0, 13, 0, 1),  # an exception inside the step: its batch was fetched and not applied
         (0, 5, 0, 2),  # the same, in an accumulated step
-        (0, 8, 0, 1),  # at the start of an epoch
+        pytest.param(0, 8, 0, 1, marks=pytest.mark.slow),  # at the start of an epoch
     ],
 )
 def test_the_curve_continues_as_if_never_interrupted(folder, how, step, workers, accumulate):

@@ -10,6 +10,7 @@ import torch
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from sweep import sweep
 from torch import Tensor, nn
 from torch.distributed import get_world_size, is_initialized
 from torch.nn.functional import softplus
@@ -131,7 +132,7 @@ def test_two_ranks_equal_one_process_and_paro_refuses(pool: RankPool, tmp_path: 
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("killed_at", [12, 15, 24])  # in an epoch, at its end, in the next
+@pytest.mark.parametrize("killed_at", sweep([12, 15, 24], quick=(0, 1)))  # in an epoch, at its end, in the next
 def test_a_killed_run_continues_exactly(tmp_path: Path, interval: str, killed_at: int) -> None:
     def model() -> GAN:
         schedule = partial(StepLR, step_size=2, gamma=0.7) if interval == "step" else partial(StepLR, step_size=1, gamma=0.7)

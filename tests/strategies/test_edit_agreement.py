@@ -26,6 +26,7 @@ from edit_runs import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from sweep import sweep_tuples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -124,7 +125,7 @@ def accumulating(folder: Path, kind: Callable[..., Any]) -> int:
     return trainer.global_step
 
 
-@pytest.mark.parametrize(("kind", "ranks"), KINDS[:2])
+@pytest.mark.parametrize(("kind", "ranks"), sweep_tuples(KINDS[:2]))
 def test_all_save_before_they_validate(pool: RankPool, tmp_path: Path, kind: Callable[..., Any], ranks: int) -> None:
     steps = pool.run(accumulating, tmp_path, kind, world_size=ranks)
     replicas = ranks // (2 if kind is SHARDED else 1)

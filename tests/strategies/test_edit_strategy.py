@@ -97,7 +97,7 @@ SCOPES: dict[str, dict[str, str]] = {
     "block": {}, "parameter": {"granularity": "parameter"}, "global": {"granularity": "global", "detector_update": "include"},
     "clipped as a whole": {"clip_scope": "global"},
 }  # fmt: skip
-FIRST = [("block", Residual), ("parameter", ReadsLayer), ("global", Residual)]
+FIRST = [("parameter", ReadsLayer)]
 
 
 @pytest.mark.parametrize(("scopes", "kind"), [

@@ -106,7 +106,7 @@ def pair(code: str, peer: str) -> tuple[list[Tensor], list[Tensor]]:
     [
         pytest.param("NNN", "DDP", marks=pytest.mark.slow),
         ("GGG", "FSDP2"),
-        ("III", "HSDP"),
+        pytest.param("III", "HSDP", marks=pytest.mark.slow),
         pytest.param("IIG", "FSDP2", marks=pytest.mark.slow),
     ],
 )
