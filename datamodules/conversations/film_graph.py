@@ -1,9 +1,9 @@
 """Facts on films of MovieLens-100K (genres and year) and of Freebase (actors, directors, awards and the like).
 
 The two do not know each other. RecBole's archive has a file that links them, ``ml-100k.link``, but its film numbers are those of
-another edition of MovieLens: it gives *The Craft*, *Half Baked* and *A Goofy Movie* one director, and whether Freebase calls a film a
-comedy says nothing on whether MovieLens does (correlation -0.05 over 1,596 films). So it is not read: films of MovieLens have
-titles, those of Freebase keep their ids, as persons, companies and awards do.
+another edition of MovieLens: it gives *The Craft*, *Half Baked* and *A Goofy Movie* one director, and whether Freebase calls a
+film a comedy says nothing on whether MovieLens does (correlation -0.05 over 1,596 films). So it is not read: films of MovieLens
+have titles, those of Freebase keep their ids, as persons, companies and awards do.
 
 The facts are for research, and must not be passed on (GroupLens), so they are fetched and never shipped.
 """

@@ -26,16 +26,12 @@ def tool_schemas(graph: KnowledgeGraph) -> list[dict[str, Any]]:
     """Descriptions of the tools in JSON schema, as chat templates take them.
 
     * ``look_up(name, relation)``: tails of an entity;
-    * ``find(conditions)``: entities that meet all conditions, each with ``relation``, ``operator`` (``=``, ``<``, ``>``) and
-      ``value``;
+    * ``find(conditions)``: entities that meet all conditions, each an object of ``relation``, ``operator`` (``=``, ``<``, ``>``)
+      and ``value``;
     * ``count(conditions)``: their number.
     """
     relation = {"type": "string", "enum": graph.relations}
-    condition = {
-        "type": "object",
-        "properties": {"relation": {"type": "string"}, "operator": {"enum": ["=", "<", ">"]}, "value": {}},
-        "required": ["relation", "operator", "value"],
-    }
+    condition = {"type": "object", "properties": {"relation": {}, "operator": {"enum": ["=", "<", ">"]}, "value": {}}}
     conditions = {"conditions": {"type": "array", "items": condition}}
     return [
         _schema("look_up", f"Values of a {graph.noun} in a relation", {"name": {"type": "string"}, "relation": relation}),

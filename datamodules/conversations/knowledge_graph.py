@@ -85,7 +85,10 @@ class KnowledgeGraph:
         self.numeric = [relation for relation in self.relations if relation not in texts]
         self._tails: dict[str, dict[str, list[Value]]] = defaultdict(dict)
         self._heads: dict[tuple[str, Value], list[str]] = defaultdict(list)
+        self._numbers: dict[str, list[tuple[str, int | float]]] = defaultdict(list)
         for head, relation, tail in self.triples:
+            if not isinstance(tail, str):
+                self._numbers[relation].append((head, tail))
             self._tails[head].setdefault(relation, []).append(tail)
             self._heads[relation, tail].append(head)
 
@@ -98,11 +101,14 @@ class KnowledgeGraph:
         return self._tails[head].get(relation, []) if head in self._tails else []
 
     def having(self, condition: Condition) -> list[str]:
-        """Entities that meet a condition, sorted."""
+        """Entities that meet a condition, sorted; a text is neither smaller nor larger than another."""
         relation, operator, value = condition
         if operator == "=":
             return self._heads.get((relation, value), [])
-        return [head for head in self.heads if any(_compare(tail, operator, value) for tail in self.tails(head, relation))]
+        if isinstance(value, str):
+            return []
+        numbers = self._numbers.get(relation, [])
+        return sorted({head for head, tail in numbers if (tail < value if operator == "<" else tail > value)})
 
     def split(self, share: float) -> tuple[KnowledgeGraph, KnowledgeGraph]:
         """Two graphs without a head in common; facts that link heads of both are in neither.
@@ -172,9 +178,3 @@ def _number(value: Value) -> int | float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _compare(tail: Value, operator: Operator, value: Value) -> bool:
-    if isinstance(tail, str) or isinstance(value, str):
-        return False
-    return tail < value if operator == "<" else tail > value
