@@ -207,7 +207,7 @@ def test_tables_of_ones_own(tmp_path):
     (tmp_path / "t.csv").write_text('note,tail,head,relation\nx,"Scott, Ridley",Alien,director\ny,12,Alien,oscar id\n')
     assert read_triples(tmp_path / "t.csv") == [Triple("Alien", "director", "Scott, Ridley"), Triple("Alien", "oscar id", "12")]
     broken = table(tmp_path / "t.tsv", [*facts(2), Triple("x", "y", "")])
-    with pytest.raises(ValueError, match=r"1 of \d+ rows .* line \d+: it has no tail"):
+    with pytest.raises(ValueError, match=r"1 of 9 rows .*line 10: it has no tail"):
         read_triples(broken)
     with pytest.warns(UserWarning, match="left out"):
         assert len(set(read_triples(broken, "skip"))) == len(set(facts(2)))
@@ -227,7 +227,7 @@ def test_a_relation_is_numeric_if_its_tails_are_numbers_and_no_ids():
 
 def test_what_the_triples_do_not_have_is_refused(tmp_path):
     plain = KnowledgeGraph([Triple("a", "colour", "red"), Triple("b", "colour", "blue")])
-    with pytest.raises(ValueError, match="nothing for the pattern.* two_hops, comparison"):
+    with pytest.raises(ValueError, match=r"nothing for the pattern.* two_hops, comparison"):
         generate_dialogues(plain, 1, ["two_hops", "comparison"])
     with pytest.raises(ValueError, match="No subgraph of the pattern there_and_back with at most 5 answers"):
         generate_dialogues(plain, 1, ["there_and_back"])
@@ -245,7 +245,8 @@ def test_what_the_triples_do_not_have_is_refused(tmp_path):
 
 
 def test_films_have_plain_titles_that_tell_them_apart(tmp_path):
-    rows = ["1\tNet, The\t1995\tSci-Fi Thriller", "2\tSabrina\t1954\tComedy", "3\tSabrina\t1995\tComedy", "4\t?\tunkonwn\tunknown",
+    rows = ["1\tNet, The\t1995\tSci-Fi Thriller", "2\tSabrina\t1954\tComedy",
+            "3\tSabrina\t1995\tComedy", "4\t?\tunkonwn\tunknown",
             "5\tPostman, The (Postino, Il)\t1994\tunknown"]  # fmt: skip
     path = tmp_path / "item"
     path.write_text("item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n" + "\n".join(rows) + "\n")
