@@ -362,7 +362,7 @@ class SFT(ConversationData):
 
     @cached_property
     @override
-    def splits(self) -> tuple[list[Conversation], list[Conversation]]:  # type: ignore[override]
+    def splits(self) -> tuple[list[Conversation], list[Conversation]]:
         """The conversations for training and for validation."""
         whole = self.read(self.path)
         if self.val_path is not None:

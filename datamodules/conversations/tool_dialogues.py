@@ -185,11 +185,8 @@ class ToolDialogues(ConversationData):
 
     @cached_property
     @override
-    def splits(self) -> tuple[list[Conversation], list[Conversation]]:  # type: ignore[override]
+    def splits(self) -> tuple[list[Conversation], list[Conversation]]:
         """The conversations for training and for validation, as ids."""
-        train, val = (
-            self.fitting(map(self.conversation, rows), self.source) if rows else []  # type: ignore[arg-type]
-            for rows in self.dialogues
-        )
+        train, val = (self.fitting(map(self.conversation, rows), self.source) if rows else [] for rows in self.dialogues)
         self.report(train, val)
         return train, val
