@@ -12,11 +12,13 @@ import torch
 from typing_extensions import override
 
 from datamodules.assets.fetch import fetch
+from datamodules.conversations.call_prompts import call_prompts
 from datamodules.conversations.dialogue_patterns import Draws, Pattern, Question, Subgraphs
 from datamodules.conversations.film_graph import film_graph
 from datamodules.conversations.graph_tools import calls_of, run_call, tool_schemas
 from datamodules.conversations.knowledge_graph import KnowledgeGraph, Value, read_triples
 from datamodules.conversations.sft import Conversation, ConversationData
+from datamodules.text.prompts import Prompts
 from datamodules.text.text import check_val_fraction
 from zoo.base.random import SampleRandom
 
@@ -109,7 +111,7 @@ class ToolDialogues(ConversationData):
     research, not to be passed on).
 
     Heads of triples are on one side, training or validation, with all their facts, and the tools of a side know that side
-    alone: no film of one is in the other.
+    alone: no film of one is in the other. ``predict`` without prompts of yours asks for the calls of the held-out conversations.
 
     Args:
         triples: Table with the columns ``head``, ``relation`` and ``tail`` (`datamodules.conversations.knowledge_graph`):
@@ -176,6 +178,13 @@ class ToolDialogues(ConversationData):
             return generate_dialogues(part, count, self.patterns, self.max_answers, self.dialogue_seed) if count else []
 
         return generate(train, self.num_train), generate(val, self.num_val)
+
+    @override
+    def _read_prompts(self) -> Prompts:
+        if self.predict_prompts is not None or not self.num_val:
+            return super()._read_prompts()
+        held_out = ((dialogue["messages"], dialogue["tools"]) for dialogue in self.dialogues[1])
+        return call_prompts(held_out, self.template, self.tokenizer.pad_id, self.num_val)
 
     @property
     @override

@@ -184,6 +184,7 @@ def test_held_out_calls_are_asked_for_behind_true_messages(data):
     assert calls == [[call["function"] for call in message["tool_calls"]] for message in expected]
     assert all(text.endswith("<role>ASSISTANT</role>") for text in texts)
     assert any("<role>OBSERVATION</role>" in text for text in texts), "second calls follow the results of the first"
+    assert next(iter(data.predict_dataloader()))["prompt"] == texts[:7], "what predict asks without prompts of one's own"
     plain = SFT(path=Path("x"), num_call_prompts=3)
     plain.__dict__["splits"] = ([], [data.splits[1][0]._replace(key='[{"role": "user", "content": "hi"}]')])
     with pytest.raises(ValueError, match="num_call_prompts=3, but no held-out conversation of x calls a tool"):
