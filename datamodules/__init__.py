@@ -7,6 +7,8 @@ from datamodules.clicks.criteo import Criteo
 from datamodules.clicks.flights import Flights
 from datamodules.conversations.preferences import Preferences
 from datamodules.conversations.sft import SFT
+from datamodules.conversations.sft import ConversationData as ConversationData
+from datamodules.conversations.tool_dialogues import ToolDialogues
 from datamodules.images.folders import ImageFolder, ImageNet
 from datamodules.images.in_memory import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images.in_memory import ImageDataModule as ImageDataModule
@@ -33,4 +35,5 @@ __all__ = [
     "Shakespeare",
     "Text",
     "Text8",
+    "ToolDialogues",
 ]

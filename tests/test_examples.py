@@ -1,5 +1,7 @@
 """The examples run as they stand."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -65,6 +67,27 @@ def test_a_language_model_of_your_own():
         Path(f"texts/more_{number}.md").write_text(f"the cat and the dog, number {number}. " * 20)
     text = my_language_model.main("texts", max_steps=6)
     assert text.startswith("The model is ")
+
+
+def test_chats_to_fine_tune_on():
+    import make_chats
+
+    from datamodules import SFT
+
+    titles = [f"Film {number:02d}" for number in range(30)]
+    rows = [f"{title}\t{1990 + number % 4}\t{('Comedy', 'War Drama')[number % 2]}" for number, title in enumerate(titles)]
+    Path("films.tsv").write_text("\n".join(["movie_title\trelease_year\tclass", *rows]) + "\n")
+    make_chats.main("films.tsv", num_train=40, num_held_out=20)
+    named = [{title for title in titles if title in Path(f"{name}.jsonl").read_text()} for name in ("chats", "chats_held_out")]
+    assert all(named) and not named[0] & named[1], "no film is in both"
+    data = SFT(path="chats.jsonl", val_path="chats_held_out.jsonl", batch_size=4)
+    assert [len(part) for part in data.splits] == [40, 20]
+    for path in (Path("chats.jsonl"), Path("chats_held_out.jsonl")):
+        for line in path.read_text().splitlines():
+            question, answer = (message["content"] for message in json.loads(line)["messages"])
+            for number in (number for number, title in enumerate(titles) if title in question + answer):
+                assert set(re.findall(r"19\d\d", answer)) <= {str(1990 + number % 4)}
+                assert set(re.findall("Comedy|War|Drama", answer)) <= set(rows[number].split())
 
 
 def own_strategy(folder, strategy, max_steps):

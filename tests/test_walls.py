@@ -39,7 +39,7 @@ WIRING = (
     "router_monitor",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
-FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
+FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "zoo.lm", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
 

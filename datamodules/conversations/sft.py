@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -26,26 +28,30 @@ from datamodules.base.held_out import held_out
 from datamodules.base.json_lines import MalformedRows, read_json_lines
 from datamodules.base.loader import ResumableLoader
 from datamodules.base.mixture import Mixture, apportion
+from datamodules.conversations.call_prompts import call_prompts
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
 from datamodules.text.text import LanguageData, check_seq_len, check_val_fraction
 from datamodules.text.token_windows import LanguageBatch, blank_batch, segment_positions
 from datamodules.text.tokenizer import Tokenizer
+from datamodules.text.tool_text import as_json
 
-__all__ = ["SFT", "Conversation", "ConversationRows", "pack"]
+__all__ = ["SFT", "Conversation", "ConversationData", "ConversationRows", "pack"]
 
 
 class Conversation(NamedTuple):
     """A conversation.
 
     Attributes:
-        key: Decides whether it is for training or validation.
+        key: JSON of its messages; decides whether it is for training or validation.
         ids: Its ids, int32 (N,).
         labels: Labels, int32 (N,), -100 where nothing is learned.
+        tools: JSON of its tools, empty if it has none.
     """
 
     key: str
     ids: np.ndarray
     labels: np.ndarray
+    tools: str = ""
 
     @property
     def learned(self) -> np.ndarray:
@@ -189,17 +195,13 @@ class ConversationRows(Dataset[LanguageBatch]):
         return blank_batch(self.batch([0]))
 
 
-class SFT(LanguageData):
-    """Supervised fine-tuning on conversations: a ``.jsonl`` with ``messages``, and ``tools`` if there are any, in each row.
+class ConversationData(LanguageData, ABC):
+    """The base of data for supervised fine-tuning on conversations.
 
     The messages, the tools and how they are written: :mod:`datamodules.text.chat_template`. Labels are the assistant's ids and an
     eos behind each of its messages; nothing else counts.
 
     Args:
-        path: The file.
-        val_path: Another file of the same kind for validation. ``null``: ``val_fraction`` of ``path``.
-        val_fraction: Share of the conversations that is held out, by a fixed hash of the messages; 0: no validation. Without
-            effect if ``val_path`` is given.
         seq_len: Ids that a conversation, or a row of several, may have.
         packing: Whether short conversations share rows, without seeing one another. The sample of a batch is the row then.
         too_long: Treatment of conversations of more than ``seq_len`` ids: an error (``raise``); they are left out
@@ -210,27 +212,29 @@ class SFT(LanguageData):
             several of one kind. An epoch is as long as it can be without more rows of a kind than there are; rows that it has
             no place for have their turn in the next ones, before any of their kind comes again. Validation has each conversation
             once. ``null``: as they are in the file.
+        num_call_prompts: Prompts of a second loader of validation and test: held-out conversations up to a message that calls
+            tools, as :class:`~datamodules.conversations.call_prompts.CallPrompts`, whose batches have the true calls. 0: no such
+            loader.
         **kwargs: Arguments of `LanguageData` and `ZooDataModule`.
 
     Raises:
-        ValueError: ``seq_len`` < 2, ``val_fraction`` not in [0, 1), or ``length_shares`` that are not positive or do not end with
+        ValueError: ``seq_len`` < 2, ``num_call_prompts`` < 0, or ``length_shares`` that are not positive or do not end with
             ``seq_len``.
     """
 
     def __init__(
         self,
-        path: Path,
-        val_path: Path | None = None,
-        val_fraction: float = 0.05,
         seq_len: int = 2048,
         packing: bool = False,
         too_long: TooLong = "raise",
         length_shares: dict[int, float] | None = None,
+        num_call_prompts: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_seq_len(seq_len)
-        check_val_fraction(val_fraction)
+        if num_call_prompts < 0:
+            raise ValueError(f"num_call_prompts={num_call_prompts} must not be negative.")
         if length_shares is not None:
             if not all(bound > 0 for bound in length_shares) or max(length_shares, default=0) != seq_len:
                 raise ValueError(
@@ -239,52 +243,56 @@ class SFT(LanguageData):
                 )
             if not all(share > 0 and math.isfinite(share) for share in length_shares.values()):
                 raise ValueError(f"length_shares={length_shares} should have positive shares.")
-        self.path = Path(path)
-        self.val_path = None if val_path is None else Path(val_path)
-        self.val_fraction = val_fraction
         self.seq_len = seq_len
         self.packing = packing
         self.too_long: TooLong = too_long
         self.length_shares = length_shares
+        self.num_call_prompts = num_call_prompts
 
-    @cached_property
+    @property
+    @abstractmethod
     def splits(self) -> tuple[list[Conversation], list[Conversation]]:
         """The conversations for training and for validation."""
-        whole = self.read(self.path)
-        if self.val_path is not None:
-            train, val = whole, self.read(self.val_path)
-        else:
-            for_val = held_out([conversation.key for conversation in whole], self.val_fraction)
-            train = [conversation for conversation, held in zip(whole, for_val, strict=True) if not held]
-            val = [conversation for conversation, held in zip(whole, for_val, strict=True) if held]
-        rank_zero_info(
-            f"{len(train):,} conversations of {self.path} for training, with {sum(len(c.ids) for c in train):,} ids, of which "
-            f"{sum(int(c.learned.sum()) for c in train):,} count; {len(val):,} for validation."
-        )
-        return train, val
 
-    def read(self, path: Path) -> list[Conversation]:
-        """Read a file of conversations.
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Origin of the conversations, for messages."""
+
+    def conversation(self, row: Mapping[str, Any]) -> Conversation:
+        """Encode a row with ``messages`` and perhaps ``tools``.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: It holds no conversation that can be used; a malformed row; one that is too long, where that is an error.
+            MalformedRow: It is none.
+        """
+        ids, labels = self.template.encode(row.get("messages"), row.get("tools"))
+        # Many rows have the same tools.
+        tools = sys.intern(as_json(row["tools"])) if row.get("tools") else ""
+        return Conversation(json.dumps(row["messages"]), np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), tools)
+
+    def fitting(self, conversations: Iterable[Conversation], source: object) -> list[Conversation]:
+        """The conversations with at most ``seq_len`` ids, or cut to them; the others are counted.
+
+        Raises:
+            ValueError: One is longer, where that is an error; none is left.
         """
         policy = LengthPolicy(self.too_long, self.seq_len)
-
-        def parse(row: dict[str, Any]) -> Conversation:
-            ids, labels = self.template.encode(row.get("messages"), row.get("tools"))
-            return Conversation(json.dumps(row["messages"]), np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32))
-
-        conversations = [
+        fitting = [
             whole._replace(ids=whole.ids[: self.seq_len], labels=whole.labels[: self.seq_len])
-            for whole in read_json_lines(path, parse, MalformedRows(self.on_error))
+            for whole in conversations
             if policy.keeps(len(whole.ids), bool(whole.learned[: self.seq_len].any()))
         ]
-        policy.report(path, "conversations")
-        if not conversations:
-            raise ValueError(f"{path} holds no conversation that can be used.")
-        return conversations
+        policy.report(source, "conversations")
+        if not fitting:
+            raise ValueError(f"{source} holds no conversation that can be used.")
+        return fitting
+
+    def report(self, train: list[Conversation], val: list[Conversation]) -> None:
+        """Log how much there is."""
+        rank_zero_info(
+            f"{len(train):,} conversations of {self.source} for training, with {sum(len(c.ids) for c in train):,} ids, of which "
+            f"{sum(int(c.learned.sum()) for c in train):,} count; {len(val):,} for validation."
+        )
 
     @override
     def setup(self, stage: str) -> None:
@@ -299,7 +307,20 @@ class SFT(LanguageData):
 
     @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        return self.eval_loader(self._rows(self.splits[1])) if self.splits[1] else []
+        val = self.splits[1]
+        if not val:
+            return []
+        rows = self.eval_loader(self._rows(val))
+        if not self.num_call_prompts:
+            return rows
+        held_out = [(json.loads(conversation.key), json.loads(conversation.tools or "[]")) for conversation in val]
+        prompts = call_prompts(held_out, self.template, self.tokenizer.pad_id, self.num_call_prompts)
+        if not prompts.prompts:
+            raise ValueError(
+                f"num_call_prompts={self.num_call_prompts}, but no held-out conversation of {self.source} calls a tool: set it to"
+                " 0, or give conversations with tool_calls."
+            )
+        return [rows, self.eval_loader(prompts)]
 
     @override
     def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
@@ -308,5 +329,56 @@ class SFT(LanguageData):
 
     def _rows(self, conversations: list[Conversation], length_shares: dict[int, float] | None = None) -> ConversationRows:
         if not conversations:
-            raise ValueError(f"No conversation of {self.path} is left to train on: lower val_fraction.")
+            raise ValueError(f"No conversation of {self.source} is left to train on: lower val_fraction.")
         return ConversationRows(conversations, self.tokenizer, self.seq_len, self.packing, length_shares)
+
+
+class SFT(ConversationData):
+    """Supervised fine-tuning on conversations: a ``.jsonl`` with ``messages``, and ``tools`` if there are any, in each row.
+
+    Args:
+        path: The file.
+        val_path: Another file of the same kind for validation. ``null``: ``val_fraction`` of ``path``.
+        val_fraction: Share of the conversations that is held out, by a fixed hash of the messages; 0: no validation. Without
+            effect if ``val_path`` is given.
+        **kwargs: Arguments of `ConversationData`, `LanguageData` and `ZooDataModule`.
+
+    Raises:
+        ValueError: ``val_fraction`` not in [0, 1).
+    """
+
+    def __init__(self, path: Path, val_path: Path | None = None, val_fraction: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_val_fraction(val_fraction)
+        self.path = Path(path)
+        self.val_path = None if val_path is None else Path(val_path)
+        self.val_fraction = val_fraction
+
+    @property
+    @override
+    def source(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    @cached_property
+    @override
+    def splits(self) -> tuple[list[Conversation], list[Conversation]]:
+        """The conversations for training and for validation."""
+        whole = self.read(self.path)
+        if self.val_path is not None:
+            train, val = whole, self.read(self.val_path)
+        else:
+            for_val = held_out([conversation.key for conversation in whole], self.val_fraction)
+            train = [conversation for conversation, held in zip(whole, for_val, strict=True) if not held]
+            val = [conversation for conversation, held in zip(whole, for_val, strict=True) if held]
+        self.report(train, val)
+        return train, val
+
+    def read(self, path: Path) -> list[Conversation]:
+        """Read a file of conversations.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: It holds no conversation that can be used; a malformed row; one that is too long, where that is an error.
+        """
+        return self.fitting(read_json_lines(path, self.conversation, MalformedRows(self.on_error)), path)

@@ -16,7 +16,6 @@ after an empty line and ``Tools:``; and for calls, in the assistant's message, a
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 
 from datamodules.base.json_lines import MalformedRow, encodable
 from datamodules.text.tokenizer import HuggingFaceTokenizer, Tokenizer
+from datamodules.text.tool_text import as_json, plain_call, tools_as_text
 
 __all__ = ["LING_SYSTEM", "ChatTemplate", "LingTemplate", "TemplateName", "TokenizerTemplate", "chat_template"]
 
@@ -151,9 +151,13 @@ class LingTemplate(ChatTemplate):
 class TokenizerTemplate(ChatTemplate):
     """The chat template that a Hugging Face tokenizer brings.
 
+    What is to be learned is what it marks with ``{% generation %}``. Without these marks, it is what the template adds for a
+    message of the assistant's to the conversation before it, up to the last character that is no space.
+
+    Tools that the template does not write become text before (:mod:`datamodules.text.tool_text`).
+
     Raises:
-        ValueError: It brings none, or one that does not mark what the assistant writes (``{% generation %}``): then it could
-            only be guessed what is to be learned.
+        ValueError: The tokenizer brings no template.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None) -> None:
@@ -161,31 +165,57 @@ class TokenizerTemplate(ChatTemplate):
         if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.transformers.chat_template:
             raise ValueError("The tokenizer brings no chat template: use template: ling.")
         self.transformers = tokenizer.transformers
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", str(self.transformers.chat_template)):
-            raise ValueError(
-                f"The chat template of the tokenizer {tokenizer.name} does not mark what the assistant writes with "
-                f"{{% generation %}}, so that it cannot be told what is to be learned: add the marks, or use template: ling."
-            )
+        source = str(self.transformers.chat_template)
+        self.marks_learned = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self.writes_tools = "tool_calls" in source
 
     def _encode(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], list[int]]:
-        self.transformers.backend_tokenizer.encode_special_tokens = False
-        encoding = self.transformers.apply_chat_template(
-            messages, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, learned = encoding["input_ids"], encoding["assistant_masks"]
-        return list(ids), [number if learn else _NOT_LEARNED for number, learn in zip(ids, learned, strict=True)]
+        messages, tools = self._known(messages, tools)
+        if self.marks_learned:
+            self.transformers.backend_tokenizer.encode_special_tokens = False
+            encoding = self.transformers.apply_chat_template(
+                messages, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, learned = list(encoding["input_ids"]), encoding["assistant_masks"]
+        else:
+            whole = self._text(messages, tools)
+            ids, spans_N2 = self.tokenizer.encode_with_spans(whole, special=True)
+            learned_C = np.zeros(len(whole) + 1, dtype=bool)
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    begin, end = self._answer(messages[: number + 1], tools, whole)
+                    learned_C[begin:end] = True
+            learned = learned_C[spans_N2[:, 0]]
+        return ids, [number if learn else _NOT_LEARNED for number, learn in zip(ids, learned, strict=True)]
+
+    def _answer(self, messages: list[dict[str, Any]], tools: list[Any], whole: str) -> tuple[int, int]:
+        """First character of the last of some messages in the conversation that they begin, and the one after its last."""
+        if len(messages) == 1:
+            raise MalformedRow("it begins with the assistant, and the template does not mark what is learned")
+        prompt, answered = self._text(messages[:-1], tools, add_generation_prompt=True), self._text(messages, tools)
+        if not answered.startswith(prompt) or not whole.startswith(answered):
+            raise MalformedRow("the template writes it differently with more messages behind, and does not mark what is learned")
+        return len(prompt), len(answered.rstrip())
 
     def _encode_prompt(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[int], str]:
-        text = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+        text = self._text(*self._known(messages, tools), add_generation_prompt=True)
         return self.tokenizer.encode(text, special=True), text
 
     def _encode_answer(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[str, np.ndarray]:
-        whole = self.transformers.apply_chat_template(messages, tools=tools or None, tokenize=False)
+        whole = self._text(*self._known(messages, tools))
         prompt_ids, prompt = self._encode_prompt(messages[:-1], tools)
         if not whole.startswith(prompt):
             raise MalformedRow("the template writes the prompt differently with an answer behind it")
         _, spans_N2 = self.tokenizer.encode_with_spans(whole, special=True)
         return whole[len(prompt) :], spans_N2[len(prompt_ids) :] - len(prompt)
+
+    def _known(self, messages: list[dict[str, Any]], tools: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Messages and tools as the template can write them."""
+        return (messages, tools) if self.writes_tools else (tools_as_text(messages, tools), [])
+
+    def _text(self, messages: list[dict[str, Any]], tools: list[Any], add_generation_prompt: bool = False) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return str(self.transformers.apply_chat_template(messages, tools=tools or None, **options))
 
 
 def chat_template(name: TemplateName, tokenizer: Tokenizer, system: str | None) -> ChatTemplate:
@@ -203,21 +233,10 @@ def _contents(messages: Sequence[Mapping[str, Any]], tools: list[Any]) -> list[t
         lines = [message["content"]] if message["content"] else []
         if role == "SYSTEM" and tools:
             lines += ["", "Tools:"] if lines else ["Tools:"]
-            lines += [_json(tool) for tool in tools]
-        lines += [_json(_call(call)) for call in message.get("tool_calls", ())]
+            lines += [as_json(tool) for tool in tools]
+        lines += [as_json(plain_call(call)) for call in message.get("tool_calls", ())]
         contents.append((role, "\n".join(lines)))
     return contents
-
-
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    # OpenAI writes arguments as a string of JSON.
-    return {"name": function["name"], "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
@@ -244,7 +263,7 @@ def _checked(messages: Any, system: str | None) -> list[dict[str, Any]]:
         checked.append({"role": role, "content": encodable(content)})
         if calls:
             try:
-                encodable("".join(_json(_call(call)) for call in calls))
+                encodable("".join(as_json(plain_call(call)) for call in calls))
             except MalformedRow:
                 raise
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -260,5 +279,5 @@ def _checked_tools(tools: Any) -> list[Any]:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise MalformedRow("its tools are no list of JSON objects")
-    encodable(_json(tools))
+    encodable(as_json(tools))
     return tools

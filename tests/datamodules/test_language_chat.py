@@ -144,7 +144,7 @@ def test_marks_are_marks_and_content_is_text(tmp_path):
     assert len(labels) - labels.count(-100) == 2
 
 
-def test_a_tokenizers_own_template_is_used_if_it_marks_what_is_learned(tmp_path):
+def test_a_tokenizers_own_template_is_used_with_and_without_marks_of_what_is_learned(tmp_path):
     tokenizer = byte_level(tmp_path / "with", WITH_MARKS)
     template = chat_template("tokenizer", tokenizer, None)
     ids, labels = template.encode([USER, ANSWER, USER, ANSWER])
@@ -153,8 +153,7 @@ def test_a_tokenizers_own_template_is_used_if_it_marks_what_is_learned(tmp_path)
     prompt, written = template.encode_prompt([USER])
     assert ids[: len(prompt)] == prompt and written == "<role>user</role>1+1?<role>assistant</role>"
     without = byte_level(tmp_path / "without", WITH_MARKS.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
-    with pytest.raises(ValueError, match=r"does not mark what the assistant writes with \{% generation %\}"):
-        chat_template("tokenizer", without, None)
+    assert chat_template("tokenizer", without, None).encode([USER, ANSWER, USER, ANSWER]) == (ids, labels), "found without marks"
     for bare in (byte_level(tmp_path / "bare"), BYTES):
         with pytest.raises(ValueError, match="brings no chat template: use template: ling"):
             chat_template("tokenizer", bare, None)

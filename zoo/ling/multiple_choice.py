@@ -5,7 +5,7 @@ T tokens of the longest continuation, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +13,13 @@ from torch import Tensor
 from zoo.ling.cache import KVCache
 from zoo.ling.decoder import cache_dtype
 from zoo.ling.network import LingNetwork
+from zoo.lm.encoded_pair import Encodes, Ids, encode_pair
 from zoo.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["MOST_OPTIONS", "Encodes", "Likelihoods", "encode_pair", "loglikelihoods"]
 
-Ids = Sequence[int]
-
 MOST_OPTIONS = 8
 """Continuations of a context for which a pass has room."""
-
-
-class Encodes(Protocol):
-    """A tokenizer, as far as it is needed here."""
-
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no special tokens added."""
 
 
 class Likelihoods(NamedTuple):
@@ -42,33 +32,6 @@ class Likelihoods(NamedTuple):
 
     logp_N: Tensor
     greedy_N: Tensor
-
-
-def encode_pair(tokenizer: Encodes, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it.
-
-    Space at the end of the context counts as the continuation's, so that all continuations of a context are scored after the
-    same ids. The two are encoded as one text and cut where the context ends; where a token would reach over the cut, they are
-    encoded apart. An empty context, or one of space alone, is the end of a document before.
-
-    Args:
-        tokenizer: makes ids of text.
-        context: Text before; may be empty.
-        continuation: Text to score.
-
-    Raises:
-        ValueError: the continuation has no tokens.
-    """
-    if not continuation:
-        raise ValueError(f"The continuation of {context[-40:]!r} is empty: there is nothing to score.")
-    given = context.rstrip()
-    continuation = context[len(given) :] + continuation
-    if not given:
-        return [tokenizer.eos_id], tokenizer.encode(continuation)
-    ids, whole = tokenizer.encode(given), tokenizer.encode(given + continuation)
-    if whole[: len(ids)] == ids and len(whole) > len(ids):
-        return ids, whole[len(ids) :]
-    return ids, tokenizer.encode(continuation)
 
 
 @torch.no_grad()

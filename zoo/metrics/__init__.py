@@ -1,4 +1,5 @@
-"""Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling."""
+"""Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling
+and calls of tools."""
 
 from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement, logits_agreement
 from zoo.metrics.classifier import FeatureClassifier
@@ -23,6 +24,7 @@ from zoo.metrics.feature_statistics import (
 )
 from zoo.metrics.spelling import SpellingAccuracy, TextScores, english_dictionary, spelling_accuracy, text_scores, vocabulary
 from zoo.metrics.streamed_distance import folder_distances, statistics_distances, streamed_distances
+from zoo.metrics.tool_calls import CallMatches, ToolCallMatch, call_matches, match_calls, parse_calls
 
 __all__ = [
     "INCEPTION",
@@ -30,6 +32,7 @@ __all__ = [
     "NUM_SAMPLES",
     "OWN_CLASSIFIER",
     "SHIPPED_EXTRACTORS",
+    "CallMatches",
     "ClassifierAgreement",
     "FeatureCNN",
     "FeatureClassifier",
@@ -41,6 +44,8 @@ __all__ = [
     "FeatureStream",
     "SpellingAccuracy",
     "TextScores",
+    "ToolCallMatch",
+    "call_matches",
     "check_extractor",
     "classifier_agreement",
     "english_dictionary",
@@ -50,6 +55,8 @@ __all__ = [
     "frechet_distance",
     "load_classifier",
     "logits_agreement",
+    "match_calls",
+    "parse_calls",
     "read_statistics",
     "real_data_floor",
     "spelling_accuracy",
