@@ -19,9 +19,9 @@ import torch
 
 from zoo.base.random import SampleRandom
 from zoo.ling.causal_lm import LingForCausalLM
-from zoo.ling.config import Generation
-from zoo.ling.generation import stream
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
+from zoo.lm.generation import Generation, continue_prompts
+from zoo.lm.stop_strings import text_before
 from zoo.module import ZooModule
 
 __all__ = ["Conversation", "LingLM", "Tokenizer"]
@@ -204,12 +204,12 @@ class _Answers:
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        groups: dict[str, tuple[Generation, list[str], list[int]]] = {}
+        groups: dict[str, tuple[Generation, list[int]]] = {}
         for number, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            groups.setdefault(repr(request.args[1]), (*self._generation(dict(options)), []))[2].append(number)
+            groups.setdefault(repr(request.args[1]), (self._generation(dict(options)), []))[1].append(number)
         answers = [""] * len(requests)
-        for generation, stops, numbers in groups.values():
+        for generation, numbers in groups.values():
             room = self.max_length - generation.max_new_tokens
             if room < 1:
                 raise ValueError(
@@ -221,15 +221,14 @@ class _Answers:
             numbers.sort(key=lambda number: -len(prompts[number]))
             for batch in self._batches(numbers, disable_tqdm):
                 ids = [prompts[number][-room:] for number in batch]
-                for number, new in zip(batch, self._generate(ids, batch, generation, stops), strict=True):
-                    text = self.tokenizer.decode(new)
-                    answers[number] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+                for number, new in zip(batch, self._generate(ids, batch, generation), strict=True):
+                    answers[number] = text_before(self.tokenizer.decode(new), generation.stop)
                     self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
         return answers
 
     @staticmethod
-    def _generation(options: dict[str, Any]) -> tuple[Generation, list[str]]:
-        """Our options of a task's, and the texts to stop at."""
+    def _generation(options: dict[str, Any]) -> Generation:
+        """Our options of a task's."""
         stops = options.pop("until")
         sampled = options.pop("do_sample")
         temperature = options.pop("temperature", None)
@@ -243,45 +242,30 @@ class _Answers:
                 " takes until, max_gen_toks, do_sample, temperature, top_k, top_p and repetition_penalty."
             )
         temperature = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
-        return Generation(options["max_gen_toks"], temperature, **named), [stop for stop in stops if stop]
+        return Generation(options["max_gen_toks"], temperature, **named, stop=[stop for stop in stops if stop])
 
     @torch.no_grad()
-    def _generate(
-        self, prompts: list[list[int]], numbers: list[int], generation: Generation, stops: list[str]
-    ) -> list[list[int]]:
-        """New ids of each prompt, without the end of the document and what comes after; until all have a stop text."""
+    def _generate(self, prompts: list[list[int]], numbers: list[int], generation: Generation) -> list[list[int]]:
+        """New ids of each prompt up to a stop text, without the end of the document and what comes after."""
         ends = {self.eot_token_id}
-        for stop in stops:
+        for stop in generation.stop:
             ids = self.tokenizer.encode(stop, special=True)
             if len(ids) == 1 and not self.tokenizer.decode(ids):  # a special token, which has no text
                 ends.update(ids)
-        # Only special tokens have no byte of text: the end of a stop text lies within so many tokens.
-        tail = max((len(stop.encode()) for stop in stops), default=0)
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)
         mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
-        rows: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(rows)))
-        for token_B in stream(
+        new = continue_prompts(
             self.network,
             ids_BT,
             mask_BT,
-            **vars(generation),
+            generation,
             eos_token_id=sorted(ends),
             random=SampleRandom(self.seed, torch.tensor(numbers, device=self._device)),
-        ):
-            tokens = token_B.tolist()
-            for row in list(running):
-                if tokens[row] in ends:
-                    running.remove(row)
-                    continue
-                rows[row].append(tokens[row])
-                if stops:
-                    text = self.tokenizer.decode(rows[row][-tail:])
-                    running -= {row} if any(stop in text for stop in stops) else set()
-            if not running:
-                break
-        return rows
+            decode=self.tokenizer.decode,
+        )
+        rows = [row[:length] for row, length in zip(new.tokens.tolist(), new.length.tolist(), strict=True)]
+        return [row[:-1] if row[-1] in ends else row for row in rows]
 
     def _blocks(self, pairs: list[Any], quiet: bool, what: str) -> Iterator[list[Any]]:
         size = _BLOCK * self._batch_size
