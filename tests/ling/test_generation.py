@@ -16,7 +16,7 @@ from zoo.base.random import SampleRandom
 from zoo.ling import Experts, Generation, KVCache, LingConfig, LingForCausalLM, RopeScaling, TokenChoice, generate, stream
 from zoo.ling import decode_step as steps
 from zoo.ling.decode_step import CPUStep, StaticStep
-from zoo.ling.token_choice import draw
+from zoo.lm.token_choice import draw
 
 BASE = LingConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, num_experts=6,

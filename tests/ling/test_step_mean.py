@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from strategies import AntDTStrategy, EDiTShardedStrategy, EDiTStrategy, ExpertParallelStrategy, PaROStrategy
 from zoo.callbacks import BatchSizeWarmup, SpikeGuard
 from zoo.ling import Ling, LingConfig, LingDPO
-from zoo.ling.step_mean import StepMean
+from zoo.lm.step_mean import StepMean
 from zoo.strategy_contract import gradient_norm
 
 SMALL = LingConfig(

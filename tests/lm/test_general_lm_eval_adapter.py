@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zoo.lm.generation import Continuations
 from zoo.lm.lm_eval_adapter import LogitsModel, converted
 
 needs_lm_eval = pytest.mark.skipif(
@@ -43,13 +44,18 @@ class Bigrams(LogitsModel):
         positions = torch.arange(input_ids.shape[1])
         return self.table[input_ids] + self.table[before].roll(1, -1) + self.table[positions].flip(-1)
 
-    def stream(self, input_ids, attention_mask, *, random, max_new_tokens, temperature, eos_token_id):
-        assert temperature == 0 and eos_token_id == [257] and len(random) == len(input_ids)
+    def continued(self, input_ids, attention_mask, generation, *, random, decode):
+        assert generation.temperature == 0 and generation.eos_token_id == [257] and len(random) == len(input_ids)
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        for _ in range(max_new_tokens):
-            for row in rows:
-                row.append(self.logits(torch.tensor([row]), None)[0, -1].argmax().item())
-            yield torch.tensor([row[-1] for row in rows])
+        news = []
+        for row in rows:
+            new = []
+            while len(new) < generation.max_new_tokens and not any(stop in decode(new) for stop in generation.stop):
+                new.append(self.logits(torch.tensor([row + new]), None)[0, -1].argmax().item())
+            news.append(new)
+        length = torch.tensor([len(new) for new in news])
+        tokens = torch.tensor([new + [257] * (int(length.max()) - len(new)) for new in news])
+        return Continuations(tokens, length)
 
 
 PAIRS = [("ab", "cd"), ("a", "x"), ("longer context", " and more"), ("ab", "zz")]

@@ -3,11 +3,10 @@
 from zoo.ling.backbone import LingBackbone
 from zoo.ling.cache import KVCache
 from zoo.ling.causal_lm import LingForCausalLM
-from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
+from zoo.ling.config import LingConfig, RopeScaling, preset
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.engine import Completion, Engine
 from zoo.ling.experts import Experts
-from zoo.ling.generation import generate, stream
 from zoo.ling.head import Head, cross_entropy, normalized_weight
 from zoo.ling.module import Ling
 from zoo.ling.network import LingOutput
@@ -19,7 +18,8 @@ from zoo.ling.router_monitor import RouterMonitor
 from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
 from zoo.ling.state_dict_adapter import load_hf, read_hf_config, save_hf
-from zoo.ling.token_choice import TokenChoice
+from zoo.lm.generation import Generation, generate, stream
+from zoo.lm.token_choice import TokenChoice
 
 __all__ = [
     "WSD",

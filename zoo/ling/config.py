@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from zoo.ling.token_choice import TokenChoice
-
-__all__ = ["Generation", "LingConfig", "Preset", "RopeScaling", "preset"]
+__all__ = ["LingConfig", "Preset", "RopeScaling", "preset"]
 
 Preset = Literal["ling_tiny", "ling_lite", "ling_plus"]
 ScalingType = Literal["linear", "dynamic", "yarn"]
@@ -96,33 +94,6 @@ class RopeScaling:
                 + (f", but not {', '.join(unknown)}." if unknown else ".")
             )
         return cls(**entries)
-
-
-@dataclass
-class Generation:
-    """Options of the continuation of texts.
-
-    Attributes:
-        max_new_tokens: Most tokens to add; the end-of-text token ends a text before.
-        temperature: Divisor of the logits; 0: always the most probable token.
-        top_k: draw from the k most probable tokens; 0: from all.
-        top_p: draw from the most probable tokens that together have this probability.
-        repetition_penalty: Divisor of the logits of tokens that occurred (factor, where negative); 1: none.
-
-    Raises:
-        ValueError: numbers out of range.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"Generation: max_new_tokens={self.max_new_tokens} must be at least 1.")
-        TokenChoice(self.temperature, self.top_k, self.top_p, self.repetition_penalty)  # which checks them
 
 
 @dataclass

@@ -61,7 +61,7 @@ def decoder(
 
 
 class LingDecoder:
-    """A `Decoder`: `prefill` chooses the step, from a compiled one, `CPUStep` where it suits, and the network itself.
+    """A `Decoder`: `begin` chooses the step, from a compiled one, `CPUStep` where it suits, and the network itself.
 
     Args:
         network: In evaluation mode, with weights that stay.
@@ -75,7 +75,7 @@ class LingDecoder:
         self._head: list[Tensor] = []  # the head's weight, computed once for all passes
         self._step: Step | None = None
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Scores (B, V) of the tokens after prompts (B, T); the mask is 0 at padding, and absent if there is none."""
         network = self.network
         padding_B = None if attention_mask is None else (~attention_mask.bool()).sum(1)

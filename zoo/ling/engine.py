@@ -19,10 +19,10 @@ from torch import Tensor
 from zoo.base.random import SampleRandom
 from zoo.ling.decode_step import Attend, CPUStep
 from zoo.ling.decoder import cache_dtype
-from zoo.ling.generation import check_ids, check_number, check_scores, stop_tokens, token_uniforms
 from zoo.ling.network import LingNetwork
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
-from zoo.ling.token_choice import TokenChoice
+from zoo.lm.generation import check_ids, check_number, check_scores, stop_tokens, token_uniforms
+from zoo.lm.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
 
 __all__ = ["Completion", "Engine"]

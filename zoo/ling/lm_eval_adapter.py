@@ -9,17 +9,16 @@
     lm_eval.simple_evaluate(model, tasks=["my_task"], task_manager=lm_eval.tasks.TaskManager(include_path="tasks"))
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from zoo.base.random import SampleRandom
 from zoo.ling.causal_lm import LingForCausalLM
-from zoo.ling.generation import stream
 from zoo.ling.multiple_choice import loglikelihoods
 from zoo.lm.encoded_pair import Ids
+from zoo.lm.generation import Continuations, Generation, continue_prompts
 from zoo.lm.lm_eval_adapter import Answers, Conversation, Tokenizer, as_lm_eval_model, converted
 from zoo.module import ZooModule
 
@@ -38,9 +37,9 @@ class _Evaluated:
         """Scores of continuations; a context that several share is computed once."""
         return loglikelihoods(self.network, pairs, batch_size)
 
-    def stream(self, input_ids: Tensor, attention_mask: Tensor, *, random: SampleRandom, **options: Any) -> Iterator[Tensor]:
+    def continued(self, input_ids: Tensor, attention_mask: Tensor, generation: Generation, **arguments: Any) -> Continuations:
         """Continue prompts."""
-        return stream(self.network, input_ids, attention_mask, random=random, **options)
+        return continue_prompts(self.network, input_ids, attention_mask, generation, **arguments)
 
 
 class _Answers(Answers):

@@ -18,7 +18,7 @@ from typing_extensions import override
 from zoo.base.random import SampleRandom
 from zoo.ling.batches import Batch, check_vocabulary, counted_labels, drop_mask, valid_tokens
 from zoo.ling.causal_lm import LingForCausalLM
-from zoo.ling.config import Generation, LingConfig, Preset, preset
+from zoo.ling.config import LingConfig, Preset, preset
 from zoo.ling.evaluation import Evaluation
 from zoo.ling.experts import Backend
 from zoo.ling.head import IGNORED
@@ -28,10 +28,12 @@ from zoo.ling.official import LingOfficialWeights
 from zoo.ling.router import RouterStatistics, layer_losses, router_statistics
 from zoo.ling.routing_warm_up import RoutingWarmUp
 from zoo.ling.state_dict_adapter import load_hf
-from zoo.ling.step_mean import StepMean
-from zoo.ling.step_weights import StepWeights
 from zoo.ling.tokenizer import check_special_tokens, check_tokenizer, text_until_end
 from zoo.ling.trained_types import settle_types
+from zoo.lm.generation import Generation
+from zoo.lm.step_mean import StepMean
+from zoo.lm.step_weights import StepWeights
+from zoo.lm.stop_strings import text_before
 from zoo.module import ZooModule
 from zoo.strategy_contract import forwards_are_collective
 
@@ -383,16 +385,20 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         agree = (lambda here: self._largest(int(here)) > 0) if together else None
         blank = int(batch["index"][0]) < 0
         options = dataclasses.replace(self.generation, max_new_tokens=1) if blank else self.generation
+        if options.eos_token_id is None:
+            options = dataclasses.replace(options, eos_token_id=tokenizer.eos_id)
         if not blank or agree is not None:
             ids_BT = self.network.generate(
                 batch["input_ids"],
                 batch.get("attention_mask", batch.get("valid_mask")),
-                **dataclasses.asdict(options),
-                eos_token_id=tokenizer.eos_id,
+                generation=options,
+                decode=tokenizer.decode,
                 random=SampleRandom(self.random_seed, batch["index"], epoch=-1),
                 agree=agree,
             )
         if blank:
             return {"index": batch["index"][:0], "prompt": [], "text": []}
-        texts = [text_until_end(ids, tokenizer) for ids in ids_BT[:, batch["input_ids"].shape[1] :].tolist()]
+        texts = [
+            text_before(text_until_end(ids, tokenizer), options.stop) for ids in ids_BT[:, batch["input_ids"].shape[1] :].tolist()
+        ]
         return {"index": batch["index"], "prompt": batch["prompt"], "text": texts}

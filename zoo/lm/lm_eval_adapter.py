@@ -13,6 +13,7 @@ Shape suffixes: B sequences, T tokens, V vocabulary, N pairs.
 """
 
 import copy
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from zoo.base.random import SampleRandom
 from zoo.lm.encoded_pair import Ids, encode_pair
+from zoo.lm.generation import Continuations, Generation
+from zoo.lm.stop_strings import text_before
 
 __all__ = ["Answers", "Conversation", "EvaluatedModel", "LogitsModel", "Tokenizer", "ZooLM", "as_lm_eval_model", "converted"]
 
@@ -72,18 +75,14 @@ class EvaluatedModel(Protocol):
             Log-likelihood of each continuation in nats, float64 (N,), and whether greedy decoding gives it, bool (N,).
         """
 
-    def stream(self, input_ids: Tensor, attention_mask: Tensor, *, random: SampleRandom, **options: Any) -> Iterator[Tensor]:
+    def continued(self, input_ids: Tensor, attention_mask: Tensor, generation: Generation, **arguments: Any) -> Continuations:
         """Continue prompts.
 
         Args:
             input_ids: Prompts, int64 (B, T), padded on the left.
             attention_mask: int64 (B, T), 0 at padding.
-            random: Random numbers of each.
-            **options: ``max_new_tokens``, ``temperature`` (0: the likeliest token), ``top_k``, ``top_p``, ``repetition_penalty``,
-                and ``eos_token_id``, ids that end a text.
-
-        Yields:
-            The next token of each, int64 (B,).
+            generation: Options, with the ids and texts that end an answer.
+            **arguments: ``random`` and ``decode`` of `zoo.lm.generation.continue_prompts`.
         """
 
 
@@ -98,7 +97,7 @@ class LogitsModel(ABC):
         """Logits (B, T, V) of ids (B, T), padded on the right where the mask is 0."""
 
     @abstractmethod
-    def stream(self, input_ids: Tensor, attention_mask: Tensor, *, random: SampleRandom, **options: Any) -> Iterator[Tensor]:
+    def continued(self, input_ids: Tensor, attention_mask: Tensor, generation: Generation, **arguments: Any) -> Continuations:
         """Continue prompts, see `EvaluatedModel`."""
 
     @torch.no_grad()
@@ -281,16 +280,16 @@ class Answers:
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        groups: dict[str, tuple[dict[str, Any], list[str], list[int]]] = {}
+        groups: dict[str, tuple[Generation, list[int]]] = {}
         for number, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            groups.setdefault(repr(request.args[1]), (*self._generation(dict(options)), []))[2].append(number)
+            groups.setdefault(repr(request.args[1]), (self._generation(dict(options)), []))[1].append(number)
         answers = [""] * len(requests)
-        for generation, stops, numbers in groups.values():
-            room = self.max_length - generation["max_new_tokens"]
+        for generation, numbers in groups.values():
+            room = self.max_length - generation.max_new_tokens
             if room < 1:
                 raise ValueError(
-                    f"{self._name}: {generation['max_new_tokens']} generated tokens leave no room for a context in max_length="
+                    f"{self._name}: {generation.max_new_tokens} generated tokens leave no room for a context in max_length="
                     f"{self.max_length}."
                 )
             prompts = {number: self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers}
@@ -298,14 +297,13 @@ class Answers:
             numbers.sort(key=lambda number: -len(prompts[number]))
             for batch in self._batches(numbers, disable_tqdm):
                 ids = [prompts[number][-room:] for number in batch]
-                for number, new in zip(batch, self._generate(ids, batch, generation, stops), strict=True):
-                    text = self.tokenizer.decode(new)
-                    answers[number] = text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+                for number, new in zip(batch, self._generate(ids, batch, generation), strict=True):
+                    answers[number] = text_before(self.tokenizer.decode(new), generation.stop)
                     self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
         return answers
 
-    def _generation(self, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Our options of a task's, and the texts to stop at."""
+    def _generation(self, options: dict[str, Any]) -> Generation:
+        """Our options of a task's."""
         stops = options.pop("until")
         sampled = options.pop("do_sample")
         temperature = options.pop("temperature", None)
@@ -319,45 +317,28 @@ class Answers:
                 " it takes until, max_gen_toks, do_sample, temperature, top_k, top_p and repetition_penalty."
             )
         temperature = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
-        generation = {"max_new_tokens": options["max_gen_toks"], "temperature": temperature, **named}
-        return generation, [stop for stop in stops if stop]
+        return Generation(options["max_gen_toks"], temperature, **named, stop=[stop for stop in stops if stop])
 
     @torch.no_grad()
-    def _generate(
-        self, prompts: list[list[int]], numbers: list[int], generation: dict[str, Any], stops: list[str]
-    ) -> list[list[int]]:
-        """New ids of each prompt, without the end of the document and what comes after; until all have a stop text."""
+    def _generate(self, prompts: list[list[int]], numbers: list[int], generation: Generation) -> list[list[int]]:
+        """New ids of each prompt up to a stop text, without the end of the document and what comes after."""
         ends = {self.eot_token_id}
-        for stop in stops:
+        for stop in generation.stop:
             ids = self.tokenizer.encode(stop, special=True)
             if len(ids) == 1 and not self.tokenizer.decode(ids):  # a special token, which has no text
                 ends.update(ids)
-        # Only special tokens have no byte of text: the end of a stop text lies within so many tokens.
-        tail = max((len(stop.encode()) for stop in stops), default=0)
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[self.eot_token_id] * (width - len(ids)) + ids for ids in prompts], device=self._device)
         mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
-        rows: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(rows)))
-        for token_B in self.evaluated.stream(
+        new = self.evaluated.continued(
             ids_BT,
             mask_BT,
-            **generation,
-            eos_token_id=sorted(ends),
+            dataclasses.replace(generation, eos_token_id=sorted(ends)),
             random=SampleRandom(self.seed, torch.tensor(numbers, device=self._device)),
-        ):
-            tokens = token_B.tolist()
-            for row in list(running):
-                if tokens[row] in ends:
-                    running.remove(row)
-                    continue
-                rows[row].append(tokens[row])
-                if stops:
-                    text = self.tokenizer.decode(rows[row][-tail:])
-                    running -= {row} if any(stop in text for stop in stops) else set()
-            if not running:
-                break
-        return rows
+            decode=self.tokenizer.decode,
+        )
+        rows = [row[:length] for row, length in zip(new.tokens.tolist(), new.length.tolist(), strict=True)]
+        return [row[:-1] if row[-1] in ends else row for row in rows]
 
     def _blocks(self, pairs: list[Any], quiet: bool, what: str) -> Iterator[list[Any]]:
         size = _BLOCK * self._batch_size

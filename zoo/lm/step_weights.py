@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from zoo.ling.step_mean import StepMean
+from zoo.lm.step_mean import StepMean
 from zoo.strategy_contract import step_group, weighs_batches
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ __all__ = ["StepWeights"]
 
 
 class StepWeights(Base):
-    """A part of `zoo.ling.Ling`: `StepMean` under Lightning, unless ``loss_over`` is ``micro_batch``."""
+    """A part of a module: `StepMean` under Lightning, unless ``loss_over`` is ``micro_batch``."""
 
     loss_over: str
     _step_mean: StepMean
