@@ -8,7 +8,8 @@ from torch import Tensor
 from zoo.ling import Engine, LingConfig, LingForCausalLM
 from zoo.ling import head as module
 from zoo.ling.decode_step import CPUStep
-from zoo.ling.head import IGNORED, Head, cross_entropy, normalized_weight
+from zoo.ling.head import Head, normalized_weight
+from zoo.lm.cross_entropy import IGNORED, cross_entropy
 
 V, D, N = 11, 6, 13
 SMALL = LingConfig(

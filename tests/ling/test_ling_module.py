@@ -32,8 +32,8 @@ from zoo.ling import (
     save_hf,
     z_loss,
 )
-from zoo.ling.batches import counted_labels
 from zoo.ling.tokenizer import check_special_tokens
+from zoo.lm.batches import counted_labels
 
 SMALL = LingConfig(
     vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,

@@ -7,7 +7,7 @@ from zoo.ling.config import LingConfig, RopeScaling, preset
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.engine import Completion, Engine
 from zoo.ling.experts import Experts
-from zoo.ling.head import Head, cross_entropy, normalized_weight
+from zoo.ling.head import Head, normalized_weight
 from zoo.ling.module import Ling
 from zoo.ling.network import LingOutput
 from zoo.ling.norm import RMSNorm
@@ -18,6 +18,7 @@ from zoo.ling.router_monitor import RouterMonitor
 from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
 from zoo.ling.state_dict_adapter import load_hf, read_hf_config, save_hf
+from zoo.lm.cross_entropy import cross_entropy
 from zoo.lm.generation import Generation, generate, stream
 from zoo.lm.token_choice import TokenChoice
 

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, T tokens of a sequence, N = B T, L layers with expe
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,32 +15,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from zoo.base.random import SampleRandom
-from zoo.ling.batches import Batch, check_vocabulary, counted_labels, drop_mask, valid_tokens
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import LingConfig, Preset, preset
 from zoo.ling.evaluation import Evaluation
 from zoo.ling.experts import Backend
-from zoo.ling.head import IGNORED
-from zoo.ling.multiple_choice import encode_pair, loglikelihoods
+from zoo.ling.multiple_choice import loglikelihoods
 from zoo.ling.network import LingOutput, RouterNoise
 from zoo.ling.official import LingOfficialWeights
 from zoo.ling.router import RouterStatistics, layer_losses, router_statistics
 from zoo.ling.routing_warm_up import RoutingWarmUp
 from zoo.ling.state_dict_adapter import load_hf
-from zoo.ling.tokenizer import check_special_tokens, check_tokenizer, text_until_end
-from zoo.ling.trained_types import settle_types
-from zoo.lm.generation import Generation
-from zoo.lm.step_mean import StepMean
-from zoo.lm.step_weights import StepWeights
-from zoo.lm.stop_strings import text_before
-from zoo.module import ZooModule
-from zoo.strategy_contract import forwards_are_collective
+from zoo.ling.tokenizer import check_special_tokens, check_tokenizer
+from zoo.lm.batches import Batch, counted_labels, valid_tokens
+from zoo.lm.cross_entropy import IGNORED
+from zoo.lm.encoded_pair import Ids
+from zoo.lm.evaluation import TokenLosses
+from zoo.lm.language_module import LanguageModule
+from zoo.lm.trained_types import settle_types
+from zoo.metrics.tool_calls import ToolCallMatch
 
 __all__ = ["Ling"]
 
 
-class Ling(StepWeights, LingOfficialWeights, ZooModule):
+class Ling(LingOfficialWeights, LanguageModule):
     """Fine-grained mixture-of-experts language model with NormHead, trained with stochastic routing warm-up (Ling).
 
     Loss: mean cross-entropy + ``sum_l (aux_coef A_l + z_coef Z_l)`` over the layers with experts, A the balance loss and Z the
@@ -50,10 +47,7 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
     it has none. Logged values are of the micro-batch of the process that logs: ``train/ce`` the mean over its labels,
     ``train/loss`` with the routers' losses. The returned loss is weighted.
 
-    Batches are dictionaries as transformers shapes them, all int64: ``input_ids`` (B, T); ``labels`` (B, T), not shifted, -100
-    where nothing is learned (absent: ``input_ids`` but for padding and each document's first token); ``attention_mask`` (B, T),
-    0 for padding (absent: none); ``position_ids`` (B, T) that start at 0 with each document, whose tokens do not see those of
-    others (absent: one document); ``num_bytes`` (B,), the bytes of text behind the labels (absent: no bits per byte).
+    Batches: see `LanguageModule`.
 
     Weights of half precision stay so in evaluation and in true half precision; other training keeps them in float32. A module
     that is rebuilt from a checkpoint or a folder has them in the stored type.
@@ -70,9 +64,6 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         z_coef: Coefficient of the z-loss.
         aux_reduction: Sum or mean of these losses over the layers.
         aux_scope: Loads that balance is judged by: of one process's batch, or of all processes.
-        loss_over: Terms of the loss's mean. ``step``: labels count alike in a whole optimizer step; ``micro_batch``:
-            micro-batches and processes count alike, whatever their numbers of labels. Both are the same where these are equal,
-            but for the gradient of an incomplete last step of an epoch, a mean with ``step`` and too small with the other.
         router_warmup_steps: W, applied steps over which learned scores replace noise; 0: no warm-up. None: 2000, but 0 with
             ``checkpoint``, whose router has learned. Weights loaded with `from_pretrained` or ``--ckpt_path`` do not restart it.
         router_momentum: Weight of the old value in the running mean and deviation of the scores.
@@ -80,9 +71,8 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         loss_chunk: Tokens whose logits are in memory at a time; 0: all.
         activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them.
         freeze: Patterns of names of parameters that are not trained, such as ``model.word_embeddings.*``.
-        generation: Options of the texts that ``predict`` writes.
         optimizer: Makes the optimizer; matrices decay, gains and biases do not.
-        kwargs: Arguments of `ZooModule`; ``compile`` compiles each block in place.
+        kwargs: Arguments of `LanguageModule` and `ZooModule`; ``compile`` compiles each block in place.
 
     Raises:
         ValueError: If arguments do not fit one another, or no parameter has a name of ``freeze``; or, when training starts, if
@@ -106,14 +96,12 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         z_coef: float = 1e-4,
         aux_reduction: Literal["sum", "mean"] = "sum",
         aux_scope: Literal["micro", "global"] = "micro",
-        loss_over: Literal["step", "micro_batch"] = "step",
         router_warmup_steps: int | None = None,
         router_momentum: float = 0.99,
         router_dtype: Literal["float32", "param"] = "float32",
         loss_chunk: int = 0,
         activation_checkpointing: bool = False,
         freeze: list[str] | None = None,
-        generation: Generation = Generation(),  # noqa: B008 (read only)
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=2.4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
         ),
@@ -134,7 +122,6 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
             )
         for name, value, allowed in (("aux_reduction", aux_reduction, ("sum", "mean")),
                                      ("aux_scope", aux_scope, ("micro", "global")),
-                                     ("loss_over", loss_over, ("step", "micro_batch")),
                                      ("router_dtype", router_dtype, ("float32", "param"))):  # fmt: skip
             if value not in allowed:
                 raise ValueError(f"Ling: {name}={value!r} must be one of {', '.join(allowed)}.")
@@ -155,13 +142,10 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         self.z_coef = z_coef
         self.aux_reduction = aux_reduction
         self.aux_scope = aux_scope
-        self.loss_over = loss_over
         self.router_warmup_steps = router_warmup_steps
         self.loss_chunk = loss_chunk
-        self.generation = generation
         self.last_losses = {}
         self._warm_up = RoutingWarmUp(router_warmup_steps, router_momentum)
-        self._step_mean = StepMean()
         self.network.freeze(freeze or [])
         self.val_metrics, self.test_metrics = Evaluation(), Evaluation()
 
@@ -212,37 +196,11 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
                 accumulates gradients by itself, where they cannot be weighted.
         """
         super().setup(stage)
-        hidden = self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches != 1
-        if stage == "fit" and self._weighs_steps and hidden:
-            raise ValueError(
-                f"{type(self).__name__}: loss_over=step weighs the accumulated gradient, which"
-                f" {type(self.trainer.strategy).__name__} keeps to itself: set --model.loss_over micro_batch (the same for packed"
-                f" batches with equal numbers of labels), or accumulate_grad_batches to 1 instead of"
-                f" {self.trainer.accumulate_grad_batches}, with a larger batch_size."
-            )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             check_tokenizer(self.config, tokenizer)
             if stage == "fit":
                 check_special_tokens(self.config, tokenizer.eos_id, tokenizer.pad_id)
-
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check ids, and drop a mask that attention does not need, before the batch leaves the CPU.
-
-        Raises:
-            ValueError: If an id or label is outside of the vocabulary, or ``input_ids`` are missing.
-        """
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            found = f"a dictionary with {', '.join(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{type(self).__name__} needs batches that are dictionaries with input_ids, as the DataModule Text gives"
-                f" them, not {found}."
-            )
-        check_vocabulary(batch["input_ids"], self.config.vocab_size)
-        if "labels" in batch:
-            check_vocabulary(batch["labels"][batch["labels"] != IGNORED], self.config.vocab_size)
-        return drop_mask(dict(batch))
 
     def run_network(self, batch: Batch, noise: RouterNoise | None = None, share: Any = 1.0) -> LingOutput:
         """Losses of a batch, at each position."""
@@ -294,12 +252,6 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
         aux, z = layer_losses(output.routings, counts_LE, valid_N)
         return (aux.sum(), z.sum()) if self.aux_reduction == "sum" else (aux.mean(), z.mean())
 
-    def loss_denominator(self, batch: Any) -> int:
-        """Number of terms of a batch's mean loss, for strategies that weigh batches: labels, or samples (`loss_over`)."""
-        if self.loss_over == "micro_batch":
-            return len(batch["input_ids"])
-        return int((counted_labels(batch)[:, 1:] != IGNORED).sum())
-
     # Stochastic routing warm-up
 
     def _noise(self, input_ids: Tensor) -> tuple[RouterNoise | None, Any]:
@@ -324,81 +276,30 @@ class Ling(StepWeights, LingOfficialWeights, ZooModule):
 
     # Evaluation
 
+    @property
     @override
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.val_metrics.update(self.run_network(batch), batch)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.val_metrics)
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.test_metrics.update(self.run_network(batch), batch)
+    def token_losses(self, batch: Batch) -> TokenLosses:
+        output = self.run_network(batch)
+        assert output.loss is not None and output.loss_BT is not None
+        return TokenLosses(output.loss, output.loss_BT)
 
     @override
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test", self.test_metrics)
-
-    def _log_evaluation(self, stage: str, metrics: Evaluation) -> None:
-        values = metrics.compute()
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
-        if "loss" in values:
-            self.log(f"{stage}/perplexity", values["loss"].exp())
-
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Log-likelihood in nats of each text given the text before it, for `ChoiceEval`.
-
-        All processes call it equally often, with any pairs: each runs the network as often as the one with the most pairs.
-
-        Args:
-            pairs: Context and continuation.
-        """
-        tokenizer = self._tokenizer()
-        ids = [encode_pair(tokenizer, *pair) for pair in pairs]
-        return loglikelihoods(self.network, ids, batch_size=max(1, len(ids)), agree=self._largest).logp_N.tolist()
-
-    def _largest(self, number: int) -> int:
-        """The largest number of all processes."""
-        if self.trainer.world_size == 1:
-            return number
-        return int(self.trainer.strategy.reduce(torch.tensor(number, device=self.device), reduce_op="max"))
-
-    def _tokenizer(self) -> Any:
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("This needs a DataModule with a tokenizer, such as Text.")
-        return tokenizer
+    def _evaluate(self, batch: Any, metrics: Any, calls: ToolCallMatch) -> None:
+        if "calls" in batch:
+            super()._evaluate(batch, metrics, calls)
+            return
+        output = self.run_network(batch)
+        metrics.update(output.loss, output.loss_BT, batch)
+        metrics.update_routing(output, batch)
 
     @override
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Continue the prompts: ``index``, ``prompt`` and ``text`` for `JSONLWriter`.
+    def decodes(self) -> LingForCausalLM:
+        return self.network
 
-        A batch whose ``index`` is -1 stands for no prompts. Where forward passes wait for all processes, those that have ended
-        run along until the last one has.
-
-        Raises:
-            ValueError: If the DataModule has no tokenizer, or prompts are padded elsewhere than on the left.
-        """
-        tokenizer = self._tokenizer()
-        together = self._trainer is not None and forwards_are_collective(self.trainer.strategy)
-        agree = (lambda here: self._largest(int(here)) > 0) if together else None
-        blank = int(batch["index"][0]) < 0
-        options = dataclasses.replace(self.generation, max_new_tokens=1) if blank else self.generation
-        if options.eos_token_id is None:
-            options = dataclasses.replace(options, eos_token_id=tokenizer.eos_id)
-        if not blank or agree is not None:
-            ids_BT = self.network.generate(
-                batch["input_ids"],
-                batch.get("attention_mask", batch.get("valid_mask")),
-                generation=options,
-                decode=tokenizer.decode,
-                random=SampleRandom(self.random_seed, batch["index"], epoch=-1),
-                agree=agree,
-            )
-        if blank:
-            return {"index": batch["index"][:0], "prompt": [], "text": []}
-        texts = [
-            text_before(text_until_end(ids, tokenizer), options.stop) for ids in ids_BT[:, batch["input_ids"].shape[1] :].tolist()
-        ]
-        return {"index": batch["index"], "prompt": batch["prompt"], "text": texts}
+    @override
+    def scores(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        return loglikelihoods(self.network, pairs, batch_size=max(1, len(pairs)), agree=self._largest).logp_N.tolist()

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.ling.config import LingConfig
 from zoo.ling.experts import Backend, Experts
-from zoo.ling.head import IGNORED, Head, cross_entropy
+from zoo.ling.head import Head
 from zoo.ling.norm import RMSNorm
 from zoo.ling.rope import RotaryEmbedding, rotate
 from zoo.ling.router import Router, Routing
+from zoo.lm.cross_entropy import IGNORED, cross_entropy
 
 __all__ = [
     "Attention",

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from zoo.ling.batches import check_vocabulary
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
-from zoo.ling.head import IGNORED
 from zoo.ling.module import Ling
 from zoo.ling.network import LingOutput
 from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
+from zoo.lm.batches import check_vocabulary
+from zoo.lm.cross_entropy import IGNORED
 from zoo.metrics.mean_and_error import Mean
 
 __all__ = ["LingDPO"]

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from zoo.ling.config import LingConfig
 
-__all__ = ["Tokenizer", "check_special_tokens", "check_tokenizer", "text_until_end"]
+__all__ = ["Tokenizer", "check_special_tokens", "check_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -52,8 +52,3 @@ def check_special_tokens(config: LingConfig, eos: int, pad: int) -> None:
         f" pad_token_id={given}: take the model's own tokenizer (data.tokenizer), or a model with --model.config.eos_token_id"
         f" {eos} --model.config.pad_token_id {pad}."
     )
-
-
-def text_until_end(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Text of ids, up to the one that ends it."""
-    return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)

@@ -77,6 +77,10 @@ class Backbone(Configurable, nn.Module):
         """
         raise NotImplementedError
 
+    def head_weight(self) -> Tensor | None:
+        """Factor (V, D) of vectors if that is all that `logits` does; None if it does more."""
+        return None
+
     @property
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks in the order of the forward pass, for compilation and for strategies that work block by block."""

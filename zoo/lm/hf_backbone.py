@@ -179,6 +179,14 @@ class HFBackbone(Backbone):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @override
+    def head_weight(self) -> Tensor | None:
+        head, config = self._hf.get_output_embeddings(), self._hf.config
+        more = ("scale_decoder_outputs", "final_logit_softcapping")
+        if type(head) is not nn.Linear or head.bias is not None or any(getattr(config, name, None) for name in more):
+            return None
+        return None if getattr(self.network, "final_logits_bias", None) is not None else head.weight
+
     @property
     @override
     def blocks(self) -> list[nn.Module]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo.ling.head import IGNORED
+from zoo.lm.cross_entropy import IGNORED
 
 __all__ = ["Batch", "check_vocabulary", "counted_labels", "drop_mask", "valid_tokens"]
 
 Batch = Mapping[str, Tensor]
-"""See `zoo.ling.Ling`."""
+"""Entries as of `zoo.lm.language_module.LanguageModule`."""
 
 
 def counted_labels(batch: Batch) -> Tensor:
