@@ -1,0 +1,8 @@
+"""The room that language-model systems share: backbones, their tuning, generation and fine-tuning."""
+
+from zoo.lm.backbone import Backbone
+from zoo.lm.hf_backbone import HFBackbone
+from zoo.lm.pooling import Pooling
+from zoo.lm.tuning import LoRA
+
+__all__ = ["Backbone", "HFBackbone", "LoRA", "Pooling"]
