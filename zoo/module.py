@@ -28,6 +28,7 @@ from zoo.base.checkpoint import (
     write_pretrained,
 )
 from zoo.base.hyperparameters import Configurable, build, class_path, find_class, plain_arguments
+from zoo.base.named_weights import check_sources, leave_out, with_named
 from zoo.base.random import SampleRandom
 from zoo.batch_seed import SeedEachBatch
 from zoo.hub import resolve, upload
@@ -103,8 +104,8 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
     # Optimization
 
     def parameter_groups(self) -> Iterable[Any]:
-        """Parameters for the optimizer: all; override for groups with options of their own."""
-        return self.parameters()
+        """Parameters for the optimizer: all that are trained; override for groups with options of their own."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def optimizer_config(
         self, optimizer: OptimizerCallable, parameters: Iterable[Any], lr_scheduler: LRSchedulerCallable | None = None
@@ -238,14 +239,16 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the package version and the seed."""
+        """Add the package version and the seed; name frozen weights of a named source instead of storing them."""
+        leave_out(self, checkpoint)
         checkpoint["zoo_version"] = zoo.__version__
         checkpoint["zoo_seed"] = self.random_seed
         checkpoint["zoo_applied_steps"] = list(self.applied_steps_by_optimizer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say so if a run is continued with another seed."""
+        """Refuse other sources of frozen weights; say so if a run is continued with another seed."""
+        check_sources(self, checkpoint, self.keeps_stored_types if self._trainer is None else None)
         applied = checkpoint.get("zoo_applied_steps", checkpoint.get("global_step", 0))
         self.applied_steps_by_optimizer = list(applied) if isinstance(applied, list) else [applied]
         seed = checkpoint.get("zoo_seed", self.random_seed)
@@ -256,11 +259,12 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights after comparing all names and shapes.
+        """Load weights after comparing all names and shapes; frozen weights of a named source may be missing.
 
         Raises:
             ValueError: names or shapes differ; all of them are listed.
         """
+        state_dict = with_named(self, state_dict)
         check_weights(self, state_dict, "the checkpoint", strict=strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -297,8 +301,9 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         if module.keeps_stored_types:
             take_types(module, checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
-        check_weights(module, checkpoint["state_dict"], str(checkpoint_path), strict)
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        weights = with_named(module, checkpoint["state_dict"])
+        check_weights(module, weights, str(checkpoint_path), strict)
+        module.load_state_dict(weights, strict=strict)
         return module
 
     # Sharing

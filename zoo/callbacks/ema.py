@@ -23,8 +23,8 @@ class EMA(CallbackContract, WeightAveraging):
 
     Validation and everything after training use the average; checkpoints hold it as ``state_dict``, beside the current
     weights for resuming. Steps that a gradient scaler skipped, and micro-batches of an accumulated step, do not count.
-    The average starts at the initial weights and includes parameters only (the convention of most published code); it is
-    kept in float32 or wider. In manual optimization each optimizer's steps average its own parameters.
+    The average starts at the initial weights and includes trained parameters only (the convention of most published code); it
+    is kept in float32 or wider. In manual optimization each optimizer's steps average its own parameters.
 
     Args:
         decay: weight of the old average, in [0, 1).

@@ -43,12 +43,12 @@ class WeightAverage:
     """Average of some parameters of a module, in float32 or wider, so that small steps are not rounded away.
 
     Args:
-        parameters: the averaged parameters by name; the average begins at their values.
+        parameters: the averaged parameters by name; the average begins at their values. Those without gradient are left out.
         device: where the average lies; None: beside the parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device | str | None = None) -> None:
-        self._parameters = {name: p for name, p in parameters.items() if p.is_floating_point() or p.is_complex()}
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         #: The averaged weights by name.
         self.tensors = {
             name: p.detach().to(device or p.device, torch.promote_types(p.dtype, torch.float32), copy=True)

@@ -257,7 +257,7 @@ class HFBackbone(Backbone):
             raise ValueError("HFBackbone: the adapter's base has random weights, which no file holds: save it merged.")
         else:
             self._peft.peft_config["default"].base_model_name_or_path = self.source.name
-            self._peft.save_pretrained(folder)
+            self._peft.save_pretrained(folder, save_embedding_layers=False)
         if self.source is not None or self._tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         arguments = {**super().init_config["init_args"], "tokenizer": None, "kind": self.kind}

@@ -134,4 +134,7 @@ def load_network(source: PretrainedSource, config: Any, kind: BackboneKind, dtyp
             f"{source.name} has no weights for {', '.join(sorted(missing)[:3])}{' and others' if len(missing) > 3 else ''} of a"
             f" model of kind {kind}: give another kind, or the folder of such a model."
         )
+    if source.gguf is not None:  # the weights are ordinary numbers now, which can be saved
+        network.hf_quantizer = None
+        network.config.__dict__.pop("quantization_config", None)
     return cast(nn.Module, network)

@@ -1,6 +1,9 @@
 """Parameters of a pretrained network that are trained: all, the last blocks, low-rank adapters, or none."""
 
 import difflib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,7 +111,8 @@ def add_adapter(network: nn.Module, lora: LoRA, folder: Path | None = None, trai
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if folder is not None:
-        return PeftModel.from_pretrained(network, str(folder), is_trainable=trained)  # type: ignore[arg-type]
+        with _quiet():
+            return PeftModel.from_pretrained(network, str(folder), is_trainable=trained)  # type: ignore[arg-type]
     known = linear_names(network)
     for target in lora.targets or ():
         if not any(name == target or name.endswith(f".{target}") for name, _ in network.named_modules()):
@@ -118,4 +122,13 @@ def add_adapter(network: nn.Module, lora: LoRA, folder: Path | None = None, trai
     if getattr(network, "pooler", None) is not None:
         options["exclude_modules"] = r"pooler\..*"  # not part of the forward pass
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, **options)  # type: ignore[arg-type]
-    return get_peft_model(network, config)  # type: ignore[arg-type,return-value]
+    with _quiet():
+        return get_peft_model(network, config)  # type: ignore[arg-type,return-value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore what peft and transformers tell one another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
