@@ -1,5 +1,6 @@
 """Ling: fine-grained mixture-of-experts language models."""
 
+from zoo.ling.backbone import LingBackbone
 from zoo.ling.cache import KVCache
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import Generation, LingConfig, RopeScaling, preset
@@ -31,6 +32,7 @@ __all__ = [
     "Head",
     "KVCache",
     "Ling",
+    "LingBackbone",
     "LingConfig",
     "LingDPO",
     "LingForCausalLM",

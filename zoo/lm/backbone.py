@@ -128,7 +128,7 @@ class Backbone(Configurable, nn.Module):
         Raises:
             ValueError: If this model cannot be cut, or has fewer blocks.
         """
-        raise ValueError(f"{type(self).__name__} cannot be split: take an HFBackbone of a BERT-, LLaMA-, GPT-2- or OPT-like model.")
+        raise ValueError(f"{type(self).__name__} cannot be split: take an HFBackbone, BERT-, LLaMA-, GPT-2- or OPT-like.")
 
     def check_generates(self) -> None:
         """Refuse to generate text with a model that predicts no next token.

@@ -21,7 +21,7 @@ from zoo.lm.backbone import Backbone, BackboneKind
 from zoo.lm.loading import build_network, kind_of, load_network, read_hf_config
 from zoo.lm.pooling import PoolingKind
 from zoo.lm.positions import check_padding, counts_own_positions, document_mask
-from zoo.lm.sources import PretrainedSource, find_source
+from zoo.lm.sources import find_source
 from zoo.lm.split import split_network
 from zoo.lm.tuning import LoRA, Tuning, add_adapter, blocks_of, train_last
 

@@ -79,7 +79,7 @@ def _auto_class(config: Any, kind: BackboneKind) -> Any:
     else:
         chosen, mapping = transformers.AutoModel, auto.MODEL_MAPPING_NAMES
     if config.model_type not in mapping:
-        raise ValueError(f"HFBackbone: models of type {config.model_type} are not of kind {kind}: leave kind out, or take another.")
+        raise ValueError(f"HFBackbone: {config.model_type} is no model of kind {kind}: leave kind out, or take another model.")
     return chosen
 
 

@@ -1,0 +1,77 @@
+"""Ling as a backbone of other systems."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from zoo.ling.causal_lm import LingForCausalLM
+from zoo.ling.config import LingConfig, Preset, preset
+from zoo.ling.network import positions_and_mask
+from zoo.ling.state_dict_adapter import load_hf
+from zoo.lm.backbone import Backbone
+from zoo.lm.pooling import PoolingKind
+
+__all__ = ["LingBackbone"]
+
+
+class LingBackbone(Backbone):
+    """Ling-Lite, Ling-Plus and relatives, without the routers' losses.
+
+    Args:
+        config: Architecture, or the name of a preset, for random weights.
+        checkpoint: Folder of released weights, or the name of a repository of the hub, whose architecture is used instead.
+        pooling: How the vectors of a text's tokens become one.
+        scalar_head: Whether vectors are mapped to a number, without bias.
+        activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them.
+    """
+
+    network: LingForCausalLM
+
+    def __init__(
+        self,
+        config: LingConfig | Preset = "ling_tiny",
+        checkpoint: str | None = None,
+        pooling: PoolingKind = "last",
+        scalar_head: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        config = preset(config) if isinstance(config, str) else config
+        self.network = LingForCausalLM(config) if checkpoint is None else load_hf(checkpoint).train()
+        self.network.model.activation_checkpointing = activation_checkpointing
+        self.kind = "causal"
+        self.hidden_size, self.vocab_size = self.network.config.hidden_size, self.network.config.vocab_size
+        self.add_heads(pooling, scalar_head)
+
+    @override
+    def forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        decoder_ids_BT: Tensor | None = None,
+        decoder_mask_BT: Tensor | None = None,
+    ) -> Tensor:
+        documents_BT = None if position_ids_BT is None else (position_ids_BT == 0).cumsum(1)
+        positions, mask = positions_and_mask(ids_BT, 0, mask_BT, position_ids_BT, documents_BT)
+        return self.network.model(ids_BT, positions, mask)[0]
+
+    @override
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.network.lm_head(hidden)
+
+    @property
+    @override
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.model.layers)
+
+    @property
+    @override
+    def init_config(self) -> dict[str, Any]:
+        """Arguments as plain data; checkpoints hold all weights and do not need the folder."""
+        config = super().init_config
+        if config["init_args"]["checkpoint"] is not None:
+            config["init_args"].update(config=dataclasses.asdict(self.network.config), checkpoint=None)
+        return config
