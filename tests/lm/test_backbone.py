@@ -206,9 +206,13 @@ class NextToken(ZooModule):
 
 
 def fit(
-    backbone: Backbone, folder: Path, strategy: Any = "auto", precision: Any = "64-true", steps: int = 3, ckpt: Path | None = None,
-    **options: Any,
-) -> NextToken:  # fmt: skip
+    backbone: Backbone,
+    folder: Path,
+    strategy: Any = "auto",
+    precision: Any = "64-true",
+    steps: int = 3,
+    ckpt: Path | None = None,
+) -> NextToken:
     seed_everything(3, verbose=False)
     module, world = NextToken(backbone, **options), (torch.distributed.is_initialized() and get_world_size()) or 1
     trainer = Trainer(
@@ -259,8 +263,8 @@ def test_checkpoint_of_full_tuning_needs_no_source(tmp_path: Path) -> None:
 
 def on_ranks(folder: Path, tuning: Any, strategy: Any) -> dict[str, Tensor]:
     torch.set_default_dtype(torch.float64)
-    return {name: value.detach().clone() for name, value in
-            fit(tiny("gpt2", tuning=tuning), folder, strategy() if callable(strategy) else strategy).state_dict().items()}  # fmt: skip
+    module = fit(tiny("gpt2", tuning=tuning), folder, strategy() if callable(strategy) else strategy)
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize(("tuning", "strategy"), [
