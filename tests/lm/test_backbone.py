@@ -214,7 +214,7 @@ def fit(
     ckpt: Path | None = None,
 ) -> NextToken:
     seed_everything(3, verbose=False)
-    module, world = NextToken(backbone, **options), (torch.distributed.is_initialized() and get_world_size()) or 1
+    module, world = NextToken(backbone), get_world_size() if torch.distributed.is_initialized() else 1
     trainer = Trainer(
         accelerator="cpu", devices=world, strategy=strategy, precision=precision, max_steps=steps, callbacks=[EMA(0.5)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
