@@ -17,6 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+
+from datamodules.assets.fetch import MANIFEST, fetch
 
 __all__ = ["ByteTokenizer", "HuggingFaceTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -135,8 +138,8 @@ class HuggingFaceTokenizer(Tokenizer):
     """A fast tokenizer of Hugging Face.
 
     Args:
-        name: Folder with ``tokenizer.json`` (and ``tokenizer_config.json``, with the special tokens), path of a
-            ``tokenizer.json``, or name of a repository on the hub.
+        name: An asset with a language model, a GGUF file, a folder with ``tokenizer.json`` (and ``tokenizer_config.json``, with
+            the special tokens), path of a ``tokenizer.json``, or name of a repository on the hub.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or the hub has no tokenizer of that name or cannot be reached.
@@ -231,7 +234,10 @@ _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 def _load(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast  # slow to import, and not needed for bytes
 
-    path = Path(name).expanduser()
+    path = fetch(name) if name in MANIFEST else Path(name).expanduser()
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not (path / "tokenizer.json").is_file():
+        return _of_gguf(files[0])
     folder = path.parent if path.name == "tokenizer.json" else path
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
@@ -251,6 +257,17 @@ def _load(name: str) -> Any:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _of_gguf(path: Path) -> Any:
+    """The tokenizer inside a GGUF file."""
+    if find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            f"{path.name} needs the package gguf, which is not installed: pip install 'lightning-zoo[llm]'."
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:

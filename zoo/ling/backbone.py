@@ -62,6 +62,14 @@ class LingBackbone(Backbone):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.network.lm_head(hidden)
 
+    @override
+    def head_weight(self) -> Tensor:
+        return self.network.lm_head.effective_weight()
+
+    @override
+    def decodes(self) -> LingForCausalLM:
+        return self.network
+
     @property
     @override
     def blocks(self) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from zoo.base.hyperparameters import Configurable
+from zoo.lm.decoder import Decodes
 from zoo.lm.pooling import Pooling, PoolingKind
 
 __all__ = ["Backbone", "BackboneKind"]
@@ -133,6 +134,14 @@ class Backbone(Configurable, nn.Module):
             ValueError: If this model cannot be cut, or has fewer blocks.
         """
         raise ValueError(f"{type(self).__name__} cannot be split: take an HFBackbone, BERT-, LLaMA-, GPT-2- or OPT-like.")
+
+    def decodes(self) -> Decodes:
+        """The model as `zoo.lm.generation.generate` continues prompts with it.
+
+        Raises:
+            ValueError: If the model is an encoder.
+        """
+        raise NotImplementedError
 
     def check_generates(self) -> None:
         """Refuse to generate text with a model that predicts no next token.

@@ -18,6 +18,7 @@ from zoo.base.checkpoint import as_new_files_are
 from zoo.base.hyperparameters import build, class_path
 from zoo.base.named_weights import NamedSource
 from zoo.lm.backbone import Backbone, BackboneKind
+from zoo.lm.hf_decoder import HFModel
 from zoo.lm.loading import build_network, kind_of, load_network, read_hf_config
 from zoo.lm.pooling import PoolingKind
 from zoo.lm.positions import check_padding, counts_own_positions, document_mask
@@ -191,6 +192,11 @@ class HFBackbone(Backbone):
     @override
     def blocks(self) -> list[nn.Module]:
         return blocks_of(self.network)
+
+    @override
+    def decodes(self) -> HFModel:
+        self.check_generates()
+        return HFModel(self.network)
 
     @override
     def split(self, n: int) -> tuple[nn.Module, nn.Module]:

@@ -19,7 +19,6 @@ from zoo.lm.cross_entropy import IGNORED, cross_entropy
 from zoo.lm.decoder import Decodes
 from zoo.lm.encoded_pair import Ids
 from zoo.lm.evaluation import TokenLosses
-from zoo.lm.hf_decoder import HFModel
 from zoo.lm.language_module import LanguageModule
 from zoo.lm.trained_types import settle_types
 
@@ -136,7 +135,7 @@ class CausalLM(LanguageModule):
 
     @override
     def decodes(self) -> Decodes:
-        return HFModel(self.backbone.network)
+        return self.backbone.decodes()
 
     @override
     def scores(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
