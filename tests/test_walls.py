@@ -42,10 +42,7 @@ WIRING = (
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "zoo.lm", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
 ASSETS = "datamodules.assets"  # archives of package registries: pretrained weights ride in them too, and they import no data
-<<<<<<< HEAD
 LANGUAGE_MODELS = "zoo.lm"  # foundation of methods, though it has a module of its own
-=======
->>>>>>> lm1
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base2"}
 

@@ -275,11 +275,7 @@ def on_ranks(folder: Path, tuning: Any, strategy: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("tuning", "strategy"), [
     pytest.param("lora", "ddp", id="ddp"),
-<<<<<<< HEAD
-    pytest.param("lora", partial(PaROStrategy, "IIG", group_size=2, reduce_dtype="float64", accumulate_dtype="float64"), id="paro"),
-=======
     pytest.param("lora", partial(PaROStrategy, "IIG", group_size=2), id="paro"),
->>>>>>> lm1
     pytest.param("last_n", partial(EDiTStrategy, sync_interval=3, warmup_steps=9), id="edit"),
 ])  # fmt: skip
 def test_two_ranks_are_one_process(pool: RankPool, tmp_path: Path, tuning: Any, strategy: Callable[[], Any] | str) -> None:
