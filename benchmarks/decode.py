@@ -11,7 +11,10 @@
   bar of a batch size is set at the lesser of both classes'. On a GPU ours is compiled and captured as a graph, and measured in
   float32 and bfloat16, the bar at the slower gain;
 * a queue of prompts of 8 to 64 tokens that ask for 16 to 128 more: the `Engine`, and `generate` on batches in the order of
-  arrival, each of which runs until its last sequence has what it asked for; in requested tokens per second.
+  arrival, each of which runs until its last sequence has what it asked for; in requested tokens per second;
+* greedy decoding by a LLaMA of SmolLM2-135M's shape with random weights: our loop with `HFModel` against the model's own
+  ``generate``, the faster of its growing and its static cache, in float32, as paired ratios of times again. This part has a
+  result of its own, and ``--only hf`` measures it alone, ``--only ling`` the rest.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from zoo.ling import Engine, LingConfig, LingForCausalLM
+from zoo.lm.generation import generate
+from zoo.lm.hf_decoder import HFModel
 
 CONFIG = LingConfig(
     vocab_size=4096, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, num_experts=16,
@@ -39,6 +44,12 @@ CONFIG = LingConfig(
     max_position_embeddings=512, initializer_range=0.05, pad_token_id=None, eos_token_id=None,
 )  # fmt: skip
 TINY = CONFIG.replace(vocab_size=64, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16)
+LLAMA = {
+    "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+TINY_LLAMA = LLAMA | {"vocab_size": 64, "hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 16}
 SHARED = {"Mixtral": 0, "Qwen2-MoE": 1}
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CACHES = ("dynamic", "static")
@@ -293,6 +304,46 @@ def measure_engine(record: Record, network: LingForCausalLM, count: int, scale: 
                        speed_over_static=taken[STATIC] / seconds)  # fmt: skip
 
 
+def measure_library_model(record: Record, model: Any, batch: int, new: int, repetitions: int) -> float:
+    """Add the rows of our loop and the library's on one model; the median of the paired ratios of times, theirs over ours."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, PROMPT + new)
+    prompts_BT = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator).to(model.device)
+    arms: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: generate(HFModel(model), prompts_BT, max_new_tokens=new),
+        **{cache: lambda c=cache: generate_theirs(model, prompts_BT, new, Variant("", c)) for cache in CACHES},  # type: ignore[misc]
+    }
+    tokens = {name: arm() for name, arm in arms.items()}
+    same = float((tokens[OURS] == tokens["dynamic"])[:, PROMPT:].double().mean())
+    tries = {cache: min(timed(arms[cache], shape) for _ in range(2)) for cache in CACHES}
+    strong = min(CACHES, key=tries.__getitem__)
+    ratios = []
+    for repetition in range(repetitions):
+        order = [OURS, strong] if repetition % 2 == 0 else [strong, OURS]
+        taken = {name: timed(arms[name], shape) for name in order}
+        ratios.append(taken[strong] / taken[OURS])
+        record.row(
+            case=f"LLaMA of SmolLM2's shape, batch {batch}", repetition=repetition, theirs_over_ours=ratios[-1],
+            ours_ms_per_step=1000 * taken[OURS] / new, theirs_ms_per_step=1000 * taken[strong] / new,
+            strongest=f"{strong} cache", same_tokens=same,
+        )  # fmt: skip
+    return statistics.median(ratios)
+
+
+def compare_library_model(device: str, new: int, repetitions: int, smoke: bool) -> Path:
+    """Our loop against the library's on a model of its own; returns the path of the result."""
+    record = Record(f"decode_hf_{'gpu' if device == 'cuda' else 'cpu'}", seeds=[0], smoke=smoke, tables=tables_of()[0][:1])
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY_LLAMA if smoke else LLAMA)))
+    model = model.to(device).eval()
+    for batch in BAR_BATCHES:
+        ratio = measure_library_model(record, model, batch, new, repetitions)
+        print(f"LLaMA of SmolLM2's shape, batch {batch}: transformers over ours {ratio:.2f}", flush=True)
+        if record.bars:  # of the CPU
+            record.measure(f"over_transformers_batch_{batch}", ratio)
+    return record.save()
+
+
 def tables_of() -> tuple[list[Table], list[Plot]]:
     """Tables and plots of the result."""
     return [
@@ -310,11 +361,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repetitions", type=int, default=9, help="pairs of runs for each case")
     parser.add_argument("--smoke", action="store_true", help="a tiny network and few tokens; the result is not kept")
+    parser.add_argument("--only", choices=["ling", "hf"], help="one part alone: Ling, or models of transformers")
     options = parser.parse_args(arguments)
     config, new, repetitions, batches = CONFIG, NEW, options.repetitions, BATCHES
     if options.smoke:
         config, new, repetitions, batches = TINY, 4, 2, BAR_BATCHES
     tables, plots = tables_of()
+    if options.only != "ling":
+        path = compare_library_model(options.device, new, repetitions, options.smoke)
+        if options.only == "hf":
+            return path
     name = f"decode_{'gpu' if options.device == 'cuda' else 'cpu'}"
     record = Record(name, seeds=[0], smoke=options.smoke, tables=tables, plots=plots)
     dtypes = [torch.float32, torch.bfloat16] if options.device == "cuda" else [torch.float32]

@@ -58,7 +58,7 @@ def test_engine_and_static_batches_write_the_same_tokens() -> None:
 def test_smoke_run_measures_every_bar_and_keeps_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(decode, "EXPERTS", ("grouped_mm",))
-    path = decode.main(["--smoke"])
+    path = decode.main(["--smoke", "--only", "ling"])
     assert path == Path("runs/benchmarks/decode_cpu.json")
     result = json.loads(path.read_text())
     cases = {}
@@ -72,3 +72,10 @@ def test_smoke_run_measures_every_bar_and_keeps_no_result(tmp_path: Path, monkey
         assert values[f"over_transformers_batch_{batch}"] == pytest.approx(float(min(medians)))
     assert {row["queue"] for row in result["rows"] if "queue" in row} == {decode.STATIC, decode.CONTINUOUS}
     assert Record("decode_gpu", seeds=[0]).bars == ("over_transformers_batch_1", "over_transformers_batch_8")
+
+
+def test_smoke_run_on_a_model_of_the_library_measures_both_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = json.loads(decode.main(["--smoke", "--only", "hf"]).read_text())
+    assert {bar["name"] for bar in result["bars"]} == {f"over_transformers_batch_{batch}" for batch in decode.BAR_BATCHES}
+    assert all(bar["value"] > 0 for bar in result["bars"]) and all(row["same_tokens"] == 1 for row in result["rows"])
