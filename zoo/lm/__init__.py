@@ -2,8 +2,8 @@
 
 from zoo.lm.backbone import Backbone
 from zoo.lm.hf_backbone import HFBackbone
-from zoo.lm.module import CausalLM
+from zoo.lm.module import CausalLM, Seq2SeqLM
 from zoo.lm.pooling import Pooling
 from zoo.lm.tuning import LoRA
 
-__all__ = ["Backbone", "CausalLM", "HFBackbone", "LoRA", "Pooling"]
+__all__ = ["Backbone", "CausalLM", "HFBackbone", "LoRA", "Pooling", "Seq2SeqLM"]

@@ -78,6 +78,16 @@ class Backbone(Configurable, nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def start_id(self) -> int:
+        """Token with which the answers of an encoder-decoder model begin."""
+        raise ValueError(f"{type(self).__name__} has no decoder beside an encoder.")
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up rows; masks hide it."""
+        return 0
+
     def head_weight(self) -> Tensor | None:
         """Factor (V, D) of vectors if that is all that `logits` does; None if it does more."""
         return None

@@ -180,6 +180,20 @@ class HFBackbone(Backbone):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    @override
+    def start_id(self) -> int:
+        for config in (self._hf.generation_config, self._hf.config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                if (token := getattr(config, name, None)) is not None:
+                    return int(token)
+        return super().start_id
+
+    @property
+    @override
+    def pad_id(self) -> int:
+        return self._hf.config.pad_token_id or 0
+
     @override
     def head_weight(self) -> Tensor | None:
         head, config = self._hf.get_output_embeddings(), self._hf.config

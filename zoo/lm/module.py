@@ -1,10 +1,10 @@
 """Fine-tuning and continued training of any language model.
 
-Shape suffixes: B sequences, T tokens of a sequence, D width, V vocabulary, N labels that count.
+Shape suffixes: B sequences, T tokens of a sequence, S tokens that an encoder reads, D width, V vocabulary, N labels that count.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
@@ -13,20 +13,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from zoo.lm.backbone import Backbone
-from zoo.lm.batches import Batch, counted_labels
+from zoo.lm.backbone import Backbone, BackboneKind
+from zoo.lm.batches import Batch, check_vocabulary, counted_labels
 from zoo.lm.cross_entropy import IGNORED, cross_entropy
 from zoo.lm.decoder import Decodes
 from zoo.lm.encoded_pair import Ids
 from zoo.lm.evaluation import TokenLosses
 from zoo.lm.language_module import LanguageModule
+from zoo.lm.prompt_and_answer import prompt_and_answer
 from zoo.lm.trained_types import settle_types
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "Seq2SeqLM", "TunedLM"]
 
 
-class CausalLM(LanguageModule):
-    """A causal language model that is tuned on texts or conversations, as the DataModules Text, SFT and ToolDialogues give them.
+class TunedLM(LanguageModule):
+    """The base of `CausalLM` and `Seq2SeqLM`.
 
     Loss: mean cross-entropy of the labels, in nats. Only the positions before a label pass the output head.
 
@@ -37,9 +38,10 @@ class CausalLM(LanguageModule):
         kwargs: Arguments of `LanguageModule` and `ZooModule`; ``compile`` compiles each block in place.
 
     Raises:
-        ValueError: If the backbone is no causal model, or arguments do not fit one another.
+        ValueError: If the backbone is of another kind, or ``loss_chunk`` negative.
     """
 
+    kind: ClassVar[BackboneKind]
     #: Losses of the last training step, without gradient: ``ce`` (nats), ``ce_per_sample`` (B,), and ``weight`` of ``ce`` among
     #: the micro-batches and processes of the optimizer step.
     last_losses: dict[str, Tensor]
@@ -52,9 +54,10 @@ class CausalLM(LanguageModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, **kwargs)
-        if backbone.kind != "causal":
+        if backbone.kind != self.kind:
             raise ValueError(
-                f"{type(self).__name__}: the backbone is an {backbone.kind}, which predicts no next token: take a causal model."
+                f"{type(self).__name__}: the backbone is of the kind {backbone.kind}: take CausalLM for causal models, Seq2SeqLM"
+                " for an encoder_decoder; an encoder alone predicts no next token."
             )
         if loss_chunk < 0:
             raise ValueError(f"{type(self).__name__}: loss_chunk={loss_chunk} must not be negative.")
@@ -101,10 +104,13 @@ class CausalLM(LanguageModule):
         if tokenizer is not None:
             self.backbone.check_tokenizer(tokenizer)
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """Inputs of the output head (B, T, D), those of position t for the label of t + 1."""
+        raise NotImplementedError
+
     @override
     def token_losses(self, batch: Batch) -> TokenLosses:
-        """Cross-entropies of a batch; its labels are those of the tokens that follow."""
-        hidden_BTD = self.backbone(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+        hidden_BTD = self.hidden(batch)
         label_BT = counted_labels(batch)[:, 1:]
         counted_BT = label_BT != IGNORED
         x_ND, label_N = hidden_BTD[:, :-1][counted_BT], label_BT[counted_BT]
@@ -138,23 +144,73 @@ class CausalLM(LanguageModule):
         return self.backbone.decodes()
 
     @override
+    @torch.no_grad()
     def scores(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        device = next(self.backbone.parameters()).device
+        found = []
+        for context, continuation in pairs:
+            logp_TV = self._logits(context, continuation).double().log_softmax(-1)
+            found.append(float(logp_TV.gather(1, torch.tensor(continuation, device=logp_TV.device)[:, None]).sum()))
+        for _ in range(self._largest(len(pairs)) - len(pairs)):  # other processes may wait for these passes
+            self._logits([0], [0])
+        return found
 
-        def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.backbone.logits(self.backbone(input_ids.to(device), attention_mask.to(device)))
+    def _logits(self, context: Ids, continuation: Ids) -> Tensor:
+        """Scores (T, V) of a continuation's tokens after a context."""
+        raise NotImplementedError
 
-        return _scores(logits, pairs, self._largest(len(pairs)))
+
+class CausalLM(TunedLM):
+    """A causal language model that is tuned on texts or conversations, as the DataModules Text, SFT and ToolDialogues give them.
+
+    See `TunedLM` for the arguments and `LanguageModule` for the batches.
+    """
+
+    kind = "causal"
+
+    @override
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.backbone(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+
+    @override
+    def _logits(self, context: Ids, continuation: Ids) -> Tensor:
+        ids_1T = torch.tensor([[*context, *continuation[:-1]]], device=self.device)
+        return self.backbone.logits(self.backbone(ids_1T)[0, len(context) - 1 :])
 
 
-@torch.no_grad()
-def _scores(logits: Callable[[Tensor, Tensor], Tensor], pairs: Sequence[tuple[Ids, Ids]], passes: int) -> list[float]:
-    """Log-likelihoods of continuations, one pass each, and passes without a result up to a number."""
-    found = []
-    for context, continuation in pairs:
-        ids_1T = torch.tensor([[*context, *continuation[:-1]]])
-        logp_TV = logits(ids_1T, torch.ones_like(ids_1T))[0, len(context) - 1 :].double().log_softmax(-1)
-        found.append(float(logp_TV.gather(1, torch.tensor(continuation, device=logp_TV.device)[:, None]).sum()))
-    for _ in range(passes - len(pairs)):
-        logits(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64))
-    return found
+class Seq2SeqLM(TunedLM):
+    """An encoder-decoder model that is tuned on the same data: the encoder reads what stands before a row's first label.
+
+    Of a row without such a prompt, as the DataModule Text gives it, the encoder reads the first half. Batches may also come
+    divided, with ``decoder_input_ids`` (B, T) and ``labels`` (B, T), the label of position t + 1 after the decoder's input t.
+    See `TunedLM` for the arguments.
+    """
+
+    kind = "encoder_decoder"
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check ids, and divide rows into what the encoder reads and what the decoder writes.
+
+        Raises:
+            ValueError: If rows are packed, an id is outside of the vocabulary, or ``input_ids`` are missing.
+        """
+        if self.trainer.predicting or "calls" in batch:
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+        mask = batch.get("attention_mask")
+        checked = super().on_before_batch_transfer(batch, dataloader_idx)
+        if "decoder_input_ids" in checked:
+            check_vocabulary(checked["decoder_input_ids"], self.vocab_size)
+            return {**checked, "attention_mask": mask}
+        if "position_ids" in checked:
+            raise ValueError("Seq2SeqLM: rows with several conversations cannot be divided: set data.packing to false.")
+        return prompt_and_answer(checked, self.backbone.start_id, self.backbone.pad_id)
+
+    @override
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.backbone(batch["input_ids"], batch.get("attention_mask"), decoder_ids_BT=batch["decoder_input_ids"])
+
+    @override
+    def _logits(self, context: Ids, continuation: Ids) -> Tensor:
+        ids_1T = torch.tensor([[self.backbone.start_id, *continuation[:-1]]], device=self.device)
+        context_1S = torch.tensor([list(context)], device=self.device)
+        return self.backbone.logits(self.backbone(context_1S, decoder_ids_BT=ids_1T)[0])
