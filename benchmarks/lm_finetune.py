@@ -82,9 +82,11 @@ class Times(Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock."""
         self.begin = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        """Keep seconds and loss."""
         self.seconds.append(time.perf_counter() - self.begin)
         self.losses.append(float(module.last_losses["ce"]))
 
