@@ -286,7 +286,7 @@ class HFBackbone(Backbone):
         else:
             self._peft.peft_config["default"].base_model_name_or_path = self.source.name
             self._peft.save_pretrained(folder, save_embedding_layers=False)
-        if self.source is not None or self._tokenizer is not None:
+        if self._tokenizer is not None or (self.source is not None and self.source.has_tokenizer):
             self.tokenizer.save_pretrained(folder)
         arguments = {**super().init_config["init_args"], "tokenizer": None, "kind": self.kind}
         if merged:

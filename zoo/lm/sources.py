@@ -51,6 +51,12 @@ class PretrainedSource:
         """What ``from_pretrained`` of transformers takes."""
         return {"pretrained_model_name_or_path": str(self.folder), **({"gguf_file": self.gguf} if self.gguf else {})}
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies with the weights, as in every GGUF file."""
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
+        return self.gguf is not None or any((self.folder / name).is_file() for name in names)
+
     @cached_property
     def named(self) -> NamedSource:
         """Name and SHA-256: that of the one file of weights, or of the digests of several in the order of their names."""
