@@ -43,7 +43,7 @@ def library_model(family: str) -> Any:
     model = FAMILIES[family]().double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3 if parameter.dim() > 1 else 1)  # scores that are not all alike
+            parameter.mul_((12 if family == "opt" else 3) if parameter.dim() > 1 else 1)  # scores that are not all alike
     return model
 
 
