@@ -38,6 +38,12 @@ WIRING = (
     "data_statistics_writer",
     "latent_cache_writer",
     "router_monitor",
+    "backbone",
+    "hf_backbone",
+    "language_module",
+    "loading",
+    "sources",
+    "tuning",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "zoo.lm", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
