@@ -61,7 +61,6 @@ def test_clock_counts_the_time_inside_the_network_only(monkeypatch: pytest.Monke
     assert (clock.calls, clock.seconds) == (2, 5.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "data", [pytest.param(n, marks=[pytest.mark.slow] * (n != "digits")) for n, study in STUDIES.items() if not study.text]
 )
