@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import logging
 import os
 import sys
@@ -24,6 +25,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     from fork_server import fork_server_here
 
     fork_server_here()
+
+# What is imported stays: the collector looks for garbage less often.
+gc.set_threshold(50_000, 20, 100)
 
 # The same examples in each run, and no test that looks at the clock.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

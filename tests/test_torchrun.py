@@ -1,4 +1,4 @@
-"""The README's line for many processes, typed as it stands there: real torchrun, real command line."""
+"""The README's line for many processes, typed as it stands there: torchrun's own code and the command line, in warm processes."""
 
 import csv
 import os

@@ -373,6 +373,7 @@ def broken_once(kind: Callable[..., Any]) -> dict[str, Any]:
     return {"weights": weights, "said": [str(w.message) for w in said], "broken": len(losses), "end": weights_of(model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ranks"), [pytest.param(WHOLE, 2, marks=pytest.mark.slow), (SHARDED, 4)])
 def test_replica_that_broke_once_takes_part_again(pool: RankPool, kind: Callable[..., Any], ranks: int) -> None:
     seen = pool.run(broken_once, partial(kind, **{"warmup_steps": 2}), world_size=ranks)

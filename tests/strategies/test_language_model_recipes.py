@@ -72,7 +72,8 @@ def run(
     }
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_guard_monitor_ramp_and_warm_up_with_divided_experts_are_those_of_one_process(
     pool: RankPool, tmp_path: Path, world_size: int
 ) -> None:

@@ -80,6 +80,7 @@ def too_little(folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_no_code_that_fits_is_an_error_before_training(pool: RankPool, tmp_path: Path) -> None:
     assert "no partition fits" in pool.run(too_little, tmp_path, world_size=4)[0]
 

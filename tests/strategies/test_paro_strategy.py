@@ -333,6 +333,7 @@ def clicks(folder: Path, code: str | None) -> tuple[dict[str, Tensor], dict[str,
     }
 
 
+@pytest.mark.slow
 def test_models_of_clicks_run_unchanged(pool: RankPool, tmp_path: Path) -> None:
     """Tables of which a batch looks up some rows, dropout that belongs to the sample, and an AUC over all ranks."""
     weights, metrics = pool.run(clicks, tmp_path, None, world_size=1)[0]
