@@ -39,7 +39,8 @@ class Terminate(lightning.Callback):
 
 def fit(folder: Path, what: str, launcher: list[str], *options: str, ends_well: bool = True) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", folder))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "fit", *MODELS[what], "--trainer.log_every_n_steps", "1", *SHORT, *QUIET, *options]
+    common = ["--trainer.log_every_n_steps", "1", *SHORT, *QUIET]
+    command = [sys.executable, "-m", *launcher, "fit", *MODELS[what], *common, *options]
     done = warm_python.run(command, cwd=folder, env=environment, timeout=200)
     assert (done.returncode == 0) is ends_well, done.stderr[-3000:]
 
