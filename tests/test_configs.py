@@ -63,11 +63,16 @@ BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
 #: Those that differ from another in a few numbers: read here, trained by `make test-all`.
 LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "emigm/digits_mdm",
                 "ling/tiny_long")  # fmt: skip
+#: Those that train longer than the others, on data that a method of FIRST reads as well.
+LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")
 #: One of each method.
 FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny")
 #: Of the published ones one of each kind of network; the others differ in sizes.
 BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
-         "emigm/imagenet512_large", "ling/lite_pretrain", "ling/plus_pretrain")  # fmt: skip
+         "ling/lite_pretrain")  # fmt: skip
+#: Strategies with one method each that is trained so; `make test-all` composes all with all.
+COMPOSED = [("ddp", "bfn/digits"), ("antdt", "ctr/flights"), ("deepspeed_stage_2", "ling/tiny"), ("edit", "ling/tiny"),
+            ("paro_iig", "emigm/digits")]  # fmt: skip
 FEW = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 STEPPED = [name for name in WHOLE if name not in PUBLISHED and name not in (*NEEDS_WEIGHTS, "emigm/cache_latents")]
 
@@ -121,7 +126,7 @@ def fit(name):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_ANOTHER else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name in (*LIKE_ANOTHER, *LONGER) else [])
     for name in STEPPED if name not in (*FIRST, *BALANCED)
 ])  # fmt: skip
 def test_it_trains_and_validates(name):
@@ -257,7 +262,7 @@ def test_the_stage_of_long_texts_changes_the_base_of_the_positions_of_the_one_be
 @pytest.mark.parametrize(
     ("name", "whole"),
     [
-        pytest.param(name, whole, marks=() if "/ddp" in name or whole == "ling/tiny" else pytest.mark.slow)
+        pytest.param(name, whole, marks=() if (name.removeprefix("strategies/"), whole) in COMPOSED else pytest.mark.slow)
         for name in CONFIGS
         if name.startswith("strategies/")
         for whole in FIRST  # the trainer is composed

@@ -90,7 +90,7 @@ def run(folder: Path, dtype: torch.dtype, accumulate: int, clip: float | None, s
 )
 @pytest.mark.parametrize(
     ("accumulate", "clip", "stratified"),
-    [(1, None, False), (2, 0.5, False), (2, 0.5, True)],
+    [pytest.param(1, None, False, marks=pytest.mark.slow), (2, 0.5, False), (2, 0.5, True)],
     ids=["plain", "accumulated and clipped", "stratified"],
 )
 def test_two_ranks_equal_one_process(

@@ -61,9 +61,8 @@ def test_clock_counts_the_time_inside_the_network_only(monkeypatch: pytest.Monke
     assert (clock.calls, clock.seconds) == (2, 5.0)
 
 
-@pytest.mark.parametrize(
-    "data", [pytest.param(n, marks=[pytest.mark.slow] * (n != "digits")) for n, study in STUDIES.items() if not study.text]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [name for name, study in STUDIES.items() if not study.text])
 def test_smoke_run_measures_every_sampler_and_keeps_no_result(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):

@@ -46,6 +46,7 @@ def test_parameters_of_the_real_sizes_are_equal() -> None:
             assert decode.parameters_of(LingForCausalLM(config)) == config.num_parameters()
 
 
+@pytest.mark.slow
 def test_engine_and_static_batches_write_the_same_tokens() -> None:
     network = ours_of("Mixtral").double()
     queue = decode.queue_of(7, network.config.vocab_size, 4)

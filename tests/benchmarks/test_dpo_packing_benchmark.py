@@ -27,6 +27,7 @@ def test_padding_is_counted_in_both_layouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_smoke_run_compares_both_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = dpo_packing.main(["--smoke"])

@@ -46,6 +46,7 @@ def test_planted_batches_differ_from_the_clean_ones_only_there_and_queued_window
     assert all(sum(ids.count(sample) for ids in later[:6]) == 1 for sample in first)
 
 
+@pytest.mark.slow
 def test_smoke_run_measures_all_bars_and_keeps_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = main(["--smoke"])

@@ -210,7 +210,7 @@ def test_training_learns_what_can_be_known(tmp_path: Path):
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
     )
     before = trainer(tmp_path).validate(model, data, verbose=False)[0]["val_loss"]
-    trainer(tmp_path, max_steps=400).fit(model, data)
+    trainer(tmp_path, max_steps=300).fit(model, data)
     after = trainer(tmp_path).validate(model, data, verbose=False)[0]["val_loss"]
     assert after < before / 3
     assert (model.sample(torch.arange(20)).images - picture).abs().mean() < 0.08

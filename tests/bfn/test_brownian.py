@@ -66,7 +66,7 @@ def test_two_steps_noise_combines_to_that_of_both_together(flow):
     assert not torch.allclose(noise(1, start, middle), noise(2, middle, end), atol=0.01)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(asked=st.lists(st.tuples(st.floats(0, 0.99), st.floats(0.001, 0.5)), min_size=1, max_size=5), seed=st.integers(0, 5))
 def test_noise_depends_on_its_interval_only(asked, seed):
     """Neither on what was asked before, nor on the order of asking."""
@@ -144,17 +144,17 @@ def test_samples_depend_on_seed_and_number_only(cls):
 
 
 def test_all_stochastic_solvers_converge_along_the_path_to_one_limit():
-    """Path by path, with order 1; from t = 1/64 with steps at multiples of 2^-11, where the path is known exactly."""
+    """Path by path, with order 1; from t = 1/64 with steps at multiples of 2^-10, where the path is known exactly."""
     options = {"eta": 1 / 64, "noise": "brownian", "last_drop": False}
-    reference = draw(SDE2M(nfe=63 * 32, **options), range(128))
-    independent = draw(SDE2M(nfe=63 * 8, eta=1 / 64, last_drop=False), range(128))
+    reference = draw(SDE2M(nfe=63 * 16, **options), range(128))
+    independent = draw(SDE2M(nfe=63 * 2, eta=1 / 64, last_drop=False), range(128))
     assert (independent - reference).square().mean().sqrt() > 0.3
     for cls in (SDE1, SDE2M, SDEEuler):
-        solvers = [cls(nfe=n, **options) for n in (21, 42, 84, 168)]
+        solvers = [cls(nfe=n, **options) for n in (21, 42, 84)]
         errors = [(draw(solver, range(128)) - reference).square().mean().sqrt().item() for solver in solvers]
         found = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-        assert found == pytest.approx([1, 1, 1], abs=0.35)
-        assert errors[-1] < 0.05
+        assert found == pytest.approx([1, 1], abs=0.35)
+        assert errors[-1] < 0.1
 
 
 def test_ancestral_sampling_converges_along_the_path_too():

@@ -33,6 +33,10 @@ def test_rows_and_rates_are_those_that_were_counted(flights: Flights, raw: dict[
     assert sum(sizes.values()) == 327_346 and sizes["test"] == 64_197
     late = sum(int(table.label.sum()) for table in flights.tables.values())
     assert late / 327_346 == pytest.approx(0.2371, abs=5e-5)
+
+
+@pytest.mark.slow
+def test_all_days_may_be_trained_on() -> None:
     none_held_out = Flights(val_days=[])
     none_held_out.setup("fit")
     assert len(none_held_out.dataset("train")) == 263_149 and none_held_out.val_dataloader() == []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sweep import sweep
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import Digits
@@ -356,7 +357,7 @@ def test_training_learns_one_picture(tmp_path: Path):
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
     )
     before = trainer(tmp_path).validate(model, data, verbose=False)[0]["val_loss"]
-    trainer(tmp_path, max_steps=100, limit_val_batches=0).fit(model, data)
+    trainer(tmp_path, max_steps=80, limit_val_batches=0).fit(model, data)
     after = trainer(tmp_path).validate(model, data, verbose=False)[0]["val_loss"]
     assert after < before / 3
     assert (model.sample(torch.arange(5)).images - picture).abs().mean() < 0.1
@@ -477,7 +478,7 @@ class Wider(EMIGM):
         self.gain = gain
 
 
-@pytest.mark.parametrize("cfg_with_mask", [True, False])
+@pytest.mark.parametrize("cfg_with_mask", sweep([True, False]))
 def test_shared_weights_give_the_same_samples(tmp_path: Path, cfg_with_mask):
     model = painter(cfg_with_mask=cfg_with_mask)
     images = model.sample(torch.arange(4)).images

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep_tuples
 
 from zoo.base.random import SampleRandom
 from zoo.ling import Engine, LingConfig, LingForCausalLM
@@ -71,7 +72,9 @@ def mixed(count: int, seed: int = 0) -> list[tuple[list[int], dict[str, object]]
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize(("max_tokens", "max_batch", "growth"), [(400, 8, 32), (30, 8, 2), (24, 3, 1), (24, 1, 5)])
+@pytest.mark.parametrize(
+    ("max_tokens", "max_batch", "growth"), sweep_tuples([(400, 8, 32), (30, 8, 2), (24, 3, 1), (24, 1, 5)], quick=(1, 2))
+)
 def test_requests_get_what_they_get_alone(network: LingForCausalLM, max_tokens: int, max_batch: int, growth: int) -> None:
     requests = mixed(9)
     expected = [alone(network, prompt, **options) for prompt, options in requests]

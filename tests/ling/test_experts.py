@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from sweep import sweep
 from torch import Tensor
 
 from zoo.ling import experts as module
@@ -149,7 +150,7 @@ def test_gradients_of_any_layout(backend: Backend, blocked: bool, monkeypatch: p
         close(list(found), list(expected), 1e-6)
 
 
-@pytest.mark.parametrize("function", ["loop", "_Blocked"])
+@pytest.mark.parametrize("function", sweep(["_Blocked", "loop"]))
 def test_gradients_in_float64_and_odd_sizes(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = build("auto" if function == "loop" else "grouped", torch.float64, width=3 if function == "loop" else 4, hidden=8)
     monkeypatch.setattr(module, "_LARGE_BYTES", 0)

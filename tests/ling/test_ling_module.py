@@ -12,6 +12,7 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from sweep import sweep
 from torch import Tensor
 from torch.distributed import get_world_size
 from torch.optim.lr_scheduler import LinearLR
@@ -311,7 +312,7 @@ def test_frozen_parameters_stay_and_gains_do_not_decay(tmp_path: Path) -> None:
         Ling(SMALL, freeze=["model.wte"])
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", sweep(["bf16-true", "bf16-mixed"]))
 def test_it_trains_in_half_precision(tmp_path: Path, precision: str) -> None:
     model = Recording(SMALL, router_warmup_steps=2, loss_chunk=5, optimizer=partial(torch.optim.AdamW, lr=3e-2))
     trainer(tmp_path, precision=precision, max_epochs=3, max_steps=-1).fit(model, Periods(batch_size=8))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sweep import sweep
 
 from zoo.ling import LingForCausalLM, preset
 from zoo.ling.multiple_choice import encode_pair, loglikelihoods
@@ -96,7 +97,7 @@ def test_model_is_known_by_its_name(evaluate):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize("max_length", [128, 10])
+@pytest.mark.parametrize("max_length", sweep([10, 128]))
 def test_rolling_likelihood_predicts_each_byte_once(evaluate, max_length):
     network = network_of()
     found, responses = evaluate(lm_of(network, max_length=max_length), "prose")

@@ -80,7 +80,7 @@ STRATEGIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("prompts", "temperature", "strategy"), [
-    *((5, 0.0, strategy) for strategy in STRATEGIES),
+    *(pytest.param(5, 0.0, each, marks=[pytest.mark.slow] if each in ("fsdp2", "paro") else []) for each in STRATEGIES),
     *(pytest.param(1, 1.0, each, marks=[] if each in ("fsdp2", "paro") else [pytest.mark.slow]) for each in STRATEGIES),
 ])  # fmt: skip
 def test_every_prompt_is_answered_once_as_by_one_process(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep import sweep_tuples
 
 from strategies.antdt.actions import KillRestart
 from strategies.antdt.simulator import ClusterSim, SimCluster, SimResult
@@ -96,7 +97,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(mode: Any) -> None:
 PLANTED = SlownessModel(transient_rate=0.0, persistent_share=0.1, persistent_onset=100.0)
 
 
-@pytest.mark.parametrize(("mode", "group"), [pytest.param("bsp", False, marks=pytest.mark.slow), ("bsp", True), ("asp", False)])
+@pytest.mark.parametrize(("mode", "group"), sweep_tuples([("bsp", True), ("bsp", False), ("asp", False)]))
 def test_planted_stragglers_are_found_and_only_they(mode: Any, group: bool) -> None:
     cluster = SimCluster(workers=20, local_batch=10, steps=2500, cost=0.1, restart_seconds=20.0)
     model = PLANTED

@@ -102,7 +102,7 @@ def timed(kind: Callable[..., Any], folder: Path) -> tuple[list[int], list[list[
     return steps.saves, steps.syncs
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [*KINDS[:2], pytest.param(SHARDED, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "ranks"), sweep_tuples([*KINDS[:2], (SHARDED, 4)]))
 def test_saves_by_time_are_one_a_round(pool: RankPool, tmp_path: Path, kind: Callable[..., Any], ranks: int) -> None:
     runs = pool.run(timed, kind, tmp_path, world_size=ranks)
     saves, syncs = runs[0]

@@ -161,7 +161,7 @@ def test_sharded_checkpoints_of_another_model_are_refused(pool: RankPool, saved:
 
 
 @pytest.mark.parametrize(("world_size", "pairs"), [
-    (4, [("III", "GGG"), ("ddp", "IIG")]),
+    pytest.param(4, [("III", "GGG"), ("ddp", "IIG")], marks=pytest.mark.slow),
     pytest.param(4, [("IIG", "IIG"), ("GGG", "IIG sharded")], marks=pytest.mark.slow),
     (2, [("NNG", "IIG sharded")]),
     (1, [("one", "IIG"), ("one", "file")]),

@@ -195,6 +195,7 @@ def of_two_steps(code: str, group: int, micro: int) -> Case:
     return Case(code, group, micro, steps=2, clip=0.8, network={"depth": 2})
 
 
+@pytest.mark.slow
 def test_all_codes_train_as_one_process(pool: RankPool) -> None:
     check(pool, [of_two_steps(code, group=2, micro=3) for code in CODES], 4)
 
