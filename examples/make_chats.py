@@ -2,9 +2,11 @@
 
     python examples/make_chats.py
     zoo fit -c lm/smollm2_sft --data.path chats.jsonl --data.val_path chats_held_out.jsonl
+    zoo fit -c lm/smollm2_dpo --data.path pairs.jsonl --data.val_path pairs_held_out.jsonl
 
 200 conversations to train on and 100 held out ask for years, genres and films of MovieLens-100K (2 MB, fetched once; for
-research, not to be passed on). No film is in both files. Your own table does as well: ``python examples/make_chats.py my.tsv``,
+research, not to be passed on). No film is in both files. The pairs prefer the answer on the film that was asked for to the
+same answer on another one. Your own table does as well: ``python examples/make_chats.py my.tsv``,
 with columns ``movie_title``, ``release_year`` and ``class`` (genres), separated by tabs.
 """
 
@@ -48,14 +50,26 @@ def chats(graph: KnowledgeGraph, count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def pairs(rows: list[dict]) -> list[dict]:
+    """Preferences: each answer, and the one to the next question of the same kind, which is wrong here."""
+    found = []
+    for row, other in zip(rows, rows[len(ASKED) :] + rows[: len(ASKED)], strict=True):
+        (question, answer), (_, wrong) = row["messages"], other["messages"]
+        if answer != wrong:
+            found.append({"prompt": [question], "chosen": [answer], "rejected": [wrong]})
+    return found
+
+
 def main(table: str | None = None, folder: str = ".", num_train: int = 200, num_held_out: int = 100) -> None:
-    """Write ``chats.jsonl`` and ``chats_held_out.jsonl``."""
+    """Write ``chats.jsonl``, ``pairs.jsonl``, and the same of the films that are held out."""
     path = Path(table) if table else fetch("movielens-100k") / "ml-100k.item"
     train, held_out = KnowledgeGraph(titled_films(path), "film", "films").split(1 / 3)
-    for name, graph, count in (("chats", train, num_train), ("chats_held_out", held_out, num_held_out)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chats(graph, count))
-        Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{name}.jsonl: {count} conversations on {len(graph.heads)} films")
+    for ending, graph, count in (("", train, num_train), ("_held_out", held_out, num_held_out)):
+        conversations = chats(graph, count)
+        for name, rows in (("chats", conversations), ("pairs", pairs(conversations))):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            Path(folder, f"{name}{ending}.jsonl").write_text(text, encoding="utf-8")
+        print(f"chats{ending}.jsonl, pairs{ending}.jsonl: {count} conversations on {len(graph.heads)} films")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import Preferences
 from zoo.ling import Ling, LingConfig, LingDPO
-from zoo.ling.dpo_loss import unpack
+from zoo.lm.dpo_loss import unpack
 
 CONFIG = LingConfig(
     vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,

@@ -4,7 +4,7 @@ from zoo.ling.backbone import LingBackbone
 from zoo.ling.cache import KVCache
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import LingConfig, RopeScaling, preset
-from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
+from zoo.lm.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.engine import Completion, Engine
 from zoo.ling.experts import Experts
 from zoo.ling.head import Head, normalized_weight

@@ -1,9 +1,5 @@
-"""Preference training of the language model.
+"""Preference training of Ling."""
 
-Shape suffixes: B pairs, T tokens; 2B both answers of each pair, all chosen ones first; R rows that hold several answers.
-"""
-
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,51 +7,32 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from zoo.ling.causal_lm import LingForCausalLM
-from zoo.ling.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses, unpack
 from zoo.ling.module import Ling
-from zoo.ling.network import LingOutput
 from zoo.ling.router import router_statistics
 from zoo.ling.state_dict_adapter import load_hf
-from zoo.lm.batches import check_vocabulary
-from zoo.lm.cross_entropy import IGNORED
-from zoo.metrics.mean_and_error import Mean
+from zoo.lm.dpo_loss import token_losses
+from zoo.lm.preference import PreferenceTraining
 
 __all__ = ["LingDPO"]
 
-_SIDES = ("chosen", "rejected")
-_PACKED = tuple(f"packed_{name}" for name in ("input_ids", "labels", "position_ids", "answer_ids"))
 
+class LingDPO(PreferenceTraining, Ling):
+    """Direct preference optimisation of Ling, see `PreferenceTraining`.
 
-class LingDPO(Ling):
-    """Direct preference optimisation of a language model, with a share of the chosen answers' likelihood.
-
-    Batches hold, for ``chosen`` and ``rejected`` each, ``<side>_input_ids`` and ``<side>_labels`` (B, T), -100 outside of the
-    answer, padded on the right to one width, and ``<side>_attention_mask`` (B, T), 0 for padding (absent: none); with
-    ``reference="precomputed"`` also ``reference_<side>_logps`` (B,), as the DataModule Preferences gives them. Source: Rafailov
-    et al., arXiv 2305.18290; the share of likelihood is that of the Ling-Coder report. A batch whose ``index`` (B,) is -1 has no
-    weight in an evaluation.
-
-    Packed batches hold several answers in a row, which do not see one another, and give the same numbers and gradients:
-    ``packed_input_ids``, ``packed_labels`` and ``packed_attention_mask`` (R, T); ``packed_position_ids`` (R, T) from 0 in each
-    answer, ``packed_answer_ids`` (R, T), b for the chosen answer of pair b and B + b for the rejected one, both continued in the
-    padding behind a row's last answer; ``index`` (B,), whose length is the number of pairs.
+    The routers' losses count as in `Ling`, over both answers.
 
     Args:
-        beta: Weight of a difference of likelihoods to the reference.
-        nll_weight: Weight of the chosen answers' cross-entropy.
-        reference: ``copy`` takes the weights at the start of the training (kept in checkpoints, so that a continued run has
-            the same reference), ``precomputed`` the log-likelihoods of the data; any other text is the folder of a model in
-            the released format, whose experts and router are computed as the model's.
+        reference: As of `PreferenceTraining`; a model is the folder of one in the released format, whose experts and router are
+            computed as the model's.
         router_warmup_steps: 0, since the router has learned already.
-        kwargs: Arguments of `Ling`; the routers' losses count as there, over both answers, and ``loss_over="step"`` lets pairs
-            count alike. ``loss_chunk`` has no effect: the logits of whole answers are in memory.
+        kwargs: Arguments of `PreferenceTraining` and `Ling`.
 
     Raises:
         ValueError: If numbers are out of range.
     """
 
-    exact_batches = True  # log-likelihoods of a reference are larger than what half precision tells apart
+    other_data = "the model Ling"
+    reference_entry = "ling_reference"
 
     def __init__(
         self,
@@ -65,222 +42,41 @@ class LingDPO(Ling):
         router_warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(router_warmup_steps=router_warmup_steps, **kwargs)
-        if beta <= 0 or nll_weight < 0:
-            raise ValueError(f"LingDPO: beta={beta} must be positive, nll_weight={nll_weight} must not be negative.")
+        options = {"beta": beta, "nll_weight": nll_weight, "reference": reference}
+        super().__init__(**options, router_warmup_steps=router_warmup_steps, **kwargs)
         if router_warmup_steps:
             raise ValueError("LingDPO: router_warmup_steps must be 0: the router has learned already.")
-        self.beta = beta
-        self.nll_weight = nll_weight
-        self.reference = reference
         self._reference_options = {
             "experts": kwargs.get("experts", "auto"),
             "accurate_router": kwargs.get("router_dtype", "float32") == "float32",
         }
-        # In a list, so that it is no part of the module: not trained, not averaged, not in what is shared.
-        self._reference: list[LingForCausalLM] = []
-        self.val_preferences, self.test_preferences = _Preferences(), _Preferences()
+
+    @property
+    @override
+    def policy(self) -> nn.Module:
+        return self.network
 
     @override
-    def setup(self, stage: str) -> None:
-        """Make the reference before a strategy divides the weights.
-
-        Raises:
-            FileNotFoundError: If there is no folder of that name.
-            ValueError: If its weights are damaged, or its vocabulary is another.
-        """
-        super().setup(stage)
-        if stage == "predict" or self._reference or self.reference == "precomputed":
-            return
-        if self.reference != "copy":
-            self._keep(load_hf(self.reference, **self._reference_options))
-            if (size := self._reference[0].config.vocab_size) != self.config.vocab_size:
-                raise ValueError(
-                    f"LingDPO: the reference {self.reference} has a vocabulary of {size}, the model one of"
-                    f" {self.config.vocab_size}: take a reference that has the model's tokenizer."
-                )
-        elif stage == "fit":
-            self._keep(copy.deepcopy(self.network))
-
-    def _keep(self, network: LingForCausalLM) -> None:
-        self._reference = [network.requires_grad_(False).eval()]
+    def load_reference(self, source: str) -> tuple[nn.Module, int]:
+        network = load_hf(source, **self._reference_options)
+        return network, network.config.vocab_size
 
     @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the entries of the batch and their ids.
-
-        Raises:
-            ValueError: If these are no pairs, entries are missing, the answers have several widths, an id or label is outside
-                of the vocabulary, or packed answers are numbered in another way.
-        """
-        if self.trainer.predicting:
-            return super().on_before_batch_transfer(batch, dataloader_idx)
-        if not isinstance(batch, Mapping) or not {"chosen_input_ids", "packed_input_ids"} & batch.keys():
-            raise ValueError(
-                f"{type(self).__name__} needs batches with chosen_input_ids and rejected_input_ids, as the DataModule Preferences"
-                f" gives them: set data: Preferences, or take the model Ling for other data."
-            )
-        packed = "packed_input_ids" in batch
-        wanted = list(_PACKED) if packed else [f"{side}_{name}" for side in _SIDES for name in ("input_ids", "labels")]
-        references = [f"reference_{side}_logps" for side in _SIDES] if self.reference == "precomputed" else []
-        if missing := [name for name in (*wanted, *(["index"] if packed else []), *references) if name not in batch]:
-            where = ", which reference: precomputed needs: the data file gives them in each row" if missing == references else ""
-            raise ValueError(f"LingDPO: the batch lacks {', '.join(missing)}{where}.")
-        if len({batch[name].shape for name in wanted}) > 1:
-            shapes = ", ".join(f"{name} {list(batch[name].shape)}" for name in wanted)
-            raise ValueError(f"LingDPO: pad all answers of a batch to one width ({shapes}).")
-        for side in ["packed"] if packed else _SIDES:
-            check_vocabulary(batch[f"{side}_input_ids"], self.config.vocab_size)
-            labels = batch[f"{side}_labels"]
-            check_vocabulary(labels[labels != IGNORED], self.config.vocab_size)
-        if packed:
-            _check_packing(batch)
-        return batch
+    def like_policy(self, reference: nn.Module) -> None:
+        reference.to(self.network.lm_head.weight)
 
     @override
-    def on_fit_start(self) -> None:
-        if self.reference == "copy" and not self._reference:  # continued from weights that were trained without one
-            self._keep(copy.deepcopy(self.network))
-        self._place_reference()
+    def answer_losses(
+        self, network: nn.Module, ids_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor | None, answers_BT: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        output = network(ids_BT, position_ids=positions_BT, document_ids=answers_BT)
+        return token_losses(output.logits, labels_BT), output
 
     @override
-    def on_validation_start(self) -> None:
-        self._place_reference()
-
-    @override
-    def on_test_start(self) -> None:
-        self._place_reference()
-
-    def _place_reference(self) -> None:
-        for network in self._reference:
-            network.to(self.network.lm_head.weight)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the copied reference."""
-        super().on_save_checkpoint(checkpoint)
-        if self.reference == "copy" and self._reference:
-            checkpoint["ling_reference"] = self._reference[0].state_dict()
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the reference that `on_save_checkpoint` stored."""
-        super().on_load_checkpoint(checkpoint)
-        if self.reference != "copy":
-            return
-        if "ling_reference" not in checkpoint:
-            self._reference = []  # the copy of `setup` is not of the weights that are loaded now
-            return
-        if not self._reference:
-            self._keep(copy.deepcopy(self.network))
-        self._reference[0].load_state_dict(checkpoint["ling_reference"])
-
-    @staticmethod
-    def _run(network: LingForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, LingOutput]:
-        """Log-likelihoods (B,) of chosen and of rejected answers, and the network's output for all tokens."""
-        if "packed_input_ids" in batch:
-            position_RT, answer_RT = batch["packed_position_ids"], batch["packed_answer_ids"]
-            output = network(batch["packed_input_ids"], position_ids=position_RT, document_ids=answer_RT)
-            losses_RT = token_losses(output.logits, batch["packed_labels"])
-            losses_2BT = unpack(losses_RT, answer_RT, position_RT, 2 * _num_pairs(batch))
-        else:
-            output = network(torch.cat([batch[f"{side}_input_ids"] for side in _SIDES]))
-            losses_2BT = token_losses(output.logits, torch.cat([batch[f"{side}_labels"] for side in _SIDES]))
-        chosen_B, rejected_B = sequence_logps(losses_2BT).chunk(2)
-        return chosen_B, rejected_B, output
-
-    @staticmethod
-    def _chosen_labels(batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, T)."""
-        if "packed_input_ids" not in batch:
-            return batch["chosen_labels"]
-        where = batch["packed_answer_ids"], batch["packed_position_ids"]
-        return unpack(batch["packed_labels"], *where, 2 * _num_pairs(batch), fill=-100)[: _num_pairs(batch)]
-
-    def preferences(self, batch: Mapping[str, Tensor]) -> tuple[DPOLoss, LingOutput]:
-        """Loss and rewards of a batch, and the model's output for its tokens."""
-        if self.reference == "precomputed":
-            references = batch["reference_chosen_logps"], batch["reference_rejected_logps"]
-        else:
-            with torch.no_grad():
-                references = self._run(self._reference[0] if self._reference else self.network, batch)[:2]
-        num_chosen_B = (self._chosen_labels(batch)[:, 1:] != -100).sum(1)
-        chosen_B, rejected_B, output = self._run(self.network, batch)
-        return dpo_loss(chosen_B, rejected_B, *references, num_chosen_B, beta=self.beta, nll_weight=self.nll_weight), output
-
-    @override
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Weighted loss of a batch of pairs."""
-        self._begin_mean(torch.tensor(_num_pairs(batch), device=self.device), batch_idx)
-        result, output = self.preferences(batch)
-        sides = ["packed"] if "packed_input_ids" in batch else _SIDES
+    def other_losses(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | float, dict[str, Tensor]]:
+        sides = ["packed"] if "packed_input_ids" in batch else ["chosen", "rejected"]
         masks = [batch[name] for side in sides if (name := f"{side}_attention_mask") in batch]
         valid_N = torch.cat(masks).reshape(-1).bool() if len(masks) == len(sides) else None
         self.router_stats = router_statistics(output.routings, valid_N) if output.routings else None
         aux, z = self.router_losses(output, valid_N)
-        loss = result.loss + self.aux_coef * aux + self.z_coef * z
-        weight = self._weight(loss)
-        losses = {"ce": result.loss, "ce_per_sample": result.loss_B, "aux": aux, "z": z, "weight": weight}
-        self.last_losses = {name: value.detach() for name, value in losses.items()}
-        values = {"preference": result.preference, "nll": result.nll, "accuracy": result.accuracy, "aux": aux, "z": z}
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss * weight
-
-    def loss_denominator(self, batch: Any) -> int:
-        """The pairs of a batch."""
-        return _num_pairs(batch)
-
-    @override
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss without the routers' part, accuracy and margin of the rewards."""
-        self._log_preferences("val", batch)
-
-    @override
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._log_preferences("test", batch)
-
-    def _log_preferences(self, stage: str, batch: Mapping[str, Tensor]) -> None:
-        result, _ = self.preferences(batch)
-        margin = (result.chosen_reward_B - result.rejected_reward_B).mean()
-        weight = 0 if "index" in batch and bool((batch["index"] < 0).all()) else _num_pairs(batch)
-        means = self.val_preferences if stage == "val" else self.test_preferences
-        means.loss.update(result.loss, weight)
-        means.accuracy.update(result.accuracy, weight)
-        means.margin.update(margin, weight)
-        self.log_dict({f"{stage}/loss": means.loss, f"{stage}/accuracy": means.accuracy, f"{stage}/margin": means.margin})
-
-
-class _Preferences(nn.Module):
-    """Means over the pairs of an evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = Mean()
-        self.accuracy = Mean()
-        self.margin = Mean()
-
-
-def _num_pairs(batch: Mapping[str, Tensor]) -> int:
-    """B, of a padded or packed batch."""
-    return len(batch["index" if "packed_input_ids" in batch else "chosen_input_ids"])
-
-
-def _check_packing(batch: Mapping[str, Tensor]) -> None:
-    """Refuse answers that would see one another, predict one another's beginning, or be lost.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    labels_RT, position_RT, answer_RT = (batch[f"packed_{name}"] for name in ("labels", "position_ids", "answer_ids"))
-    begins_RT = position_RT == 0
-    goes_on = torch.equal(position_RT[:, 1:], (position_RT[:, :-1] + 1).masked_fill(begins_RT[:, 1:], 0))
-    changes_RT = answer_RT[:, 1:] != answer_RT[:, :-1]
-    numbers, expected = answer_RT[begins_RT].sort().values, torch.arange(2 * _num_pairs(batch))
-    if not (goes_on and begins_RT[:, 0].all() and torch.equal(changes_RT, begins_RT[:, 1:]) and torch.equal(numbers, expected)):
-        raise ValueError(
-            f"LingDPO: packed_answer_ids must number the {len(expected)} answers of {_num_pairs(batch)} pairs, each in one "
-            f"piece, and packed_position_ids count 0, 1, 2, ... in each, on through the padding behind it."
-        )
-    if bool((labels_RT[begins_RT] != -100).any()):
-        raise ValueError("LingDPO: nothing precedes the first token of a packed answer: its label must be -100.")
+        return self.aux_coef * aux + self.z_coef * z, {"aux": aux, "z": z}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.ling import LingForCausalLM, preset
-from zoo.ling.dpo_loss import dpo_loss, sequence_logps, token_losses
+from zoo.lm.dpo_loss import dpo_loss, sequence_logps, token_losses
 
 
 @pytest.fixture

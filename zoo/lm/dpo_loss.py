@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DPOLoss", "dpo_loss", "sequence_logps", "token_losses", "unpack"]
+from zoo.lm.cross_entropy import IGNORED
 
-IGNORED = -100
+__all__ = ["DPOLoss", "dpo_loss", "sequence_logps", "token_losses", "unpack"]
 
 
 class DPOLoss(NamedTuple):
