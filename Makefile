@@ -14,7 +14,13 @@ install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet --no-compile --editable '.[dev]'
+	touch $@
+
+# lm-eval has 15,000 files: only `make test-all` tests the adapter to it.
+$(VENV)/evaluates: $(VENV)/installed
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev,eval]'
 	touch $@
 
 # What the tests and the demo read; fetched once into the cache, before anything runs without network.
@@ -31,7 +37,7 @@ demo: install
 test: assets
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-test-all: assets
+test-all: assets $(VENV)/evaluates
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'slow or not slow'
 
 bench: install
