@@ -4,7 +4,6 @@ from zoo.ling.backbone import LingBackbone
 from zoo.ling.cache import KVCache
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.config import LingConfig, RopeScaling, preset
-from zoo.lm.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.ling.engine import Completion, Engine
 from zoo.ling.experts import Experts
 from zoo.ling.head import Head, normalized_weight
@@ -19,6 +18,7 @@ from zoo.ling.scaling_law import compute_of, optimal
 from zoo.ling.schedule import WSD, Annealing
 from zoo.ling.state_dict_adapter import load_hf, read_hf_config, save_hf
 from zoo.lm.cross_entropy import cross_entropy
+from zoo.lm.dpo_loss import DPOLoss, dpo_loss, sequence_logps, token_losses
 from zoo.lm.generation import Generation, generate, stream
 from zoo.lm.token_choice import TokenChoice
 

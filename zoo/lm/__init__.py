@@ -4,6 +4,7 @@ from zoo.lm.backbone import Backbone
 from zoo.lm.hf_backbone import HFBackbone
 from zoo.lm.module import CausalLM, Seq2SeqLM
 from zoo.lm.pooling import Pooling
+from zoo.lm.preference import DPO
 from zoo.lm.tuning import LoRA
 
-__all__ = ["Backbone", "CausalLM", "HFBackbone", "LoRA", "Pooling", "Seq2SeqLM"]
+__all__ = ["DPO", "Backbone", "CausalLM", "HFBackbone", "LoRA", "Pooling", "Seq2SeqLM"]
