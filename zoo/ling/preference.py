@@ -42,7 +42,7 @@ class LingDPO(PreferenceTraining, Ling):
         router_warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
-        options = {"beta": beta, "nll_weight": nll_weight, "reference": reference}
+        options: dict[str, Any] = {"beta": beta, "nll_weight": nll_weight, "reference": reference}
         super().__init__(**options, router_warmup_steps=router_warmup_steps, **kwargs)
         if router_warmup_steps:
             raise ValueError("LingDPO: router_warmup_steps must be 0: the router has learned already.")

@@ -218,7 +218,7 @@ class HFBackbone(Backbone):
 
     @cached_property
     @override
-    def tokenizer(self) -> Any:  # type: ignore[override]
+    def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         source = self.source if self._tokenizer is None else find_source(self._tokenizer)

@@ -79,7 +79,7 @@ class TunedLM(LanguageModule):
     def parameter_groups(self) -> Iterable[Any]:
         """Matrices, which decay; gains and biases, which do not."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
             {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
         ]

@@ -17,7 +17,7 @@ def counts_own_positions(network: nn.Module) -> bool:
     Rotary and relative positions do not mind; OPT counts by the mask, RoBERTa by the id of padding.
     """
     names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
-    by_itself = network.config.model_type in ("opt", "roberta", "xlm-roberta", "camembert")  # type: ignore[union-attr]
+    by_itself = network.config.model_type in ("opt", "roberta", "xlm-roberta", "camembert")  # type: ignore[union-attr,operator]
     return bool(names & {"wpe", "position_embeddings"}) and not by_itself
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from zoo.lm.backbone import Backbone
 from zoo.lm.batches import check_vocabulary
 from zoo.lm.cross_entropy import IGNORED
 from zoo.lm.dpo_loss import DPOLoss, dpo_loss, sequence_logps, unpack
@@ -321,13 +322,14 @@ class DPO(PreferenceTraining, CausalLM):
 
     @override
     def not_stored(self) -> list[str]:
-        named = isinstance(self.backbone, HFBackbone) and self.backbone.named_source() is not None
-        return self.backbone.named_weights() if named else []
+        backbone = self.backbone
+        return backbone.named_weights() if isinstance(backbone, HFBackbone) and backbone.named_source() is not None else []
 
     @override
     def answer_losses(
         self, network: nn.Module, ids_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor | None, answers_BT: Tensor | None
     ) -> tuple[Tensor, Any]:
+        assert isinstance(network, Backbone)
         hidden_BTD = network(ids_BT, None, positions_BT)
         counted_BT = labels_BT[:, 1:] != IGNORED
         logits_NV = network.logits(hidden_BTD[:, :-1][counted_BT])

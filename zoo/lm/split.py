@@ -43,7 +43,7 @@ class _NoPositions(nn.Module):
 
     def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """0 of the type of the positions."""
-        return given.new_zeros((), dtype=int)
+        return given.new_zeros((), dtype=torch.int64)
 
 
 class _Vectors(nn.Module):

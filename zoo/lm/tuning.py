@@ -112,7 +112,7 @@ def add_adapter(network: nn.Module, lora: LoRA, folder: Path | None = None, trai
 
     if folder is not None:
         with _quiet():
-            return PeftModel.from_pretrained(network, str(folder), is_trainable=trained)  # type: ignore[arg-type]
+            return PeftModel.from_pretrained(network, str(folder), is_trainable=trained)
     known = linear_names(network)
     for target in lora.targets or ():
         if not any(name == target or name.endswith(f".{target}") for name, _ in network.named_modules()):
@@ -121,9 +121,9 @@ def add_adapter(network: nn.Module, lora: LoRA, folder: Path | None = None, trai
     options: dict[str, Any] = {"target_modules": lora.targets or "all-linear"}
     if getattr(network, "pooler", None) is not None:
         options["exclude_modules"] = r"pooler\..*"  # not part of the forward pass
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, **options)  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, **options)
     with _quiet():
-        return get_peft_model(network, config)  # type: ignore[arg-type,return-value]
+        return get_peft_model(network, config)
 
 
 @contextmanager
