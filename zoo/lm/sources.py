@@ -84,7 +84,7 @@ def find_source(name: str) -> PretrainedSource:
         return PretrainedSource(name, path.parent, path.name)
     if path.is_dir():
         return _in_folder(name, path)
-    if name.count("/") == 1 and path.suffix != ".gguf":
+    if name.count("/") == 1 and name[0] not in "/.~" and path.suffix != ".gguf":
         return _in_folder(name, fetch_repository(name, FETCHED))
     return _in_folder(name, _asset(name))
 

@@ -6,6 +6,7 @@ Shape suffixes: B texts, T tokens, D width.
 import copy
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["HighBlocks", "LowBlocks", "split_network"]
