@@ -17,7 +17,7 @@ from datamodules import Text
 from strategies import EDiTShardedStrategy, ExpertParallelStrategy, PaROStrategy
 from zoo.callbacks import JSONLWriter
 from zoo.ling import Ling, LingConfig
-from zoo.ling.config import Generation
+from zoo.lm.generation import Generation
 from zoo.strategy_contract import forwards_are_collective
 
 CONFIG = LingConfig(
