@@ -10,7 +10,8 @@ Source: arXiv 2503.05139, section 2.4.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from zoo.ling.decode_step import Attend, CPUStep
 from zoo.ling.decoder import cache_dtype
 from zoo.ling.network import LingNetwork
 from zoo.ling.segments import Segment, SegmentAllocator, runs_of
-from zoo.lm.generation import check_ids, check_number, check_scores, stop_tokens, token_uniforms
+from zoo.lm.generation import Generation, check_ids, check_scores, stop_tokens, token_uniforms
 from zoo.lm.token_choice import TokenChoice
 from zoo.nn.evaluation_mode import evaluation_mode
 
@@ -141,34 +142,30 @@ class Engine:
     def submit(
         self,
         prompt: Sequence[int] | Tensor,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
+        generation: Generation | None = None,
+        *,
         random: SampleRandom | None = None,
         on_token: Callable[[int], object] | None = None,
+        **options: Any,
     ) -> int:
         """Add a request; its number.
 
         Args:
             prompt: ids, at least one.
-            max_new_tokens: most tokens to add.
-            temperature: see `TokenChoice`; so are the next three.
-            top_k: number of likeliest tokens.
-            top_p: their probability.
-            repetition_penalty: of tokens that occurred.
-            eos_token_id: ids that end it; None: the configuration's; empty: none.
+            generation: The options, of which ``compile`` and ``pad_token_id`` have no effect; None: the defaults.
             random: the numbers of this one sequence; None: those of seed 0 and the request's number.
             on_token: called with each new token.
+            options: Fields of `Generation` by name, which replace its own.
 
         Raises:
-            ValueError: a number out of range, a prompt that is empty or no row of integers, an id outside of the vocabulary, or
-                more tokens than the memory could ever hold.
+            ValueError: a number out of range, a prompt that is empty or no row of integers, an id outside of the vocabulary, stop
+                texts, or more tokens than the memory could ever hold.
         """
+        generation = replace(generation or Generation(), **options)
+        if generation.stop:
+            raise ValueError("The engine has no tokenizer for stop texts: give eos_token_id, or cut the text afterwards.")
+        max_new_tokens = generation.max_new_tokens
         tokens = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        check_number(max_new_tokens)
         if not tokens:
             raise ValueError("The prompt is empty, it has no token: begin it with the bos or eos token.")
         ids_T = torch.tensor(tokens)
@@ -180,7 +177,7 @@ class Engine:
                 f"A prompt of {len(tokens)} and max_new_tokens={max_new_tokens} need {len(tokens) + max_new_tokens - 1} slots,"
                 f" but the engine has max_tokens={self.max_tokens}: make it larger, or the prompt or max_new_tokens shorter."
             )
-        choice = TokenChoice(temperature, top_k, top_p, repetition_penalty)
+        choice = generation.choice
         device = self.both.device
         if random is not None and len(random) != 1:
             raise ValueError(f"random holds the numbers of {len(random)} sequences, but a request is one.")
@@ -190,7 +187,7 @@ class Engine:
         if choice.needs_seen:
             seen_1V = torch.zeros(1, self.network.config.vocab_size, dtype=torch.bool, device=device)
             seen_1V[0, tokens] = True
-        stops = frozenset(stop_tokens(self.network.config, eos_token_id))
+        stops = frozenset(stop_tokens(self.network.config, generation.eos_token_id))
         request = _Request(
             self._next, tokens, len(tokens), max_new_tokens, choice, stops, uniform_T, seen_1V, on_token
         )  # fmt: skip
