@@ -124,18 +124,22 @@ class ZooCLI(LightningCLI):
         if config.get("checkpoint") and config.checkpoint.folder is None:
             config.checkpoint.folder = str(self._command.run_folder / "checkpoints")
         given = self._command.ckpt_path or self._command.pretrained or (config.model.get("init_args") or {}).get("checkpoint")
-        if self.subcommand != "fit" and not given:
+        self._has_weights = bool(given)
+        self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
+
+    def _announce_random_weights(self) -> None:
+        if self.subcommand != "fit" and not self._has_weights and not getattr(self.model, "is_pretrained", False):
             say(
                 f"No --ckpt_path: {self.subcommand} uses untrained, random weights"
                 " (--ckpt_path last takes the newest of this run)."
             )
-        self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
 
     @override
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; load shipped or shared weights."""
         fill_model_arguments(self.config[self.subcommand])
         super().instantiate_classes()
+        self._announce_random_weights()
         if self._command.pretrained is not None:
             entries, weights = read_pretrained(self._command.pretrained)
             check_weights(self.model, weights, str(self._command.pretrained))

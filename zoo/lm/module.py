@@ -70,6 +70,11 @@ class TunedLM(LanguageModule):
     def vocab_size(self) -> int:
         return self.backbone.vocab_size
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the weights come from somewhere before any checkpoint is read."""
+        return getattr(self.backbone, "source", None) is not None
+
     @override
     def networks(self) -> list[nn.Module]:
         """The blocks, which are alike, so that one compilation serves all."""
