@@ -267,7 +267,7 @@ def in_static_batches(network: LingForCausalLM, queue: Sequence[tuple[list[int],
 def in_engine(network: LingForCausalLM, queue: Sequence[tuple[list[int], int]], batch: int, max_tokens: int) -> list[list[int]]:
     """The queue's tokens by continuous batching."""
     engine = Engine(network, max_tokens, batch)
-    numbers = [engine.submit(prompt, new) for prompt, new in queue]
+    numbers = [engine.submit(prompt, max_new_tokens=new) for prompt, new in queue]
     found = {completion.request: completion.tokens for completion in engine.run()}
     return [found[number] for number in numbers]
 

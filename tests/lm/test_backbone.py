@@ -320,7 +320,8 @@ def test_compiled_blocks_are_the_plain_ones() -> None:
     plain = backbone(ids, mask)
     for block in backbone.blocks:
         block.compile()
-    torch.testing.assert_close(backbone(ids, mask), plain, rtol=1e-9, atol=1e-9)
+    # The library computes norms and rotary angles in float32.
+    torch.testing.assert_close(backbone(ids, mask), plain, rtol=1e-5, atol=1e-5)
 
 
 # Bad input
