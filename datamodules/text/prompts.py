@@ -107,8 +107,8 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
     """Read a user's prompts.
 
     Args:
-        path: ``.jsonl`` with ``prompt``, a text to continue, or ``messages`` (and ``tools``), a conversation to answer, in each
-            row; any other file has one prompt a line.
+        path: ``.jsonl`` with ``prompt``, a text to continue, or ``messages`` or ``prompt`` (and ``tools``), the messages of a
+            conversation to answer, in each row; any other file has one prompt a line.
         tokenizer: Makes the ids.
         template: Writes conversations.
         on_error: Treatment of malformed rows.
@@ -121,8 +121,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
         raise FileNotFoundError(f"The file of prompts {path} does not exist: give a .txt with one a line, or a .jsonl.")
 
     def parse(row: dict[str, Any]) -> Prompt:
-        if "messages" in row:
-            ids, text = template.encode_prompt(row["messages"], row.get("tools"))
+        messages = row["messages"] if "messages" in row else row.get("prompt")
+        if "messages" in row or isinstance(messages, list):
+            ids, text = template.encode_prompt(messages, row.get("tools"))
             return Prompt(text, ids)
         if not isinstance(row.get("prompt"), str):
             raise MalformedRow("it has neither a prompt that is a string nor messages")

@@ -144,13 +144,15 @@ def test_an_interrupted_run_continues_and_checkpoints_leave_out_what_is_frozen(t
 
 
 def test_prompts_are_answered_in_a_file(tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("1?\n22?\n")
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"role": "user", "content": "22?"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "1?"}, {"prompt": asked}, {"messages": asked})))
     model = module(generation=Generation(max_new_tokens=5))
     trainer = Trainer(callbacks=[JSONLWriter()], default_root_dir=tmp_path, **QUIET)
     rows = trainer.predict(model, data(chats(tmp_path), predict_prompts=prompts))
     assert rows is not None and [text for batch in rows for text in batch["prompt"]]
-    assert all(isinstance(text, str) for batch in rows for text in batch["text"])
+    (_, two, three), _ = ([value for batch in rows for value in batch[name]] for name in ("prompt", "text"))
+    assert two == three and "22?" in two
 
 
 def test_wrong_models_and_data_are_one_sentence(tmp_path: Path) -> None:
