@@ -1,13 +1,15 @@
 """A module with two optimizers: schedules, clipping, counts, averages and checkpoints are as exact as with one."""
 
+import os
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import RankPool
+from distributed import RankError, RankPool
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from sweep import sweep
@@ -152,6 +154,31 @@ def test_a_killed_run_continues_exactly(tmp_path: Path, interval: str, killed_at
     assert whole.applied_steps_by_optimizer == rest.applied_steps_by_optimizer == [12, 24]
     for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "zoo_applied_steps"):
         assert same(checkpoints[0][key], checkpoints[1][key]), key
+
+
+class Kill(Callback):
+    """Ends its process at a step, without a word."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 18:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saving(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """The last checkpoint of a run that saves every five steps."""
+    saves = RunCheckpoint(every_n_steps=5, folder=folder)
+    fit(folder, EMA(0.9), *callbacks, saves, model=GAN().double(), batches=12, ckpt_path=ckpt_path)
+    return read_checkpoint(folder / "last.ckpt")
+
+
+def test_a_process_that_is_killed_continues_exactly(pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="SIGKILL"):
+        pool.run(saving, tmp_path / "killed", Kill(), world_size=1)
+    assert read_checkpoint(tmp_path / "killed/last.ckpt")["global_step"] == 15
+    (rest,) = pool.run(saving, tmp_path / "killed", ckpt_path=tmp_path / "killed/last.ckpt", world_size=1)
+    (whole,) = pool.run(saving, tmp_path / "whole", world_size=1)
+    for key in ("state_dict", "current_model_state", "optimizer_states", "zoo_applied_steps"):
+        assert same(whole[key], rest[key]), key
 
 
 def same(a: Any, b: Any) -> bool:
