@@ -62,11 +62,9 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
 
     #: Arguments of earlier versions that have another name now: ``{"old": "new"}``. They are still read, with a warning.
     renamed_arguments: ClassVar[dict[str, str]] = {}
-    #: Whether batches come as the data gives them, also in true half precision: for modules that quantise or encode them, since
-    #: 8-bit values would be rounded to others.
+    #: Whether batches stay as the data gives them in true half precision, which would round 8-bit values to others.
     exact_batches: ClassVar[bool] = False
-    #: Whether a module that is rebuilt has its parameters in the floating-point types in which they were stored: for those that
-    #: compute in any; the others get the type that their constructor gives them.
+    #: Whether a module that is rebuilt has its parameters in the stored floating-point types instead of its constructor's.
     keeps_stored_types: ClassVar[bool] = False
 
     def __init__(
@@ -86,8 +84,7 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.compile_networks = compile
-        #: Steps of each optimizer that were really applied: not those that a gradient scaler or the spike guard skipped.
-        #: Saved in checkpoints; learning-rate schedules that advance per step follow it.
+        #: Applied, not skipped, steps of each optimizer; saved, and followed by learning-rate schedules that advance per step.
         self.applied_steps_by_optimizer = [0]
         self._scheduled_steps = 0
 
