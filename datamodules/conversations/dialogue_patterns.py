@@ -101,7 +101,7 @@ class Draws:
 
 
 class _Drawn(NamedTuple):
-    """What a pattern has drawn: a logical form, and the words for its templates."""
+    """A question that a pattern has drawn: its logical form, and the words for its templates."""
 
     form: Form
     words: dict[str, str]

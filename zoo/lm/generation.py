@@ -73,7 +73,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Continuations:
-    """What was generated after the prompts of a batch, n tokens at most.
+    """Continuations of the prompts of a batch, n tokens at most.
 
     Attributes:
         tokens: int64 (B, n), padded after the end.

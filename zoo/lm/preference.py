@@ -114,7 +114,7 @@ class PreferenceTraining(LanguageModule):
         reference.to(self.device, types.pop() if len(types) == 1 else None)
 
     def other_losses(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """What is added to the loss of the preferences, and its parts by name."""
+        """Losses beside that of the preferences: their sum, and the parts by name."""
         return 0.0, {}
 
     # The reference
