@@ -27,7 +27,8 @@ class LanguageData(ZooDataModule, ABC):
         tokenizer: ``byte``, or a Hugging Face tokenizer: a folder with ``tokenizer.json``, that file, or a name on the hub.
             Nothing but data are read, never code.
         template: Form of conversations: Ling's, or the template of the tokenizer, which must mark the assistant's text.
-        system: System message of conversations without one; ``null``: none.
+        system: System message of conversations without one; ``null``: none; ``auto``: that of Ling's examples with Ling's
+            template, none with a tokenizer's, which may write its own.
         on_error: Whether malformed rows are an error, or are left out with a warning that counts them.
         predict_prompts: Prompts of ``predict``: a ``.txt`` with one prompt a line, or a ``.jsonl`` with ``prompt`` or
             ``messages`` in each row. ``null``: a few prompts of our own.
@@ -38,7 +39,7 @@ class LanguageData(ZooDataModule, ABC):
         self,
         tokenizer: str = "byte",
         template: TemplateName = "ling",
-        system: str | None = LING_SYSTEM,
+        system: str | None = "auto",
         on_error: OnError = "raise",
         predict_prompts: Path | None = None,
         **kwargs: Any,
@@ -46,7 +47,7 @@ class LanguageData(ZooDataModule, ABC):
         super().__init__(**kwargs)
         self.tokenizer_name = tokenizer
         self.template_name = template
-        self.system = system
+        self.system = (LING_SYSTEM if template == "ling" else None) if system == "auto" else system
         self.on_error = on_error
         self.predict_prompts = None if predict_prompts is None else Path(predict_prompts)
         self._prompts: Dataset[Any] | None = None

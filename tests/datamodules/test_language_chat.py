@@ -83,6 +83,8 @@ def test_ling_writes_this_and_learns_the_answers_with_their_ends():
     assert text(LingTemplate(BYTES, "Be Ling").encode(own)[0]).startswith("<role>SYSTEM</role>Mine<role>HUMAN")
     assert text(LingTemplate(BYTES, None).encode([USER, ANSWER])[0]).startswith("<role>HUMAN</role>1+1?")
     assert SFT(path=Path("x.jsonl")).system == LING_SYSTEM
+    assert SFT(path=Path("x.jsonl"), template="tokenizer").system is None
+    assert SFT(path=Path("x.jsonl"), template="tokenizer", system="Be brief.").system == "Be brief."
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import RankPool
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from small_llama import LLAMA, QUIET
 from torch import Tensor
 from torch.distributed import get_world_size
 from torch.nn.functional import cross_entropy
@@ -18,15 +19,6 @@ from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import JSONLWriter, RunCheckpoint
 from zoo.lm import CausalLM, HFBackbone
 from zoo.lm.generation import Generation
-
-LLAMA = {
-    "model_type": "llama", "vocab_size": 264, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "bos_token_id": 256,
-    "eos_token_id": 257, "pad_token_id": 258,
-}  # fmt: skip
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def module(source: Any = LLAMA, **kwargs: Any) -> CausalLM:
