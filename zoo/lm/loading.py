@@ -136,5 +136,6 @@ def load_network(source: PretrainedSource, config: Any, kind: BackboneKind, dtyp
         )
     if source.gguf is not None:  # the weights are ordinary numbers now, which can be saved
         network.hf_quantizer = None
+        network.is_quantized = False
         network.config.__dict__.pop("quantization_config", None)
     return cast(nn.Module, network)
