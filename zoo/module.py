@@ -66,6 +66,8 @@ class ZooModule(OfficialWeights, Configurable, LightningModule):
     exact_batches: ClassVar[bool] = False
     #: Whether a module that is rebuilt has its parameters in the stored floating-point types instead of its constructor's.
     keeps_stored_types: ClassVar[bool] = False
+    #: Whether weights come from somewhere before any checkpoint is read.
+    is_pretrained: bool = False
 
     def __init__(
         self,
@@ -388,8 +390,7 @@ def load(name_or_folder: str | Path, **overrides: Any) -> ZooModule:
     """Load a pretrained module.
 
     Args:
-        name_or_folder: a name of `zoo.list_models` (``"bfn-digits"``), a folder written by ``save_pretrained``, or a repository
-            of the Hugging Face hub (``"organisation/name"``).
+        name_or_folder: a name of `zoo.list_models`, a folder of ``save_pretrained``, or ``"organisation/name"`` on the hub.
         overrides: constructor arguments to replace.
 
     Raises:

@@ -128,7 +128,8 @@ class ZooCLI(LightningCLI):
         self.save_config_kwargs["config_filename"] = "config.yaml" if self.subcommand == "fit" else f"{self.subcommand}.yaml"
 
     def _announce_random_weights(self) -> None:
-        if self.subcommand != "fit" and not self._has_weights and not getattr(self.model, "is_pretrained", False):
+        pretrained = isinstance(self.model, ZooModule) and self.model.is_pretrained
+        if self.subcommand != "fit" and not self._has_weights and not pretrained:
             say(
                 f"No --ckpt_path: {self.subcommand} uses untrained, random weights"
                 " (--ckpt_path last takes the newest of this run)."

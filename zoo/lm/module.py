@@ -62,6 +62,7 @@ class TunedLM(LanguageModule):
         if loss_chunk < 0:
             raise ValueError(f"{type(self).__name__}: loss_chunk={loss_chunk} must not be negative.")
         self.backbone = backbone
+        self.is_pretrained = backbone.source is not None
         self.loss_chunk = loss_chunk
         self.last_losses = {}
 
@@ -69,11 +70,6 @@ class TunedLM(LanguageModule):
     @override
     def vocab_size(self) -> int:
         return self.backbone.vocab_size
-
-    @property
-    def is_pretrained(self) -> bool:
-        """Whether the weights come from somewhere before any checkpoint is read."""
-        return getattr(self.backbone, "source", None) is not None
 
     @override
     def networks(self) -> list[nn.Module]:
