@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -35,22 +34,22 @@ from zoo.lm import CausalLM, HFBackbone, LoRA
 SOURCE = "smollm2-135m"
 OURS, LIBRARY = "ours", "library's Trainer"
 TUNINGS = ("full", "lora")
-SEQ_LEN, BATCH, RATE = 128, 4, 1e-4
+SEQ_LEN, SPREAD_LEN, BATCH, RATE = 128, 512, 4, 1e-4
 SMOKE = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
 }  # fmt: skip
 
 
-def conversations(path: Path, count: int, spread: float, seed: int = 0) -> Path:
-    """Write conversations of random letters with log-normal lengths."""
+def conversations(path: Path, count: int, medians: tuple[int, int], spread: float, seed: int = 0) -> Path:
+    """Write conversations of random letters with log-normal lengths: median characters of question and answer."""
     generator = torch.Generator().manual_seed(seed)
     lines = []
     for _ in range(count):
         texts = []
-        for median in (20, 40):
+        for median in medians:
             length = round(median * math.exp(spread * float(torch.randn((), generator=generator))))
-            letters = torch.randint(97, 123, (min(max(length, 4), SEQ_LEN // 3),), generator=generator)
+            letters = torch.randint(97, 123, (max(length, 4),), generator=generator)
             texts.append(bytes(letters.tolist()).decode())
         messages = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
         lines.append(json.dumps({"messages": messages}) + "\n")
@@ -58,11 +57,11 @@ def conversations(path: Path, count: int, spread: float, seed: int = 0) -> Path:
     return path
 
 
-def batches_of(path: Path, smoke: bool, packing: bool) -> list[dict[str, Tensor]]:
+def batches_of(path: Path, smoke: bool, seq_len: int, packing: bool) -> list[dict[str, Tensor]]:
     """Batches of a file, in one order."""
     tokenizer = {"tokenizer": "byte", "template": "ling"} if smoke else {"tokenizer": SOURCE, "template": "tokenizer"}
     data = SFT(
-        path=path, val_fraction=0.0, seq_len=SEQ_LEN, packing=packing, too_long="skip", batch_size=BATCH, seed=0, **tokenizer
+        path=path, val_fraction=0.0, seq_len=seq_len, packing=packing, too_long="skip", batch_size=BATCH, seed=0, **tokenizer
     )  # type: ignore[arg-type]
     data.setup("fit")
     return list(data.train_dataloader())
@@ -143,7 +142,8 @@ ARMS = {OURS: ours, LIBRARY: library}
 
 def _peak(queue: Any, arm: str, smoke: bool, tuning: str, batches: list[dict[str, Tensor]], folder: str) -> None:
     ARMS[arm](backbone(smoke, tuning, folder), batches, folder)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak, where that is larger
+    queue.put(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def peak_mib(arm: str, smoke: bool, tuning: str, batches: list[dict[str, Tensor]], folder: str) -> float:
@@ -159,7 +159,8 @@ def peak_mib(arm: str, smoke: bool, tuning: str, batches: list[dict[str, Tensor]
 
 def measure(record: Record, smoke: bool, steps: int, repetitions: int, folder: str) -> None:
     """Losses, speed and memory of both arms and tunings; packing against padding."""
-    whole = batches_of(conversations(Path(folder) / "even.jsonl", BATCH * steps, 0.3), smoke, packing=False)[:steps]
+    even = conversations(Path(folder) / "even.jsonl", BATCH * steps, (20, 40), 0.3)
+    whole = batches_of(even, smoke, SEQ_LEN, packing=False)[:steps]
     differences, ratios = [], []
     for tuning in TUNINGS:
         losses = {arm: run(backbone(smoke, tuning, folder), whole, folder)[0] for arm, run in ARMS.items()}
@@ -173,10 +174,10 @@ def measure(record: Record, smoke: bool, steps: int, repetitions: int, folder: s
         record.row(tuning=tuning, largest_difference_of_losses=differences[-1], speed_over_library=ratios[-1])
         for arm in ARMS:
             record.row(arm=arm, peak_tuning=tuning, peak_mib=peak_mib(arm, smoke, tuning, whole[:2], folder))
-    spread = conversations(Path(folder) / "spread.jsonl", BATCH * steps, 1.0)
+    spread = conversations(Path(folder) / "spread.jsonl", BATCH * steps, (60, 120), 1.0)
     speeds = {}
     for packing in (False, True):
-        batches = batches_of(spread, smoke, packing)
+        batches = batches_of(spread, smoke, SPREAD_LEN, packing)
         labels = [int((batch["labels"] != -100).sum()) for batch in batches]
         seconds = ours(backbone(smoke, "lora", folder), batches, folder)[1]
         speeds[packing] = sum(labels[1:]) / sum(seconds[1:])
