@@ -60,6 +60,7 @@ def conversations(path: Path, count: int, medians: tuple[int, int], spread: floa
 def batches_of(path: Path, smoke: bool, seq_len: int, packing: bool) -> list[dict[str, Tensor]]:
     """Batches of a file, in one order."""
     tokenizer = {"tokenizer": "byte", "template": "ling"} if smoke else {"tokenizer": SOURCE, "template": "tokenizer"}
+    seq_len = SPREAD_LEN if smoke else seq_len  # bytes are many
     data = SFT(
         path=path, val_fraction=0.0, seq_len=seq_len, packing=packing, too_long="skip", batch_size=BATCH, seed=0, **tokenizer
     )  # type: ignore[arg-type]
