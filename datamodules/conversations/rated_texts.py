@@ -1,8 +1,8 @@
 """Short texts with the ratings of about twenty people each, on the scale from -4 (negative) to 4 (positive).
 
-The asset ``vader-sentiment`` has four corpora: sentences of film reviews, of product reviews and of editorials, and tweets. Its tar
-is read where it lies, and of its members only the eight with texts and ratings. Source: Hutto and Gilbert, "VADER: A Parsimonious
-Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.
+The asset ``vader-sentiment`` has four corpora: sentences of film reviews, of product reviews and of editorials, and tweets. Its
+tar is read where it lies, and of its members only the eight with texts and ratings. Source: Hutto and Gilbert, "VADER: A
+Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = ["PreferenceSource", "RatedCorpus", "RatedText", "draw_pairs", "read_r
 RatedCorpus = Literal["movies", "products", "editorials", "tweets"]
 PreferenceSource = Literal["raters", "means"]
 
+_AGAIN = "remove the asset vader-sentiment from the cache, to fetch it again"
 _FILES: dict[RatedCorpus, str] = {
     "movies": "movieReviewSnippets",
     "products": "amazonReviewSnippets",
@@ -65,10 +66,10 @@ def read_rated_texts(archive: Path | None = None) -> list[RatedText]:
             rated = _rows(tar, f"{name}_anonDataRatings", columns=4)
             for key, (mean, text) in _rows(tar, f"{name}_GroundTruth", columns=3).items():
                 try:
-                    ratings = json.loads(rated[key][-1])
-                    texts.append(RatedText(corpus, text.strip(), float(mean), tuple(map(int, ratings))))
+                    ratings = tuple(map(int, json.loads(rated[key][-1])))
+                    texts.append(RatedText(corpus, text.strip(), float(mean), ratings))
                 except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{archive}: the text {key} of {name} has no ratings ({error!r}): fetch it again.") from error
+                    raise ValueError(f"The text {key} of {name} has no ratings ({error!r}): {_AGAIN}.") from error
     return texts
 
 
@@ -77,11 +78,11 @@ def _rows(tar: tarfile.TarFile, name: str, columns: int) -> dict[str, list[str]]
     path = f"hutto_ICWSM_2014/{name}.txt"
     member = tar.extractfile(path) if path in tar.getnames() else None
     if member is None:
-        raise ValueError(f"{tar.name} has no file {path}: fetch the asset vader-sentiment again.")
+        raise ValueError(f"The tar of vader-sentiment has no file {path}: {_AGAIN}.")
     rows = [line.split("\t") for line in member.read().decode("utf-8-sig").split("\r\n") if line]
     for number, row in enumerate(rows, start=1):
         if len(row) != columns:
-            raise ValueError(f"Line {number} of {path} has {len(row)} columns instead of {columns}: fetch vader-sentiment again.")
+            raise ValueError(f"Line {number} of {path} has {len(row)} columns instead of {columns}: {_AGAIN}.")
     return {key: rest for key, *rest in rows}
 
 
@@ -90,7 +91,8 @@ def draw_pairs(
 ) -> list[tuple[int, int]]:
     """Draw pairs of texts, the more positive one first.
 
-    Each round matches all texts at random, so that each is in one pair. Pairs without a preference, or of equal texts, are left out.
+    Each round matches all texts at random, so that each is in one pair. Pairs without a preference, or of equal texts, are left
+    out.
 
     Args:
         texts: The texts.
