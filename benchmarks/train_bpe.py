@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tokenizer = train_bpe(rated.text for rated in read_rated_texts())
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(options.output))
+    tokenizer.save(str(options.output), pretty=False)
     print(f"{options.output}: {tokenizer.get_vocab_size()} ids")
 
 

@@ -67,6 +67,8 @@ def read_rated_texts(archive: Path | None = None) -> list[RatedText]:
             for key, (mean, text) in _rows(tar, f"{name}_GroundTruth", columns=3).items():
                 try:
                     ratings = tuple(map(int, json.loads(rated[key][-1])))
+                    if not ratings:
+                        raise ValueError("an empty list")
                     texts.append(RatedText(corpus, text.strip(), float(mean), ratings))
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(f"The text {key} of {name} has no ratings ({error!r}): {_AGAIN}.") from error
