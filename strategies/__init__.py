@@ -11,14 +11,19 @@ if TYPE_CHECKING:
     from strategies.edit import EDiTShardedStrategy, EDiTStrategy
     from strategies.expert import ExpertParallelStrategy
     from strategies.paro import PaROStrategy
+    from strategies.placement import FlatteningStrategy, InterleavingStrategy, PlacementStrategy, SeparationStrategy
 
 __all__ = [
     "AntDTStrategy",
     "EDiTShardedStrategy",
     "EDiTStrategy",
     "ExpertParallelStrategy",
+    "FlatteningStrategy",
+    "InterleavingStrategy",
     "PaROStrategy",
     "ParameterServerStrategy",
+    "PlacementStrategy",
+    "SeparationStrategy",
 ]
 
 _HOME = {
@@ -26,8 +31,12 @@ _HOME = {
     "EDiTShardedStrategy": "edit",
     "EDiTStrategy": "edit",
     "ExpertParallelStrategy": "expert",
+    "FlatteningStrategy": "placement",
+    "InterleavingStrategy": "placement",
     "PaROStrategy": "paro",
     "ParameterServerStrategy": "antdt.ps.strategy",
+    "PlacementStrategy": "placement",
+    "SeparationStrategy": "placement",
 }
 
 leave_inherited_garbage()

@@ -62,6 +62,11 @@ class LingBackbone(Backbone):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.network.lm_head(hidden)
 
+    @property
+    @override
+    def output_head(self) -> nn.Module:
+        return self.network.lm_head
+
     @override
     def head_weight(self) -> Tensor:
         return self.network.lm_head.effective_weight()

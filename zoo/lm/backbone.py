@@ -3,6 +3,7 @@
 Shape suffixes: B texts, T tokens of a text, D width, V vocabulary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -90,6 +91,28 @@ class Backbone(Configurable, nn.Module):
     def pad_id(self) -> int:
         """Token that fills up rows; masks hide it."""
         return 0
+
+    @property
+    def output_head(self) -> nn.Module | None:
+        """Module that maps vectors to scores of tokens; None if there is none."""
+        return None
+
+    def freeze_output_head(self) -> None:
+        """Leave the output head out of training, for a model whose only output is its scalar."""
+        if self.output_head is not None:
+            embedded = {id(each.weight) for each in self.modules() if isinstance(each, nn.Embedding)}
+            for parameter in self.output_head.parameters():
+                if id(parameter) not in embedded:
+                    parameter.requires_grad_(False)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether low-rank adapters are trained on frozen weights, which are a reference model then."""
+        return False
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """Context in which the adapters do nothing."""
+        return nullcontext()
 
     def head_weight(self) -> Tensor | None:
         """Factor (V, D) of vectors if that is all that `logits` does; None if it does more."""

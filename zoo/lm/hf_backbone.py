@@ -5,6 +5,7 @@ Shape suffixes: B texts, T tokens of a text, D width, V vocabulary.
 
 import copy
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -193,6 +194,20 @@ class HFBackbone(Backbone):
     @override
     def pad_id(self) -> int:
         return self._hf.config.pad_token_id or 0
+
+    @property
+    @override
+    def output_head(self) -> nn.Module | None:
+        return None if self.kind == "encoder" else self._hf.get_output_embeddings()
+
+    @property
+    @override
+    def has_adapter(self) -> bool:
+        return self._peft is not None
+
+    @override
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._peft is None else self._peft.disable_adapter()
 
     @override
     def head_weight(self) -> Tensor | None:

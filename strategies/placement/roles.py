@@ -1,0 +1,226 @@
+"""Placement over several ranks: groups of each role, division of work, exchange and weight sync."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
+from strategies.placement.plan import PlacementPlan
+from strategies.placement.sync import copy_weights, trained_weights
+from strategies.placement.timeline import Timeline
+from zoo.role_placement import Fields, FieldSpec, Pending, Placement, Role
+
+__all__ = ["RankPlacement"]
+
+
+class RankPlacement(Placement):
+    """A plan at work; every rank of the job makes one, with the same plan.
+
+    Args:
+        plan: The places.
+        roles: Models of the module, on every rank; their weights are the same everywhere.
+        device: Of this rank.
+
+    Raises:
+        ValueError: If the plan does not fit the run.
+    """
+
+    def __init__(self, plan: PlacementPlan, roles: dict[str, Role], device: torch.device) -> None:
+        world = dist.get_world_size()
+        plan.validate(world, list(roles))
+        super().__init__(roles)
+        self.plan, self.world, self.me, self.device = plan, world, dist.get_rank(), device
+        self.chunks, self.max_lag = plan.chunks, plan.max_lag
+        self.inferring, self.training = plan.inferring(world), plan.training(world)
+        self.infers, self.trains = self.me in self.inferring, self.me in self.training
+        self.timeline = Timeline()
+        self.versions = 0
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._wrapped: dict[str, nn.Module] = {}
+        self._form_groups()
+
+    def _form_groups(self) -> None:
+        """Make each group once, on all ranks in the same order."""
+        sets = [self.inferring, *(self.plan.members(name, self.world) for name in sorted(self.roles))]
+        if self.plan.separates:
+            sets += [self._sync_ranks(name) for name in sorted(self.roles) if self.roles[name].trained]
+        for ranks in sets:
+            if tuple(ranks) not in self._groups:
+                group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks)
+                assert group is not None
+                self._groups[tuple(ranks)] = group
+
+    def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        return self._groups[tuple(ranks)]
+
+    def _sync_ranks(self, role: str) -> list[int]:
+        """The rank that gives a role's weights, and those that get them."""
+        return sorted({self.plan.members(role, self.world)[0], *self.plan.members(f"rollout_{role}", self.world)})
+
+    @override
+    def holds(self, role: str) -> bool:
+        return self.me in self.plan.members(role, self.world)
+
+    def keeps(self, role: str) -> bool:
+        """Whether this rank needs a role's weights, as the original or as a copy that generates."""
+        return self.holds(role) or self.holds(f"rollout_{role}")
+
+    def wrap(self) -> None:
+        """Give each trained role the back end of its plan; before optimizers are made."""
+        for name, role in self.roles.items():
+            if not role.trained or not self.holds(name):
+                continue
+            ranks = self.plan.members(name, self.world)
+            if self.plan.roles[name].backend == "fsdp2":
+                mesh = DeviceMesh.from_group(self._group(ranks), self.device.type)
+                for block in role.blocks:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(role.network, mesh=mesh)
+                self._wrapped[name] = role.network
+            elif len(ranks) > 1:
+                self._wrapped[name] = DistributedDataParallel(
+                    role.network, process_group=self._group(ranks), broadcast_buffers=False
+                )
+
+    @override
+    def network(self, role: str) -> nn.Module:
+        return self._wrapped.get(role, self.roles[role].network)
+
+    @override
+    def check(self, rows: int, unit: int, minibatches: int) -> None:
+        super().check(rows, unit, minibatches)
+        units = rows // minibatches // unit
+        for name, role in self.roles.items():
+            ranks = len(self.plan.members(name, self.world))
+            if role.trained and units % ranks:
+                raise ValueError(
+                    f"A minibatch of {units} units of {unit} samples does not divide over the {ranks} ranks of {name}: choose a"
+                    " larger batch_size, a smaller unit, or other ranks."
+                )
+
+    # Weights
+
+    @override
+    def begin(self) -> None:
+        for work, _ in self._sent:
+            with self.timeline("wait", "sync"), waiting("the end of a send", self.training):
+                work.wait()
+        self._sent.clear()
+        self.versions += 1
+        if not self.plan.separates:
+            return
+        for name, role in self.roles.items():
+            ranks = self._sync_ranks(name)
+            if not role.trained or not (self.holds(name) or self.me in ranks):
+                continue
+            with self.timeline(name, "sync"):
+                weights = [weight for _, weight in trained_weights(role.network)]
+                source = self.plan.members(name, self.world)[0]
+                copy_weights(weights, source, self._group(ranks), ranks, self.plan.bucket_mb, f"{name}, weight sync")
+
+    @override
+    @contextmanager
+    def gathered(self, role: str) -> Iterator[None]:
+        parts = [part for part in self.roles[role].network.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+
+    # Generation and scoring
+
+    @override
+    def compute(
+        self, role: str, rows: int, unit: int, function: Callable[[list[int]], Fields], spec: FieldSpec, whole: bool = False
+    ) -> Pending:
+        generators = self.plan.members("rollout_actor", self.world)
+        owned = owners_of_rows(rows, unit, self.plan.members(role, self.world), generators)
+        mine = owned.get(self.me, [])
+        own: Fields = {}
+        if mine:
+            calls = [mine] if whole else [mine[begin : begin + unit] for begin in range(0, len(mine), unit)]
+            parts = []
+            for call in calls:
+                with self.timeline(role, "generate" if whole else "score"):
+                    parts.append(function(call))
+            own = {name: torch.cat([part[name] for part in parts]) for name in spec}
+        what = f"{role}, {'tokens' if whole else 'scores'}"
+        arrived = share(own, spec, owned, self._group(self.inferring), self.device, what)
+
+        def timed() -> Fields:
+            with self.timeline("wait", "exchange"):
+                return arrived()
+
+        return Pending(own, mine, timed)
+
+    @override
+    def stream(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
+        if not self.plan.separates:
+            return (collect(chunk) for chunk in chunks)
+        if self.trains:
+            source = self.inferring[self.training.index(self.me) % len(self.inferring)]
+            expected = [receive(spec, rows, source, self.device, "a chunk of the rollout") for _ in chunks]
+            return (self._timed(arrived) for arrived in expected)
+        return self._give(chunks, collect, spec, rows)
+
+    def _timed(self, arrived: Callable[[], Fields]) -> Fields:
+        with self.timeline("wait", "chunk"):
+            return arrived()
+
+    def _give(
+        self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int
+    ) -> Iterator[Fields]:
+        place = self.inferring.index(self.me)
+        targets = [rank for number, rank in enumerate(self.training) if number % len(self.inferring) == place]
+        for chunk in chunks:
+            self._sent += send(collect(chunk), spec, rows, targets)
+        yield from ()
+
+    @override
+    def to_all(self, values: Tensor, infers: bool = False) -> Tensor:
+        if self.world > 1:
+            with self.timeline("wait", "metrics"), waiting("metrics", [0]):
+                dist.broadcast(values, self.inferring[0] if infers else 0)
+        return values
+
+    # Training
+
+    @override
+    def share(self, role: str, units: Sequence[int]) -> list[int]:
+        ranks = self.plan.members(role, self.world)
+        if self.me not in ranks:
+            return []
+        part, place = len(units) // len(ranks), ranks.index(self.me)
+        return list(units[place * part : (place + 1) * part])
+
+    @override
+    def replicas(self, role: str) -> int:
+        return len(self.plan.members(role, self.world))
+
+    @override
+    def accumulate(self, role: str, last: bool) -> AbstractContextManager[Any]:
+        network = self.network(role)
+        if isinstance(network, DistributedDataParallel):
+            return nullcontext() if last else network.no_sync()
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    @override
+    def total(self, role: str, values: Tensor) -> Tensor:
+        ranks = self.plan.members(role, self.world)
+        if self.me in ranks and len(ranks) > 1:
+            dist.all_reduce(values, group=self._group(ranks))
+        return values

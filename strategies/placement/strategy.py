@@ -1,0 +1,266 @@
+"""Placement of several models as a strategy of Lightning."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from strategies.placement.plan import BackEnd, PlacementPlan
+from strategies.placement.roles import RankPlacement
+from strategies.placement.state import divided_like, divided_state, from_rank, whole
+from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
+from zoo.role_placement import HasRoles
+from zoo.strategy_contract import StrategyContract
+
+__all__ = ["FlatteningStrategy", "InterleavingStrategy", "PlacementStrategy", "SeparationStrategy"]
+
+
+class PlacementStrategy(StrategyContract, DDPStrategy):
+    """Puts each model of a module on the ranks of a plan; the weights are the same under every plan (lag 0).
+
+    All ranks read the same batches and divide their samples. Ranks without a model free it. Checkpoints hold whole models
+    and optimizers, and continue under any plan and number of ranks. Validation and prediction outside of ``fit`` place nothing.
+    Source: Xiao et al., arXiv 2312.11819.
+
+    Args:
+        plan: The plan, or a file with one.
+        timeout_minutes: Longest wait for another rank.
+        **kwargs: As for Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: If the plan does not fit the run, or the module has no roles.
+    """
+
+    def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, **kwargs: Any) -> None:
+        refuse_ddp_hooks(self, kwargs)
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
+        self._given = PlacementPlan.read(plan) if isinstance(plan, str) else plan
+        self._placement: RankPlacement | None = None
+
+    def plan(self, world: int) -> PlacementPlan:
+        """The plan for a number of ranks."""
+        return self._given
+
+    def places_roles(self) -> bool:
+        """Whether models are placed in this run."""
+        return self._places
+
+    @property
+    def _places(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """In training every rank reads all samples."""
+        return {"num_replicas": 1, "rank": 0} if self._places else super().distributed_sampler_kwargs
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded by the ranks that keep them."""
+        return True
+
+    # A run begins
+
+    @override
+    def setup_environment(self) -> None:
+        """Check module and plan as soon as the ranks know each other."""
+        super().setup_environment()
+        module = self.lightning_module
+        if not isinstance(module, HasRoles):
+            raise ValueError(
+                f"{type(self).__name__} places the models of a module with roles, such as RLHF, which {type(module).__name__} has"
+                " not: take ddp."
+            )
+        if self._places:
+            self.plan(self.world_size).validate(self.world_size, [])
+
+    @override
+    def model_to_device(self) -> None:
+        """Give all ranks the weights of rank 0, free what the plan puts elsewhere, and move the rest."""
+        module = self.lightning_module
+        assert isinstance(module, HasRoles) and module is not None
+        refuse_scaled_losses(self)
+        if not self._places:
+            super().model_to_device()
+            return
+        roles = module.roles()
+        for role in roles.values():
+            _sync_module_states(role.network)
+        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device)
+        for name in list(roles):
+            if placement.keeps(name):
+                roles[name].network.to(self.root_device)
+            else:
+                roles[name].network = torch.nn.Module()
+                roles[name].blocks = []
+                module.drop_role(name)
+        module.use_placement(placement)
+        super().model_to_device()
+
+    @override
+    def configure_ddp(self) -> None:
+        """Give each role its back end; the module as a whole has none."""
+        assert self._placement is not None
+        self._placement.wrap()
+
+    @property
+    def placement(self) -> RankPlacement | None:
+        """The plan at work; None outside of training."""
+        return self._placement
+
+    @override
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds only a part of the parameters."""
+        return True
+
+    @override
+    def forwards_are_collective(self) -> bool:
+        return self._places
+
+    @override
+    def teardown(self) -> None:
+        """Let go of the groups' wrappers."""
+        self._placement = None
+        super().teardown()
+
+    # Checkpoints
+
+    def _of_roles(self) -> dict[str, str]:
+        """Roles that are trained, by the prefix of their weights."""
+        assert self._placement is not None
+        return {role.prefix: name for name, role in self._placement.roles.items() if role.trained}
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole weights of all trained roles on rank 0; a collective call."""
+        if self._placement is None:
+            return super().lightning_module_state_dict()
+        placement = self._placement
+        state = super().lightning_module_state_dict()
+        found = {name: value for name, value in state.items() if not name.startswith(tuple(self._of_roles()))}
+        for prefix, role in self._of_roles().items():
+            part: dict[str, Any] = {}
+            if placement.holds(role):
+                part = {name: whole(value) for name, value in state.items() if name.startswith(prefix)}
+            ranks = placement.plan.members(role, placement.world)
+            found |= part if 0 in ranks else from_rank(part, ranks[0])
+        return found
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what this rank keeps."""
+        if self._placement is None:
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        assert self.lightning_module is not None
+        absent = tuple(prefix for prefix, role in self._of_roles().items() if not self._placement.keeps(role))
+        own = self.lightning_module.state_dict()
+        state = {
+            name: divided_like(value, own.get(name))
+            for name, value in checkpoint["state_dict"].items()
+            if not (absent and name.startswith(absent))
+        }
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def _roles_of_optimizers(self) -> list[str]:
+        assert self._placement is not None
+        return [name for name in ("actor", "critic") if name in self._placement.roles]
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole state of an optimizer on rank 0; a collective call."""
+        state = super().optimizer_state(optimizer)
+        if self._placement is None:
+            return state
+        place = next(number for number, each in enumerate(self.optimizers) if each is getattr(optimizer, "optimizer", optimizer))
+        role = self._roles_of_optimizers()[place]
+        ranks = self._placement.plan.members(role, self._placement.world)
+        state = whole(state) if self._placement.holds(role) else state
+        return state if 0 in ranks else from_rank(state, ranks[0])
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the states of the roles that this rank trains."""
+        if self._placement is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for role, optimizer, state in zip(
+            self._roles_of_optimizers(), self.optimizers, checkpoint["optimizer_states"], strict=True
+        ):
+            if self._placement.holds(role):
+                optimizer.load_state_dict(divided_state(state, optimizer))
+
+    def gradient_norm(self) -> None:
+        """Each role clips by itself."""
+        return
+
+
+class FlatteningStrategy(PlacementStrategy):
+    """All models on all ranks, each of which generates, scores and trains its part of the samples.
+
+    Args:
+        backend: Back end of actor and critic.
+        **kwargs: As of `PlacementStrategy`.
+    """
+
+    def __init__(self, backend: BackEnd = "replicate", **kwargs: Any) -> None:
+        super().__init__(PlacementPlan.flattening(backend), **kwargs)
+
+
+class InterleavingStrategy(PlacementStrategy):
+    """The reference on the first half of the ranks and the reward model on the second, which work at the same time.
+
+    Args:
+        backend: Back end of actor and critic, which are on all ranks.
+        **kwargs: As of `PlacementStrategy`.
+    """
+
+    def __init__(self, backend: BackEnd = "replicate", **kwargs: Any) -> None:
+        super().__init__(PlacementPlan(), **kwargs)
+        self.backend: BackEnd = backend
+
+    @override
+    def plan(self, world: int) -> PlacementPlan:
+        return PlacementPlan.interleaving(world, self.backend)
+
+
+class SeparationStrategy(PlacementStrategy):
+    """The first ranks train, the others generate and score with copies of actor and critic.
+
+    Args:
+        train_ranks: Number of ranks that train; 0: half of them.
+        chunks: Parts of a rollout; training begins with the first.
+        max_lag: Rollouts by which generation may be ahead; 0: the weights are those of any other placement.
+        backend: Back end of actor and critic where they are trained.
+        **kwargs: As of `PlacementStrategy`.
+    """
+
+    def __init__(
+        self, train_ranks: int = 0, chunks: int = 1, max_lag: int = 0, backend: BackEnd = "replicate", **kwargs: Any
+    ) -> None:
+        super().__init__(PlacementPlan(), **kwargs)
+        self.train_ranks, self.chunks, self.max_lag = train_ranks, chunks, max_lag
+        self.backend: BackEnd = backend
+
+    @override
+    def plan(self, world: int) -> PlacementPlan:
+        if world < 2:
+            raise ValueError("SeparationStrategy needs at least 2 ranks: start torchrun with --nproc-per-node 2 or more.")
+        return PlacementPlan.separation(world, self.train_ranks or world // 2, self.chunks, self.max_lag, self.backend)
+
+
+for name, strategy in (
+    ("flattening", FlatteningStrategy),
+    ("interleaving", InterleavingStrategy),
+    ("separation", SeparationStrategy),
+):
+    StrategyRegistry.register(name, strategy, description=f"Placement of several models: {name}")

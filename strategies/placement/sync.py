@@ -1,0 +1,65 @@
+"""Weights of the ranks that train, brought to the copies on ranks that generate; only what is trained travels."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from strategies.placement.exchange import waiting
+
+__all__ = ["buckets", "copy_weights", "trained_weights"]
+
+
+def trained_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters that are trained, by name, in the order of names, which is the same on both sides."""
+    return sorted((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
+def buckets(tensors: Iterable[Tensor], num_bytes: int) -> Iterator[list[Tensor]]:
+    """Tensors of one type, in lists of at most so many bytes, or of one tensor that is larger."""
+    held: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if held and (size + more > num_bytes or tensor.dtype != held[0].dtype):
+            yield held
+            held, size = [], 0
+        held.append(tensor)
+        size += more
+    if held:
+        yield held
+
+
+@torch.no_grad()
+def copy_weights(
+    weights: list[Tensor], source: int, group: dist.ProcessGroup, ranks: Iterable[int], bucket_mb: int, what: str
+) -> int:
+    """Copy weights from one rank to the others of a group.
+
+    Args:
+        weights: On each rank of ``ranks`` the tensors, in one order; those of the source may be divided over ranks that all
+            call this.
+        source: Global rank that has them.
+        group: The source and the ranks that get them.
+        ranks: Ranks of the group; others only help to gather divided weights.
+        bucket_mb: Megabytes that travel at a time.
+        what: Named if a wait fails.
+
+    Returns:
+        Bytes that travelled to each rank.
+    """
+    members, me, total = set(ranks), dist.get_rank(), 0
+    for bucket in buckets(weights, bucket_mb * 2**20):
+        whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in bucket]
+        if me not in members:
+            continue
+        flat = torch.cat([tensor.detach().flatten() for tensor in whole])
+        with waiting(what, [source]):
+            dist.broadcast(flat, source, group=group)
+        total += flat.numel() * flat.element_size()
+        if me != source:
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+    return total

@@ -1,0 +1,97 @@
+"""Answers of a rollout with their scores and log-probabilities, and the tokens among them that count.
+
+Shape suffixes: R samples, P prompt ids, N answer tokens.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Experience", "answer_mask"]
+
+
+def answer_mask(tokens_RN: Tensor, eos_ids: Collection[int]) -> tuple[Tensor, Tensor]:
+    """Tokens up to and including the first end-of-sequence token, bool (R, N), and whether there is one, bool (R,).
+
+    Args:
+        tokens_RN: Generated tokens, int64; those after the end do not matter.
+        eos_ids: Tokens that end a sequence; none: all tokens count.
+
+    Example:
+        >>> answer_mask(torch.tensor([[5, 6, 2, 2], [5, 6, 7, 8]]), [2])
+        (tensor([[ True,  True,  True, False],
+                [ True,  True,  True,  True]]), tensor([ True, False]))
+    """
+    ends_RN = torch.isin(tokens_RN, torch.tensor(list(eos_ids), dtype=tokens_RN.dtype, device=tokens_RN.device))
+    before_RN = ends_RN.cumsum(1) - ends_RN.long()
+    return before_RN == 0, ends_RN.any(1)
+
+
+@dataclass
+class Experience:
+    """Samples of a rollout; all tensors are on one device.
+
+    Attributes:
+        prompt_ids: (R, P) int64, padded on the left.
+        prompt_mask: (R, P), 0 at the padding.
+        tokens: (R, N) int64, the answers.
+        mask: (R, N) bool, tokens up to and including the first end-of-sequence token, see `answer_mask`.
+        index: (R,) int64, number of the sample in its rollout; divided by the samples per prompt, that of its prompt.
+        logp: (R, N) log-probability of each token, in nats, under the policy at the start of the rollout, by the forward pass
+            of training.
+        score: (R,) reward of the whole answer.
+        ended: (R,) bool, whether the answer has an end-of-sequence token.
+        behaviour_logp: (R, N) the same as ``logp`` under the weights that generated, where these may be older.
+        reference_logp: (R, N) the same under the frozen reference.
+        value: (R, N) critic's value of the state before each token. The convention ``trl`` needs that of the state after the
+            last token too: leave it unmasked.
+        version: Number of the weights that generated.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    index: Tensor
+    logp: Tensor
+    score: Tensor
+    ended: Tensor
+    behaviour_logp: Tensor | None = None
+    reference_logp: Tensor | None = None
+    value: Tensor | None = None
+    version: int = 0
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.tokens)
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens of each answer that count, int64 (R,)."""
+        return self.mask.sum(1)
+
+    def select(self, rows: Tensor | slice) -> "Experience":
+        """Some of the samples.
+
+        Args:
+            rows: Numbers of rows, int64, or a mask or slice of them.
+        """
+        tensors = {name: tensor[rows] for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> "Experience":
+        """The same samples on a device."""
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return dataclasses.replace(self, **tensors)
+
+    def ids_and_mask(self) -> tuple[Tensor, Tensor]:
+        """Prompts with their answers, int64 (R, P+N), and the attention mask of both, int64; the end token is attended to."""
+        ids = torch.cat((self.prompt_ids, self.tokens), 1)
+        return ids, torch.cat((self.prompt_mask.long(), self.mask.long()), 1)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}

@@ -1,0 +1,677 @@
+"""RLHF: an actor that is trained by the scores of its own answers, beside a critic, a reference and rewards.
+
+Shape suffixes: R samples of a rollout, P prompt ids, N answer tokens, S = P + N.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from zoo.callbacks import EMA
+from zoo.lm.backbone import Backbone
+from zoo.lm.batches import check_vocabulary
+from zoo.lm.language_module import text_until_end
+from zoo.metrics.mean_and_error import Mean
+from zoo.module import ZooModule
+from zoo.rlhf.algorithm import PPO, Algorithm, Targets
+from zoo.rlhf.experience import Experience, answer_mask
+from zoo.rlhf.networks import PolicyNetwork, ValueNetwork
+from zoo.rlhf.ppo import kl_sums
+from zoo.rlhf.rewards import Reward
+from zoo.rlhf.rollout import Rollout, RolloutEngine, Samples, greedy, samples_of
+from zoo.role_placement import Fields, FieldSpec, Placement, PlacesRoles, Role
+
+__all__ = ["RLHF"]
+
+_METRICS = ("score", "kl", "length", "ended")
+
+
+class RLHF(ZooModule):
+    """Reinforcement learning from human or verified feedback: PPO and its kin, on any placement of the models.
+
+    A batch of the data, as `RolloutPrompts` and `RatedSnippets` give it, is one rollout: each prompt is answered, answers are
+    scored, and the actor (and critic) take ``rollout.minibatches`` steps on them. ``max_steps`` counts the actor's steps. With
+    several processes take a strategy of `strategies.placement`; the weights are the same under each. Dropout is off.
+    Source: Ouyang et al., arXiv 2203.02155; placement: Xiao et al., arXiv 2312.11819.
+
+    Args:
+        actor: The policy, a causal model; what of it is trained is its ``tuning``.
+        reward: Scores answers; several are added.
+        critic: A model with a scalar head, usually begun from the reward model; for `PPO` only.
+        reference: The model from which the KL is measured; None: the actor at the start. Checkpoints hold its weights.
+        algorithm: Rewards of tokens, advantages and losses; None: `PPO`.
+        rollout: Numbers of a rollout, and options of draws.
+        engine: Generates answers; None: `RolloutEngine`.
+        max_grad_norm: Bound of the norm of each model's gradient; 0: none.
+        optimizer: Makes the actor's optimizer.
+        lr_scheduler: Makes its schedule.
+        critic_optimizer: Makes the critic's optimizer.
+        critic_lr_scheduler: Makes its schedule.
+        kwargs: Arguments of `ZooModule`.
+
+    Raises:
+        ValueError: If models and algorithm do not fit.
+    """
+
+    def __init__(
+        self,
+        actor: Backbone,
+        reward: Reward | list[Reward],
+        critic: Backbone | None = None,
+        reference: Backbone | None = None,
+        algorithm: Algorithm | None = None,
+        rollout: Rollout = Rollout(),  # noqa: B008 (read only)
+        engine: RolloutEngine | None = None,
+        max_grad_norm: float = 1.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, betas=(0.9, 0.95), weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=5e-6, betas=(0.9, 0.95), weight_decay=0.0
+        ),
+        critic_lr_scheduler: LRSchedulerCallable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, **kwargs)
+        self.automatic_optimization = False
+        self.algorithm = algorithm or PPO()
+        self._check_models(actor, critic, rollout, max_grad_norm)
+        self.actor = actor
+        self.critic = critic
+        self.rewards = reward if isinstance(reward, list) else [reward]
+        self.rollout = rollout
+        self.engine = engine or RolloutEngine()
+        self.max_grad_norm = max_grad_norm
+        self.critic_optimizer, self.critic_lr_scheduler = critic_optimizer, critic_lr_scheduler
+        self.is_pretrained = actor.source is not None
+        if critic is not None:
+            critic.freeze_output_head()
+        # In lists, so that they are no part of the module: not trained, not in what is shared.
+        self._reference = [] if reference is None else [reference.requires_grad_(False)]
+        self._scorers = [part for part in self.rewards if isinstance(part, nn.Module)]
+        self._reference_state: dict[str, Tensor] = {}
+        self._kl = self.algorithm.kl_controller()
+        self._placement: Placement | None = None
+        #: Rollouts that were begun; names the draws of the next one.
+        self.rollouts = 0
+        self._waiting: list[tuple[Samples, Fields] | None] = []
+        self.metrics = nn.ModuleDict({name: Mean() for name in _METRICS})
+
+    def _check_models(self, actor: Backbone, critic: Backbone | None, rollout: Rollout, max_grad_norm: float) -> None:
+        name = type(self.algorithm).__name__
+        if actor.kind != "causal":
+            raise ValueError(f"RLHF: the actor is of the kind {actor.kind}: take a causal model, which generates answers.")
+        if self.algorithm.needs_critic and (critic is None or critic.scalar is None):
+            raise ValueError(f"RLHF: {name} needs a critic with scalar_head=true, such as the reward model's backbone.")
+        if critic is not None and not self.algorithm.needs_critic:
+            raise ValueError(f"RLHF: {name} has no critic: leave critic out, or take PPO.")
+        if critic is not None and critic.vocab_size != actor.vocab_size:
+            raise ValueError(
+                f"RLHF: the critic has a vocabulary of {critic.vocab_size}, the actor one of {actor.vocab_size}: both must have"
+                " one tokenizer."
+            )
+        if self.algorithm.needs_groups and rollout.samples_per_prompt < 2:
+            raise ValueError(f"RLHF: {name} compares answers to a prompt: set rollout.samples_per_prompt to 2 or more.")
+        if max_grad_norm < 0:
+            raise ValueError(f"RLHF: max_grad_norm={max_grad_norm} must be positive, or 0 for no bound.")
+
+    # Roles and their placement
+
+    def roles(self) -> dict[str, Role]:
+        """The models by name, see `zoo.role_placement`."""
+        found = {"actor": Role(PolicyNetwork(self.actor, self.rollout.temperature), "actor.", self.actor.blocks, trained=True)}
+        if self.critic is not None:
+            found["critic"] = Role(ValueNetwork(self.critic), "critic.", self.critic.blocks, trained=True)
+        if self._reference:
+            found["reference"] = Role(PolicyNetwork(self._reference[0], self.rollout.temperature), "", self._reference[0].blocks)
+        found["reward"] = Role(nn.ModuleList(self._scorers), "")
+        return found
+
+    def drop_role(self, name: str) -> None:
+        """Free a model that other ranks hold."""
+        if name == "reference":
+            self._reference.clear()
+        elif name == "reward":
+            self._scorers, self.rewards = [], []
+        else:
+            setattr(self, name, nn.Module())
+
+    def use_placement(self, placement: Placement) -> None:
+        """Take the placement by which the module works from here on."""
+        self._placement = placement
+
+    @property
+    def placement(self) -> Placement:
+        """The placement; that of one process before a strategy gives another."""
+        if self._placement is None:
+            self._placement = Placement(self.roles())
+        return self._placement
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check the run, and copy the reference before a strategy divides the weights.
+
+        Raises:
+            ValueError: If strategy, callbacks, clipping or tokenizer do not fit.
+        """
+        super().setup(stage)
+        self._placement = None
+        tokenizer = self._tokenizer()
+        self.actor.check_tokenizer(tokenizer)
+        for reward in self.rewards:
+            reward.check_tokenizer(tokenizer)
+        if tokenizer.pad_id == tokenizer.eos_id and self.algorithm.rules.eos_in_mask:
+            raise ValueError(
+                f"RLHF: the tokenizer pads with its eos ({tokenizer.eos_id}), so that ends look like padding: take a tokenizer with"
+                " a pad token of its own, or the convention dschat."
+            )
+        if stage != "fit":
+            return
+        self._check_trainer()
+        if self.algorithm.needs_reference and not self._reference and not self.actor.has_adapter:
+            self._reference.append(copy.deepcopy(self.actor).requires_grad_(False))
+        if self._reference and self.trainer.is_global_zero:
+            self._reference_state = {name: value.cpu() for name, value in self._reference[0].state_dict().items()}
+
+    def _check_trainer(self) -> None:
+        strategy = self.trainer.strategy
+        if self.trainer.world_size > 1 and not isinstance(strategy, PlacesRoles):
+            raise ValueError(
+                f"RLHF: {type(strategy).__name__} does not know several models: take FlatteningStrategy, InterleavingStrategy or"
+                " SeparationStrategy (-c strategies/flattening)."
+            )
+        if self.trainer.gradient_clip_val:
+            raise ValueError(
+                f"RLHF clips the gradient of each model by itself: leave gradient_clip_val={self.trainer.gradient_clip_val} of the"
+                " Trainer out, and set model.max_grad_norm."
+            )
+        if any(isinstance(callback, EMA) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("RLHF: the callback EMA averages all models after each rollout: leave it out.")
+
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("RLHF needs a DataModule with a tokenizer, such as RolloutPrompts or RatedSnippets.")
+        return tokenizer
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """The actor's and the critic's optimizer; on ranks without the model, one that steps and changes nothing."""
+        made = [self._optimizer_of("actor", self.optimizer, self.lr_scheduler)]
+        if "critic" in self.placement.roles:
+            made.append(self._optimizer_of("critic", self.critic_optimizer, self.critic_lr_scheduler))
+        return made
+
+    def _optimizer_of(self, role: str, make: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
+        if not self.placement.holds(role):
+            def idle(parameters: Any) -> Optimizer:
+                return torch.optim.SGD(parameters, lr=0.0)
+
+            return self.optimizer_config(idle, [nn.Parameter(torch.zeros(1))], scheduler)
+        parameters = [parameter for parameter in getattr(self, role).parameters() if parameter.requires_grad]
+        return self.optimizer_config(make, parameters, scheduler)
+
+    # Batches
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the prompts.
+
+        Raises:
+            ValueError: If these are no prompts, or an id is outside of the vocabulary.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch or "attention_mask" not in batch:
+            raise ValueError(
+                "RLHF needs batches of prompts with input_ids and attention_mask, as the DataModules RolloutPrompts and"
+                " RatedSnippets (use: prompts) give them."
+            )
+        if isinstance(self.actor, Backbone):
+            check_vocabulary(batch["input_ids"], self.actor.vocab_size)
+        return batch
+
+    # Generation and scoring
+
+    def _generation(self) -> Any:
+        tokenizer = self._tokenizer()
+        return self.rollout.generation([tokenizer.eos_id], tokenizer.pad_id)
+
+    def _fields(self, num_tokens: int) -> FieldSpec:
+        """Fields of a sample that is generated and scored."""
+        each = ((num_tokens,), torch.float32)
+        found: FieldSpec = {"tokens": ((num_tokens,), torch.int64), "logp": each, "score": ((), torch.float32)}
+        if self.algorithm.needs_reference:
+            found["reference_logp"] = each
+        if self.algorithm.needs_critic:
+            found["value"] = each
+        return found
+
+    @torch.no_grad()
+    def collect(self, samples: Samples, rollout: int, greedily: bool = False) -> Fields:
+        """Answer prompts and score the answers, on the ranks that infer.
+
+        Args:
+            samples: The same on all of these ranks.
+            rollout: Number that names the draws.
+            greedily: Take the most probable tokens.
+
+        Returns:
+            Fields of all samples: ``tokens``, ``logp``, ``score``, and ``reference_logp`` and ``value`` where needed.
+        """
+        place, count, unit = self.placement, len(samples.ids), self.rollout.unit
+        generation = greedy(self._generation()) if greedily else self._generation()
+        num_tokens, spec = generation.max_new_tokens, self._fields(generation.max_new_tokens)
+        self.eval()
+
+        def generate(rows: list[int]) -> Fields:
+            with place.gathered("actor"):
+                chosen = samples.select(rows)
+                return {"tokens": self.engine.answers(self.actor, chosen, generation, self.random_seed, rollout)}
+
+        tokens = place.compute("rollout_actor", count, unit, generate, {"tokens": spec["tokens"]}, whole=True)
+
+        def ids_and_mask(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+            chosen, token_RN = samples.select(rows), tokens.of(rows)["tokens"]
+            mask_RN = answer_mask(token_RN, self._eos)[0]
+            return torch.cat([chosen.ids, token_RN], 1), torch.cat([chosen.mask, mask_RN.long()], 1), token_RN
+
+        def of_policy(network: nn.Module, name: str) -> Any:
+            def passes(rows: list[int]) -> Fields:
+                ids_RS, mask_RS, _ = ids_and_mask(rows)
+                return {name: network(ids_RS, mask_RS, num_tokens)[0].float()}
+
+            return passes
+
+        def judge(rows: list[int]) -> Fields:
+            ids_RS, mask_RS, token_RN = ids_and_mask(rows)
+            return {"score": self.scores(samples.select(rows), ids_RS, mask_RS, token_RN)}
+
+        def value(rows: list[int]) -> Fields:
+            ids_RS, mask_RS, _ = ids_and_mask(rows)
+            return {"value": place.inference("critic")(ids_RS, mask_RS, num_tokens).float()}
+
+        # A rank begins with its own samples, while those of others are on their way.
+        jobs = [("rollout_actor", "logp", of_policy(place.inference("actor"), "logp"))]
+        if "reference_logp" in spec:
+            frozen = "reference" in place.roles
+            role = "reference" if frozen else "rollout_actor"
+            network = place.inference("reference" if frozen else "actor")
+            passes = of_policy(network, "reference_logp")
+            jobs.append((role, "reference_logp", passes if frozen else self._without_adapter(passes)))
+        jobs.append(("reward", "score", judge))
+        if "value" in spec:
+            jobs.append(("rollout_critic", "value", value))
+        pending = [place.compute(role, count, unit, job, {name: spec[name]}) for role, name, job in jobs]
+        found = dict(tokens.wait())
+        for part in pending:
+            found |= part.wait()
+        return found
+
+    def _without_adapter(self, passes: Any) -> Any:
+        def plain(rows: list[int]) -> Fields:
+            with self.actor.without_adapter():
+                return passes(rows)  # type: ignore[no-any-return]
+
+        return plain
+
+    @property
+    def _eos(self) -> list[int]:
+        return [self._tokenizer().eos_id]
+
+    def texts(self, tokens_RN: Tensor) -> list[str]:
+        """Answers as text, up to their ends."""
+        tokenizer = self._tokenizer()
+        return [text_until_end(ids, tokenizer) for ids in tokens_RN.tolist()]
+
+    def scores(self, samples: Samples, ids_RS: Tensor, mask_RS: Tensor, tokens_RN: Tensor) -> Tensor:
+        """Sum of the rewards of answers, (R,); override to combine them in another way.
+
+        Args:
+            samples: The prompts.
+            ids_RS: Prompts with their answers.
+            mask_RS: 0 for padding.
+            tokens_RN: The answers.
+
+        Raises:
+            ValueError: If a score is not finite.
+        """
+        texts = self.texts(tokens_RN)
+        total_R = torch.zeros(len(texts), device=tokens_RN.device)
+        for reward in self.rewards:
+            score_R = reward.score(ids_RS, mask_RS, samples.texts, texts, samples.rows).to(total_R)
+            if not bool(score_R.isfinite().all()):
+                row = int((~score_R.isfinite()).nonzero()[0])
+                raise ValueError(f"{type(reward).__name__} gives the answer {texts[row][:60]!r} the score {float(score_R[row])}.")
+            total_R += reward.weight * score_R
+        return total_R
+
+    def _experience(self, samples: Samples, fields: Fields, version: int) -> Experience:
+        mask_RN, ended_R = answer_mask(fields["tokens"], self._eos)
+        return Experience(
+            samples.ids, samples.mask, fields["tokens"], mask_RN, samples.index, fields["logp"], fields["score"], ended_R,
+            reference_logp=fields.get("reference_logp"), value=fields.get("value"), version=version,
+        )  # fmt: skip
+
+    # Training
+
+    @override
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """One rollout, and the steps on it."""
+        place, options = self.placement, self.rollout
+        samples = samples_of(batch, options.samples_per_prompt)
+        place.check(len(samples.ids), options.unit, options.minibatches)
+        number, self.rollouts = self.rollouts, self.rollouts + 1
+        self.eval()  # no dropout: ratios of the first step are exactly 1
+        place.begin()
+        learner = _Learner(self)
+        rows = len(samples.ids) // place.chunks
+        chunks = [samples.select(range(chunk * rows, (chunk + 1) * rows)) for chunk in range(place.chunks)]
+        arriving = place.stream(
+            range(place.chunks),
+            lambda chunk: self.collect(chunks[chunk], number),
+            self._fields(options.max_new_tokens),
+            rows,
+        )
+        while len(self._waiting) + (place.max_lag > 0) > place.max_lag:
+            learner.learn_waiting(self._waiting.pop(0))
+        if place.max_lag:
+            fields = list(arriving)
+            whole = {name: torch.cat([part[name] for part in fields]) for name in fields[0]} if fields else None
+            self._waiting.append(None if whole is None else (samples, whole))
+        else:
+            learner.learn(chunks, arriving)
+        self._log(learner.summary())
+
+    def _log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("score", "kl"))
+
+    # Evaluation and answers
+
+    def _move_frozen(self) -> None:
+        """Bring reference and rewards to the device, and the reference to the actor's type."""
+        types = {parameter.dtype for parameter in self.actor.parameters()}
+        for network in self._reference:
+            network.to(self.device, types.pop() if len(types) == 1 else None)
+        for network in self._scorers:
+            network.to(self.device)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._move_frozen()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._move_frozen()
+        self.placement.begin()
+
+    @override
+    def on_test_start(self) -> None:
+        self._move_frozen()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._move_frozen()
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Score, KL, length and share of answers with an end, for drawn answers to held-out prompts."""
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Any]) -> None:
+        samples = samples_of(batch, 1)
+        samples.index = batch["index"].to(samples.index)
+        values = torch.zeros(len(samples.ids), len(_METRICS), dtype=torch.float64, device=self.device)
+        if self.placement.infers:
+            experience = self._experience(samples, self.collect(samples, -1), 0)
+            kl_R = torch.zeros_like(experience.score)
+            if experience.reference_logp is not None:
+                kl_R = (experience.logp - experience.reference_logp).masked_fill(~experience.mask, 0).sum(1)
+            columns = (experience.score, kl_R, experience.length, experience.ended)
+            values = torch.stack([column.double() for column in columns], 1)
+        values = self.placement.to_all(values, infers=True)
+        weight_R = (batch["index"] >= 0).double().to(values.device)
+        for name, column_R in zip(_METRICS, values.unbind(1), strict=True):
+            metric = self.metrics[name]
+            metric.update(column_R, weight_R)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(weight_R))
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Answer the prompts and score the answers: ``index``, ``prompt``, ``text``, ``score`` for `JSONLWriter`."""
+        if int(batch["index"][0]) < 0:
+            return {"index": batch["index"][:0], "prompt": [], "text": [], "score": []}
+        samples = samples_of(batch, 1)
+        samples.index = batch["index"].to(samples.index)
+        generation = self._generation()
+        token_RN = self.engine.answers(self.actor, samples, generation, self.random_seed, -1)
+        mask_RN = answer_mask(token_RN, self._eos)[0]
+        ids_RS, mask_RS = torch.cat([samples.ids, token_RN], 1), torch.cat([samples.mask, mask_RN.long()], 1)
+        score_R = self.scores(samples, ids_RS, mask_RS, token_RN)
+        return {"index": batch["index"], "prompt": samples.texts, "text": self.texts(token_RN), "score": score_R.tolist()}
+
+    # Checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of rollouts, the coefficient of the KL, the reference and rollouts that wait for training."""
+        super().on_save_checkpoint(checkpoint)
+        waiting = [
+            {"fields": fields, "ids": samples.ids, "mask": samples.mask, "index": samples.index}
+            for samples, fields in filter(None, self._waiting)
+        ]
+        state = {"rollouts": self.rollouts, "kl": self._kl.state_dict(), "waiting": waiting}
+        checkpoint["rlhf"] = {**state, "reference": self._reference_state}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` kept."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("rlhf")
+        if state is None:
+            return
+        self.rollouts = state["rollouts"]
+        self._kl.load_state_dict(state["kl"])
+        self._waiting = []
+        for kept in state["waiting"]:
+            rows = len(kept["ids"])
+            samples = Samples(*(kept[name].to(self.device) for name in ("ids", "mask", "index")), [""] * rows, [{}] * rows)
+            fields = {name: value.to(self.device) for name, value in kept["fields"].items()}
+            self._waiting.append((samples, fields) if self.placement.trains else None)
+        if state["reference"]:
+            if self._reference:
+                self._reference[0].load_state_dict(state["reference"])
+            if self._trainer is None or self.trainer.is_global_zero:
+                self._reference_state = state["reference"]
+
+
+class _Learner:
+    """The steps on the samples of one training step.
+
+    Args:
+        module: Its placement says what this rank does; ranks that do not train count the same steps.
+    """
+
+    def __init__(self, module: RLHF) -> None:
+        self.module, self.place, self.options = module, module.placement, module.rollout
+        self.sums: dict[str, Tensor] = {}
+
+    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields]) -> None:
+        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all."""
+        minibatches = self.options.minibatches // len(chunks)
+        if self.module.algorithm.needs_whole_rollout and len(chunks) > 1:
+            raise ValueError(
+                "RLHF: advantages are whitened over the rollout, which needs it whole: set chunks of the plan to 1, or"
+                " algorithm.whiten to minibatch."
+            )
+        parts: list[tuple[Experience, Targets]] = []
+        for samples, fields in zip(chunks, arriving, strict=False):
+            if self.place.trains:
+                parts.append(self._targets(self.module._experience(samples, fields, self.module.rollouts)))
+                self._pass(*parts[-1], minibatches)
+        if not self.place.trains:
+            list(arriving)  # generates and sends
+            self._idle(self.options.minibatches * self.options.epochs)
+            return
+        self._epochs(parts)
+
+    def learn_waiting(self, waiting: tuple[Samples, Fields] | None) -> None:
+        """Train on a rollout that older weights generated; its log-probabilities are computed again first."""
+        if waiting is None:
+            self._idle(self.options.minibatches * self.options.epochs)
+            return
+        samples, fields = waiting
+        experience = self.module._experience(samples, fields, self.module.rollouts - 1 - len(self.module._waiting))
+        experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
+        part = self._targets(experience)
+        self._pass(*part, self.options.minibatches)
+        self._epochs([part])
+
+    @torch.no_grad()
+    def _logp_now(self, experience: Experience) -> Tensor:
+        ids_RS, mask_RS = experience.ids_and_mask()
+        network, unit = self.place.network("actor"), self.options.unit
+        found_RN = torch.zeros_like(experience.logp)
+        for number in self.place.share("actor", range(len(ids_RS) // unit)):
+            rows = slice(number * unit, (number + 1) * unit)
+            found_RN[rows] = network(ids_RS[rows], mask_RS[rows], experience.tokens.shape[1])[0].float()
+        return self.place.total("actor", found_RN)
+
+    def _targets(self, experience: Experience) -> tuple[Experience, Targets]:
+        module = self.module
+        targets = module.algorithm.targets(experience, self.options.samples_per_prompt, module._kl.coefficient)
+        kl, count = kl_sums(targets.kl, experience.mask)
+        self._add(
+            samples=len(experience), score=experience.score.sum(), kl=kl, length=experience.length.sum(),
+            ended=experience.ended.sum(), reward=targets.reward.sum(),
+        )  # fmt: skip
+        return experience, targets
+
+    def _epochs(self, parts: list[tuple[Experience, Targets]]) -> None:
+        """Later passes over a rollout, in an order of their own; then the KL coefficient follows."""
+        rows = sum(len(experience) for experience, _ in parts)
+        if self.options.epochs > 1:
+            experience, targets = _joined(parts)
+            for epoch in range(1, self.options.epochs):
+                generator = torch.Generator().manual_seed(hash((self.module.random_seed, self.module.rollouts, epoch)) % 2**63)
+                order = torch.randperm(rows, generator=generator).to(experience.tokens.device)
+                self._pass(experience.select(order), targets.select(order), self.options.minibatches)
+        measure = self.module.algorithm.kl.measure
+        divisor = self.sums["samples"] if measure == "sequence" else self.sums["length"]
+        self.module._kl.update(float(self.sums["kl"] / divisor), rows)
+
+    def _pass(self, experience: Experience, targets: Targets, minibatches: int) -> None:
+        """One step of each model on each minibatch, in order."""
+        rows = len(experience) // minibatches
+        for number in range(minibatches):
+            part = slice(number * rows, (number + 1) * rows)
+            self._step(experience.select(part), targets.select(part))
+
+    def _step(self, experience: Experience, targets: Targets) -> None:
+        algorithm, unit = self.module.algorithm, self.options.unit
+        mask_RN = algorithm.action_mask(experience)
+        advantage_RN = algorithm.minibatch_advantage(targets, mask_RN)
+        ids_RS, mask_RS = experience.ids_and_mask()
+        num_tokens, with_entropy = experience.tokens.shape[1], bool(algorithm.entropy_weight)
+
+        def actor_loss(rows: slice) -> Tensor:
+            logp_RN, entropy_RN = self.place.network("actor")(ids_RS[rows], mask_RS[rows], num_tokens, with_entropy)
+            loss, sums = algorithm.policy_loss(
+                logp_RN, entropy_RN if with_entropy else None, experience.select(rows), advantage_RN[rows], mask_RN.sum(),
+                len(experience), self.module._kl.coefficient,
+            )  # fmt: skip
+            self._add(loss=loss.detach(), **{f"actor/{name}": value for name, value in sums.items()})
+            return loss
+
+        def critic_loss(rows: slice) -> Tensor:
+            assert targets.returns is not None
+            value_RN = self.place.network("critic")(ids_RS[rows], mask_RS[rows], num_tokens)
+            count = algorithm.value_mask(experience).sum()
+            loss, _ = algorithm.value_loss(value_RN, experience.select(rows), targets.returns[rows], count)
+            self._add(value_loss=loss.detach())
+            return loss
+
+        units = range(len(experience) // unit)
+        for place, (role, loss_of) in enumerate({"actor": actor_loss, "critic": critic_loss}.items()):
+            if role not in self.place.roles:
+                continue
+            optimizer = self._optimizers()[place]
+            optimizer.zero_grad()
+            mine = self.place.share(role, units)
+            for number in mine:
+                with self.place.accumulate(role, last=number == mine[-1]):
+                    loss = loss_of(slice(number * unit, (number + 1) * unit))
+                    self.module.manual_backward(loss * self.place.replicas(role))
+            if mine and self.module.max_grad_norm:
+                parameters = [each for group in optimizer.param_groups for each in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.module.max_grad_norm)
+            self._take(place)
+        self._add(steps=1)
+
+    def _idle(self, steps: int) -> None:
+        """As many steps as the ranks take that train."""
+        for _ in range(steps):
+            for place in range(len(self._optimizers())):
+                self._take(place)
+
+    def _take(self, place: int) -> None:
+        """A step; only the actor's counts in ``global_step``."""
+        optimizer = self._optimizers()[place]
+        if place == 0:
+            optimizer.step()
+        else:
+            optimizer.optimizer.step()
+
+    def _optimizers(self) -> list[Any]:
+        found = self.module.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def _add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.module.device)
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+
+    def summary(self) -> dict[str, float]:
+        """Means of the rollout, the same on all ranks; empty where nothing was trained."""
+        names = ("samples", "score", "kl", "length", "ended", "reward", "steps")
+        of_actor = ("loss", "actor/tokens", "actor/clipped", "actor/old_kl", "actor/ratio", "actor/entropy", "actor/weight")
+        zero = torch.zeros((), dtype=torch.float64, device=self.module.device)
+        known = torch.stack([self.sums.get(name, zero) for name in names])
+        actor = self.place.total("actor", torch.stack([self.sums.get(name, zero) for name in of_actor]))
+        critic = self.place.total("critic", self.sums.get("value_loss", zero)[None].clone())
+        if "critic" in self.place.roles and not self.place.holds("critic"):
+            critic = critic * torch.nan
+        everything = self.place.to_all(torch.cat([known, actor, critic])).tolist()
+        found = dict(zip((*names, *of_actor, "value_loss"), everything, strict=True))
+        if not found["samples"]:
+            return {}
+        steps, tokens = max(found["steps"], 1), max(found["actor/tokens"], 1)
+        values = {name: found[name] / found["samples"] for name in ("score", "kl", "length", "ended", "reward")}
+        values |= {"loss": found["loss"] / steps, "kl_coefficient": self.module._kl.coefficient}
+        values |= {name: found[f"actor/{name}"] / tokens for name in ("clipped", "old_kl", "ratio")}
+        if self.module.algorithm.entropy_weight:
+            values["entropy"] = found["actor/entropy"] / tokens
+        if found["actor/weight"]:
+            values["importance_weight"] = found["actor/weight"] / tokens
+        if "critic" in self.place.roles and found["value_loss"] == found["value_loss"]:
+            values["value_loss"] = found["value_loss"] / steps
+        return values
+
+
+def _joined(parts: list[tuple[Experience, Targets]]) -> tuple[Experience, Targets]:
+    """Several chunks as one."""
+    experience = copy.copy(parts[0][0])
+    targets = copy.copy(parts[0][1])
+    for whole, number in ((experience, 0), (targets, 1)):
+        for name, value in vars(whole).items():
+            if isinstance(value, Tensor):
+                setattr(whole, name, torch.cat([getattr(part[number], name) for part in parts]))
+    return experience, targets

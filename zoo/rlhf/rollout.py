@@ -1,0 +1,152 @@
+"""Rollouts: prompts of a batch, each answered once or several times.
+
+Shape suffixes: R samples, P prompt ids, N answer tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.base.hyperparameters import Configurable
+from zoo.base.random import SampleRandom
+from zoo.lm.backbone import Backbone
+from zoo.lm.generation import Generation, continue_prompts
+
+__all__ = ["Rollout", "RolloutEngine", "Samples", "samples_of"]
+
+
+@dataclass
+class Rollout:
+    """Options of rollouts; a batch of the data is one.
+
+    Attributes:
+        samples_per_prompt: Answers to each prompt.
+        max_new_tokens: N.
+        temperature: Divisor of the logits.
+        top_k: As of `Generation`.
+        top_p: As of `Generation`.
+        minibatches: Optimizer steps that one pass over a rollout takes.
+        epochs: Passes over a rollout.
+        unit: Samples that pass a network together; it does not depend on the number of processes, so that neither do results.
+
+    Raises:
+        ValueError: Numbers out of range.
+    """
+
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    minibatches: int = 4
+    epochs: int = 1
+    unit: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "minibatches", "epochs", "unit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout: {name}={getattr(self, name)} must be at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"rollout: temperature={self.temperature} must be positive, since a policy that does not draw learns nothing."
+            )
+        self.generation([], 0)
+
+    def generation(self, eos_ids: Sequence[int], pad_id: int) -> Generation:
+        """The options of `zoo.lm.generation`."""
+        return Generation(
+            self.max_new_tokens, self.temperature, self.top_k, self.top_p, eos_token_id=list(eos_ids), pad_token_id=pad_id
+        )
+
+
+@dataclass
+class Samples:
+    """Prompts of a rollout, one row a sample.
+
+    Attributes:
+        ids: int64 (R, P), padded on the left.
+        mask: int64 (R, P).
+        index: int64 (R,), number of the sample in its rollout.
+        texts: Prompts as text.
+        rows: Columns of the prompts' rows in the data, for rewards.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    index: Tensor
+    texts: list[str]
+    rows: list[dict[str, Any]]
+
+    def select(self, rows: Sequence[int]) -> "Samples":
+        """Some of the samples."""
+        chosen = torch.tensor(list(rows), device=self.ids.device)
+        return Samples(
+            self.ids[chosen],
+            self.mask[chosen],
+            self.index[chosen],
+            [self.texts[row] for row in rows],
+            [self.rows[row] for row in rows],
+        )
+
+
+def samples_of(batch: Mapping[str, Any], samples_per_prompt: int) -> Samples:
+    """The samples of a batch of prompts, those of a prompt one after the other.
+
+    Args:
+        batch: As `RolloutPrompts` gives it: ``input_ids``, ``attention_mask``, ``prompt``, ``rows``.
+        samples_per_prompt: Answers to each prompt.
+    """
+    ids = batch["input_ids"].repeat_interleave(samples_per_prompt, 0)
+    texts = list(batch.get("prompt") or [""] * len(batch["input_ids"]))
+    rows = list(batch.get("rows") or [{} for _ in texts])
+    return Samples(
+        ids,
+        batch["attention_mask"].long().repeat_interleave(samples_per_prompt, 0),
+        torch.arange(len(ids), device=ids.device),
+        [text for text in texts for _ in range(samples_per_prompt)],
+        [row for row in rows for _ in range(samples_per_prompt)],
+    )
+
+
+class RolloutEngine(Configurable):
+    """Generation of answers; derive from it to generate with another engine.
+
+    This one continues prompts by `zoo.lm`: Ling models by their fast decoder, others by the library's own caches. Draws belong to
+    samples, so that no batch, rank or placement changes a token.
+
+    Args:
+        batch_size: Most samples that are continued together; 0: all of this rank.
+    """
+
+    def __init__(self, batch_size: int = 0) -> None:
+        if batch_size < 0:
+            raise ValueError(f"RolloutEngine: batch_size={batch_size} must not be negative.")
+        self.batch_size = batch_size
+
+    def answers(self, actor: Backbone, samples: Samples, generation: Generation, seed: int, rollout: int) -> Tensor:
+        """Tokens int64 (R, N), padded after the end.
+
+        Args:
+            actor: The policy with the weights of now.
+            samples: Prompts.
+            generation: Options; ``pad_token_id`` fills up.
+            seed: Of the run.
+            rollout: Number of the rollout; with ``samples.index`` it names the draws.
+        """
+        size = self.batch_size or len(samples.ids)
+        parts = []
+        for begin in range(0, len(samples.ids), size):
+            rows = slice(begin, begin + size)
+            random = SampleRandom(seed, samples.index[rows], epoch=rollout)
+            found = continue_prompts(actor.decodes(), samples.ids[rows], samples.mask[rows], generation, random=random).tokens
+            missing = generation.max_new_tokens - found.shape[1]
+            parts.append(torch.nn.functional.pad(found, (0, missing), value=generation.pad_token_id or 0))
+        return torch.cat(parts)
+
+
+def greedy(generation: Generation) -> Generation:
+    """The same options without draws."""
+    return replace(generation, temperature=0.0)
