@@ -145,9 +145,18 @@ class Placement:
     def begin(self) -> None:
         """Bring the weights of now to the ranks that generate; all ranks call it before each rollout."""
 
-    def gathered(self, role: str) -> AbstractContextManager[Any]:
-        """Context in which a role's divided weights are whole, for generation."""
-        return nullcontext()
+    def decoding(self, role: str, model: Any) -> AbstractContextManager[Any]:
+        """Context in which a role's divided weights are whole for generation; gives the model to generate with.
+
+        Args:
+            role: The role.
+            model: A `zoo.lm.decoder.Decodes` of the role's network.
+        """
+        return nullcontext(model)
+
+    def agreement(self, role: str) -> Callable[[bool], bool] | None:
+        """Function ``agree`` of `zoo.lm.generation.generate`, where ranks gather weights for each pass together."""
+        return None
 
     # Generation and scoring
 

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-__all__ = ["BackEnd", "PlacementPlan", "RolePlan", "place_slots"]
+__all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots"]
 
 BackEnd = Literal["replicate", "fsdp2"]
+Gather = Literal["per_token", "once", "resident"]
 
 ROLES = ("actor", "critic", "reference", "reward", "rollout_actor", "rollout_critic")
 _TRAINED = ("actor", "critic")
@@ -63,23 +64,27 @@ class PlacementPlan:
         roles: Place of each role: ``actor``, ``critic``, ``reference``, ``reward``, ``rollout_actor``, ``rollout_critic``.
         chunks: Parts in which a rollout is generated and trained; with disjoint ranks training begins with the first.
         max_lag: Rollouts by which generation may be ahead of training; 0: the result is that of any other placement.
+        gather: Whole weights of a divided actor that generates itself: block by block for each token (ZeRO-3), once for a
+            rollout, or in a copy that stays (``resident``).
         bucket_mb: Megabytes of weights that travel at a time.
     """
 
     roles: Mapping[str, RolePlan] = field(default_factory=dict)
     chunks: int = 1
     max_lag: int = 0
+    gather: Gather = "once"
     bucket_mb: int = 100
 
     # Plans of the paper
 
     @classmethod
-    def flattening(cls, backend: BackEnd = "replicate") -> "PlacementPlan":
+    def flattening(cls, backend: BackEnd = "replicate", gather: Gather = "once") -> "PlacementPlan":
         """All models on all ranks."""
-        return cls({name: RolePlan("all", backend if name in _TRAINED else "replicate") for name in ROLES[:4]})
+        roles = {name: RolePlan("all", backend if name in _TRAINED else "replicate") for name in ROLES[:4]}
+        return cls(roles, gather=gather)
 
     @classmethod
-    def interleaving(cls, world: int, backend: BackEnd = "replicate") -> "PlacementPlan":
+    def interleaving(cls, world: int, backend: BackEnd = "replicate", gather: Gather = "once") -> "PlacementPlan":
         """Actor and critic on all ranks, the reference on the first half, the reward model on the second.
 
         Raises:
@@ -88,9 +93,8 @@ class PlacementPlan:
         if world % 2:
             raise ValueError(f"Interleaving needs an even number of ranks, not {world}: start one more or one less.")
         placed = place_slots({"actor": 1, "critic": 1, "reference": Fraction(1, 2), "reward": Fraction(1, 2)}, world)
-        return cls(
-            {name: RolePlan(_written(ranks), backend if name in _TRAINED else "replicate") for name, ranks in placed.items()}
-        )
+        roles = {name: RolePlan(_written(ranks), backend if name in _TRAINED else "replicate") for name, ranks in placed.items()}
+        return cls(roles, gather=gather)
 
     @classmethod
     def separation(
@@ -161,6 +165,8 @@ class PlacementPlan:
         for name, plan in self.roles.items():
             if plan.backend not in get_args(BackEnd):
                 raise ValueError(f"{name}: backend={plan.backend!r} must be one of {', '.join(get_args(BackEnd))}.")
+        if self.gather not in get_args(Gather):
+            raise ValueError(f"The plan: gather={self.gather!r} must be one of {', '.join(get_args(Gather))}.")
         both = set(self.inferring(world)) & set(self.training(world))
         if self.separates:
             if both:

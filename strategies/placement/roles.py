@@ -1,5 +1,6 @@
 """Placement over several ranks: groups of each role, division of work, exchange and weight sync."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
@@ -46,6 +48,7 @@ class RankPlacement(Placement):
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
+        self._copies: dict[str, nn.Module] = {}
         self._form_groups()
 
     def _form_groups(self) -> None:
@@ -81,19 +84,31 @@ class RankPlacement(Placement):
                 continue
             ranks = self.plan.members(name, self.world)
             if self.plan.roles[name].backend == "fsdp2":
-                mesh = DeviceMesh.from_group(self._group(ranks), self.device.type)
-                for block in role.blocks:
-                    fully_shard(block, mesh=mesh)
-                fully_shard(role.network, mesh=mesh)
+                if name == "actor" and self.plan.gather == "resident" and not self.plan.separates:
+                    self._copies[name] = copy.deepcopy(role.network).requires_grad_(False)
+                self._divide(role, DeviceMesh.from_group(self._group(ranks), self.device.type))
                 self._wrapped[name] = role.network
             elif len(ranks) > 1:
                 self._wrapped[name] = DistributedDataParallel(
                     role.network, process_group=self._group(ranks), broadcast_buffers=False
                 )
 
+    @staticmethod
+    def _divide(role: Role, mesh: DeviceMesh) -> None:
+        for block in role.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(role.network, mesh=mesh)
+        # A pass of any function counts as one of the root, which is the root from the first on.
+        register_fsdp_forward_method(role.network, "run")
+        role.network.run(_nothing)  # type: ignore[operator]
+
     @override
     def network(self, role: str) -> nn.Module:
         return self._wrapped.get(role, self.roles[role].network)
+
+    @override
+    def inference(self, role: str) -> nn.Module:
+        return self._copies.get(role, self.roles[role].network)
 
     @override
     def check(self, rows: int, unit: int, minibatches: int) -> None:
@@ -116,6 +131,10 @@ class RankPlacement(Placement):
                 work.wait()
         self._sent.clear()
         self.versions += 1
+        for name, whole in self._copies.items():
+            with self.timeline(name, "gather"), torch.no_grad():
+                for to, weight in zip(whole.parameters(), self.roles[name].network.parameters(), strict=True):
+                    to.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if not self.plan.separates:
             return
         for name, role in self.roles.items():
@@ -129,15 +148,37 @@ class RankPlacement(Placement):
 
     @override
     @contextmanager
-    def gathered(self, role: str) -> Iterator[None]:
-        parts = [part for part in self.roles[role].network.modules() if isinstance(part, FSDPModule)]
-        for part in parts:
-            part.unshard()
-        try:
-            yield
-        finally:
+    def decoding(self, role: str, model: Any) -> Iterator[Any]:
+        network = self.inference(role)
+        parts = [part for part in network.modules() if isinstance(part, FSDPModule)]
+        if not parts:
+            yield model
+        elif self.plan.gather == "per_token":
+            yield PassByPass(model, network)
+        else:
             for part in parts:
-                part.reshard()
+                part.unshard()
+                part.set_reshard_after_forward(False, recurse=False)
+            try:
+                yield model
+            finally:
+                for part in parts:
+                    part.set_reshard_after_forward(part is not network, recurse=False)
+                    part.reshard()
+
+    @override
+    def agreement(self, role: str) -> Callable[[bool], bool] | None:
+        network = self.inference(role)
+        if self.plan.gather != "per_token" or not isinstance(network, FSDPModule):
+            return None
+        group = self._group(self.plan.members(role, self.world))
+
+        def agree(here: bool) -> bool:
+            found = torch.tensor(int(here), device=self.device)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            return bool(found)
+
+        return agree
 
     # Generation and scoring
 
@@ -179,9 +220,7 @@ class RankPlacement(Placement):
         with self.timeline("wait", "chunk"):
             return arrived()
 
-    def _give(
-        self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int
-    ) -> Iterator[Fields]:
+    def _give(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
         place = self.inferring.index(self.me)
         targets = [rank for number, rank in enumerate(self.training) if number % len(self.inferring) == place]
         for chunk in chunks:
@@ -224,3 +263,38 @@ class RankPlacement(Placement):
         if self.me in ranks and len(ranks) > 1:
             dist.all_reduce(values, group=self._group(ranks))
         return values
+
+
+def _nothing() -> None:
+    pass
+
+
+class PassByPass:
+    """A model of generation whose weights are gathered for each pass and freed after it.
+
+    Args:
+        model: Decodes with the divided network.
+        network: Root of the division.
+    """
+
+    def __init__(self, model: Any, network: Any) -> None:
+        self.model, self.network = model, network
+        self.config, self.encodes_prompts = model.config, model.encodes_prompts
+
+    @contextmanager
+    def decoder(self, *args: Any, **kwargs: Any) -> Iterator["PassByPass"]:
+        """The passes over one batch."""
+        with self.model.decoder(*args, **kwargs) as self.passes:
+            yield self
+
+    def begin(self, *args: Any) -> Tensor:
+        """Scores after the prompts."""
+        return self.network.run(self.passes.begin, *args)  # type: ignore[no-any-return]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Scores after the newest tokens."""
+        return self.network.run(self.passes.step, token_B)  # type: ignore[no-any-return]
+
+    def run_along(self) -> None:
+        """A pass for other ranks."""
+        self.network.run(self.passes.run_along)

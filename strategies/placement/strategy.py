@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from strategies.placement.plan import BackEnd, PlacementPlan
+from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.roles import RankPlacement
 from strategies.placement.state import divided_like, divided_state, from_rank, whole
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
@@ -209,11 +209,12 @@ class FlatteningStrategy(PlacementStrategy):
 
     Args:
         backend: Back end of actor and critic.
+        gather: Whole weights of a divided actor for generation, see `PlacementPlan`.
         **kwargs: As of `PlacementStrategy`.
     """
 
-    def __init__(self, backend: BackEnd = "replicate", **kwargs: Any) -> None:
-        super().__init__(PlacementPlan.flattening(backend), **kwargs)
+    def __init__(self, backend: BackEnd = "replicate", gather: Gather = "once", **kwargs: Any) -> None:
+        super().__init__(PlacementPlan.flattening(backend, gather), **kwargs)
 
 
 class InterleavingStrategy(PlacementStrategy):
@@ -221,16 +222,18 @@ class InterleavingStrategy(PlacementStrategy):
 
     Args:
         backend: Back end of actor and critic, which are on all ranks.
+        gather: Whole weights of a divided actor for generation, see `PlacementPlan`.
         **kwargs: As of `PlacementStrategy`.
     """
 
-    def __init__(self, backend: BackEnd = "replicate", **kwargs: Any) -> None:
+    def __init__(self, backend: BackEnd = "replicate", gather: Gather = "once", **kwargs: Any) -> None:
         super().__init__(PlacementPlan(), **kwargs)
         self.backend: BackEnd = backend
+        self.gather: Gather = gather
 
     @override
     def plan(self, world: int) -> PlacementPlan:
-        return PlacementPlan.interleaving(world, self.backend)
+        return PlacementPlan.interleaving(world, self.backend, self.gather)
 
 
 class SeparationStrategy(PlacementStrategy):

@@ -209,6 +209,7 @@ class RLHF(ZooModule):
 
     def _optimizer_of(self, role: str, make: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> dict[str, Any]:
         if not self.placement.holds(role):
+
             def idle(parameters: Any) -> Optimizer:
                 return torch.optim.SGD(parameters, lr=0.0)
 
@@ -268,9 +269,11 @@ class RLHF(ZooModule):
         self.eval()
 
         def generate(rows: list[int]) -> Fields:
-            with place.gathered("actor"):
-                chosen = samples.select(rows)
-                return {"tokens": self.engine.answers(self.actor, chosen, generation, self.random_seed, rollout)}
+            backbone = place.inference("actor").backbone
+            with place.decoding("actor", backbone.decodes()) as model:
+                agree = place.agreement("actor")
+                found = self.engine.answers(model, samples.select(rows), generation, self.random_seed, rollout, agree)
+            return {"tokens": found}
 
         tokens = place.compute("rollout_actor", count, unit, generate, {"tokens": spec["tokens"]}, whole=True)
 
@@ -452,7 +455,7 @@ class RLHF(ZooModule):
         samples = samples_of(batch, 1)
         samples.index = batch["index"].to(samples.index)
         generation = self._generation()
-        token_RN = self.engine.answers(self.actor, samples, generation, self.random_seed, -1)
+        token_RN = self.engine.answers(self.actor.decodes(), samples, generation, self.random_seed, -1)
         mask_RN = answer_mask(token_RN, self._eos)[0]
         ids_RS, mask_RS = torch.cat([samples.ids, token_RN], 1), torch.cat([samples.mask, mask_RN.long()], 1)
         score_R = self.scores(samples, ids_RS, mask_RS, token_RN)

@@ -3,6 +3,9 @@
 Shape suffixes: B samples, P prompt ids, N answer tokens, S = P + N, D width, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -13,7 +16,15 @@ from zoo.rlhf.ppo import entropy
 __all__ = ["PolicyNetwork", "ValueNetwork"]
 
 
-class PolicyNetwork(nn.Module):
+class _Whole(nn.Module):
+    """Base of networks whose divided weights can be gathered around any function."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function that uses the weights."""
+        return function(*args)
+
+
+class PolicyNetwork(_Whole):
     """Log-probabilities of answers under a language model.
 
     Args:
@@ -44,7 +55,7 @@ class PolicyNetwork(nn.Module):
         return logp_BN, entropy(logits_BNV) if with_entropy else torch.zeros_like(logp_BN)
 
 
-class ValueNetwork(nn.Module):
+class ValueNetwork(_Whole):
     """Values of the states before each token of an answer.
 
     Args:

@@ -3,7 +3,7 @@
 Shape suffixes: R samples, P prompt ids, N answer tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.base.hyperparameters import Configurable
 from zoo.base.random import SampleRandom
-from zoo.lm.backbone import Backbone
+from zoo.lm.decoder import Decodes
 from zoo.lm.generation import Generation, continue_prompts
 
 __all__ = ["Rollout", "RolloutEngine", "Samples", "samples_of"]
@@ -126,22 +126,31 @@ class RolloutEngine(Configurable):
             raise ValueError(f"RolloutEngine: batch_size={batch_size} must not be negative.")
         self.batch_size = batch_size
 
-    def answers(self, actor: Backbone, samples: Samples, generation: Generation, seed: int, rollout: int) -> Tensor:
+    def answers(
+        self,
+        actor: Decodes,
+        samples: Samples,
+        generation: Generation,
+        seed: int,
+        rollout: int,
+        agree: Callable[[bool], bool] | None = None,
+    ) -> Tensor:
         """Tokens int64 (R, N), padded after the end.
 
         Args:
-            actor: The policy with the weights of now.
+            actor: The policy with the weights of now, see `zoo.lm.decoder`.
             samples: Prompts.
             generation: Options; ``pad_token_id`` fills up.
             seed: Of the run.
             rollout: Number of the rollout; with ``samples.index`` it names the draws.
+            agree: As of `zoo.lm.generation.generate`.
         """
         size = self.batch_size or len(samples.ids)
         parts = []
         for begin in range(0, len(samples.ids), size):
             rows = slice(begin, begin + size)
             random = SampleRandom(seed, samples.index[rows], epoch=rollout)
-            found = continue_prompts(actor.decodes(), samples.ids[rows], samples.mask[rows], generation, random=random).tokens
+            found = continue_prompts(actor, samples.ids[rows], samples.mask[rows], generation, random=random, agree=agree).tokens
             missing = generation.max_new_tokens - found.shape[1]
             parts.append(torch.nn.functional.pad(found, (0, missing), value=generation.pad_token_id or 0))
         return torch.cat(parts)
