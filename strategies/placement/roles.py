@@ -101,6 +101,7 @@ class RankPlacement(Placement):
         # A pass of any function counts as one of the root, which is the root from the first on.
         register_fsdp_forward_method(role.network, "run")
         role.network.run(_nothing)  # type: ignore[operator]
+        role.network.reshard()  # the root stays whole after a pass; optimizers must see its parts
 
     @override
     def network(self, role: str) -> nn.Module:
