@@ -1,10 +1,11 @@
-"""Fine-tuning of a language model: ours against the library's own ``Trainer``, on the same batches in the same order.
+"""Fine-tuning of a language model: ours against the library's ``Trainer`` and TRL's, on the same batches in the same order.
 
 ``python -m benchmarks.lm_finetune`` tunes SmolLM2-135M-Instruct (the asset ``smollm2-135m``, float32) on conversations of drawn
-lengths, all weights and low-rank adapters, with AdamW and no schedule. Both arms get the very same batches from the DataModule
-`SFT`. First 20 steps of each are compared loss by loss; then short runs of both take turns, and the figure is the median over
-steps of the paired ratio of tokens a second. Packing is compared with padding on conversations whose lengths spread (log-normal)
-in the same way, by labels a second. Peak memory is that of a fresh process for each arm.
+lengths, all weights and low-rank adapters, with AdamW and no schedule. All arms get the very same batches from the DataModule
+`SFT`; TRL's ``SFTTrainer`` takes part where it is installed (``pip install trl datasets``). First 20 steps of each are compared
+loss by loss; then short runs of all take turns, and the figure is the median over steps of the paired ratio of tokens a second.
+Packing is compared with padding on conversations whose lengths spread (log-normal), by labels a second. Peak memory is that of
+a fresh process for each arm.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from datamodules import SFT
 from zoo.lm import CausalLM, HFBackbone, LoRA
 
 SOURCE = "smollm2-135m"
-OURS, LIBRARY = "ours", "library's Trainer"
+OURS, LIBRARY, TRL = "ours", "library's Trainer", "TRL's SFTTrainer"
 TUNINGS = ("full", "lora")
 SEQ_LEN, SPREAD_LEN, BATCH, RATE = 128, 512, 4, 1e-4
 SMOKE = {
@@ -105,8 +107,10 @@ def ours(model: HFBackbone, batches: list[dict[str, Tensor]], folder: str) -> tu
     return times.losses, times.seconds
 
 
-def library(model: HFBackbone, batches: list[dict[str, Tensor]], folder: str) -> tuple[list[float], list[float]]:
-    """The same with the library's Trainer on its own model."""
+def library(
+    model: HFBackbone, batches: list[dict[str, Tensor]], folder: str, trl: bool = False
+) -> tuple[list[float], list[float]]:
+    """The same with the library's Trainer, or TRL's, on its own model."""
     from transformers import Trainer as LibraryTrainer
     from transformers import TrainerCallback, TrainingArguments
 
@@ -121,24 +125,46 @@ def library(model: HFBackbone, batches: list[dict[str, Tensor]], folder: str) ->
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.begin)
 
-    class InOrder(LibraryTrainer):
+    base: Any = LibraryTrainer
+    make: Any = TrainingArguments
+    more: dict[str, Any] = {}
+    if trl:
+        from trl import SFTConfig, SFTTrainer
+
+        base, make = SFTTrainer, SFTConfig
+        more = {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+            "gradient_checkpointing": False,
+            "bf16": False,
+        }
+
+    class InOrder(base):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)  # type: ignore[arg-type]
 
-    arguments = TrainingArguments(
+    arguments = make(
         output_dir=folder, per_device_train_batch_size=1, num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-        remove_unused_columns=False, dataloader_num_workers=0, optim="adamw_torch",
+        remove_unused_columns=False, dataloader_num_workers=0, optim="adamw_torch", **more,
     )  # fmt: skip
+    dataset: Any = rows
+    if trl:  # the numbers of the batches, since it takes a table
+        from datasets import Dataset
+
+        dataset = Dataset.from_dict({"number": list(range(len(rows)))})
     trainer = InOrder(
-        model=model._peft or model.network, args=arguments, train_dataset=rows, data_collator=lambda found: found[0],
-        callbacks=[Clock()],
-    )  # type: ignore[arg-type]  # fmt: skip
+        model=model._peft or model.network, args=arguments, train_dataset=dataset, callbacks=[Clock()],
+        data_collator=lambda found: rows[found[0]["number"]] if trl else found[0],
+        **({"processing_class": model.tokenizer} if trl else {}),
+    )  # fmt: skip
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seconds
 
 
 ARMS = {OURS: ours, LIBRARY: library}
+if find_spec("trl") and find_spec("datasets"):
+    ARMS[TRL] = partial(library, trl=True)
 
 
 def _peak(queue: Any, arm: str, smoke: bool, tuning: str, batches: list[dict[str, Tensor]], folder: str) -> None:
@@ -162,18 +188,23 @@ def measure(record: Record, smoke: bool, steps: int, repetitions: int, folder: s
     """Losses, speed and memory of both arms and tunings; packing against padding."""
     even = conversations(Path(folder) / "even.jsonl", BATCH * steps, (20, 40), 0.3)
     whole = batches_of(even, smoke, SEQ_LEN, packing=False)[:steps]
+    arms = {arm: run for arm, run in ARMS.items() if arm != TRL or not smoke}  # which needs a tokenizer beside the model
     differences, ratios = [], []
     for tuning in TUNINGS:
-        losses = {arm: run(backbone(smoke, tuning, folder), whole, folder)[0] for arm, run in ARMS.items()}
-        differences.append(max(abs(a - b) for a, b in zip(losses[OURS], losses[LIBRARY], strict=True)))
-        found = []
+        losses = {arm: run(backbone(smoke, tuning, folder), whole, folder)[0] for arm, run in arms.items()}
+        others = [arm for arm in arms if arm != OURS]
+        found: dict[str, list[float]] = {arm: [] for arm in others}
         for number in range(repetitions):
-            order = list(ARMS) if number % 2 else list(reversed(ARMS))
-            seconds = {arm: ARMS[arm](backbone(smoke, tuning, folder), whole[:5], folder)[1] for arm in order}
-            found += [b / a for a, b in zip(seconds[OURS][1:], seconds[LIBRARY][1:], strict=True)]
-        ratios.append(statistics.median(found))
-        record.row(tuning=tuning, largest_difference_of_losses=differences[-1], speed_over_library=ratios[-1])
-        for arm in ARMS:
+            order = list(arms) if number % 2 else list(reversed(arms))
+            seconds = {arm: arms[arm](backbone(smoke, tuning, folder), whole[:5], folder)[1] for arm in order}
+            for arm in others:
+                found[arm] += [b / a for a, b in zip(seconds[OURS][1:], seconds[arm][1:], strict=True)]
+        for arm in others:
+            differences.append(max(abs(a - b) for a, b in zip(losses[OURS], losses[arm], strict=True)))
+            ratios.append(statistics.median(found[arm]))
+            where = f"{tuning}, {arm}"
+            record.row(against=where, largest_difference_of_losses=differences[-1], speed_over_it=ratios[-1])
+        for arm in arms:
             record.row(arm=arm, peak_tuning=tuning, peak_mib=peak_mib(arm, smoke, tuning, whole[:2], folder))
     spread = conversations(Path(folder) / "spread.jsonl", BATCH * steps, (60, 120), 1.0)
     speeds = {}
@@ -202,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         seeds=[0],
         smoke=options.smoke,
         tables=[
-            Table("Fine-tuning against the library's Trainer", "tuning", ["largest_difference_of_losses", "speed_over_library"]),
+            Table("Fine-tuning against other trainers", "against", ["largest_difference_of_losses", "speed_over_it"], digits=6),
             Table("Peak memory, MiB", "arm", ["peak_mib"], columns="peak_tuning"),
             Table("Packing of conversations of spread lengths", "layout", ["labels_a_second"]),
         ],

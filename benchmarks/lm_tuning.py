@@ -119,19 +119,22 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_tuning", description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="steps on conversations")
     parser.add_argument("--tool-steps", type=int, default=80, help="steps on calls of tools")
+    parser.add_argument("--smoke", action="store_true", help="a few steps; the result is not kept")
     options = parser.parse_args(arguments)
+    steps, tool_steps = (12, 2) if options.smoke else (options.steps, options.tool_steps)
     values = ["loss_before", "loss_after", "exact_before", "exact_after", "minutes"]
     record = Record(
         "lm_tuning",
         seeds=[0],
+        smoke=options.smoke,
         tables=[
             Table("SmolLM2-135M-Instruct, low-rank adapters, held-out films", "run", values),
             Table("A run that is killed and continued; its adapter in peft", "killed_at", ["loss_difference", "peft_difference"]),
         ],
     )
     with tempfile.TemporaryDirectory() as folder:
-        chats(record, Path(folder), options.steps)
-        tools(record, Path(folder), options.tool_steps)
+        chats(record, Path(folder), steps)
+        tools(record, Path(folder), tool_steps)
     return record.save()
 
 

@@ -7,11 +7,14 @@ do not move others from one side to the other, and equal keys are on the same si
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["held_out"]
+__all__ = ["divide", "held_out"]
+
+T = TypeVar("T")
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
@@ -32,3 +35,18 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
         chosen |= hashes == hashes.min()
         chosen &= hashes != hashes.max()
     return chosen
+
+
+def divide(samples: Sequence[T], share: float, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """Samples for training, and those held out for validation, each in their order.
+
+    Args:
+        samples: All samples.
+        share: As of `held_out`.
+        key: Gives a sample's key.
+    """
+    chosen = held_out([key(sample) for sample in samples], share)
+    sides: tuple[list[T], list[T]] = ([], [])
+    for sample, is_held_out in zip(samples, chosen, strict=True):
+        sides[bool(is_held_out)].append(sample)
+    return sides

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from datamodules.base.held_out import held_out
+from datamodules.base.held_out import divide
 from datamodules.base.json_lines import MalformedRow, MalformedRows, encodable, is_finite, read_json_lines
-from datamodules.base.loader import ResumableLoader
 from datamodules.conversations.best_of_n import BestOfN
 from datamodules.conversations.format_tokens import FormatTokens
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
 from datamodules.conversations.sft import pack
 from datamodules.text.prompts import encode_prompt
-from datamodules.text.text import LanguageData, check_seq_len, check_val_fraction
+from datamodules.text.split_data import SplitData
+from datamodules.text.text import check_seq_len, check_val_fraction
 
 __all__ = ["PackedPairBatch", "PackedPairs", "Pair", "PairBatch", "Pairs", "Preferences"]
 
@@ -222,7 +222,7 @@ def _references(pairs: list[Pair]) -> dict[str, Tensor]:
     return {"reference_chosen_logps": logps_B2[:, 0], "reference_rejected_logps": logps_B2[:, 1]}
 
 
-class Preferences(LanguageData):
+class Preferences(SplitData):
     """Pairs of answers for preference learning: a ``.jsonl`` with ``prompt``, ``chosen`` and ``rejected`` in each row.
 
     The three are strings, which are put together as they are, with special tokens such as ``<role>`` in the prompt, as for
@@ -263,6 +263,8 @@ class Preferences(LanguageData):
             ``format_patterns`` has none, or one that is no regular expression.
     """
 
+    sample_name = "pair"
+
     def __init__(
         self,
         path: Path,
@@ -290,16 +292,21 @@ class Preferences(LanguageData):
         BestOfN(solve_rates, solved_score)  # refuses what is none
         self.format_tokens = None if format_patterns is None else FormatTokens(format_patterns)
 
+    @property
+    @override
+    def source(self) -> str:
+        """The file."""
+        return str(self.path)
+
     @cached_property
+    @override
     def splits(self) -> tuple[list[Pair], list[Pair]]:
         """The pairs for training and for validation."""
         whole = self.read(self.path)
         if self.val_path is not None:
             train, val = whole, self.read(self.val_path)
         else:
-            for_val = held_out([pair.key for pair in whole], self.val_fraction)
-            train = [pair for pair, held in zip(whole, for_val, strict=True) if not held]
-            val = [pair for pair, held in zip(whole, for_val, strict=True) if held]
+            train, val = divide(whole, self.val_fraction, lambda pair: pair.key)
         rank_zero_info(f"{len(train):,} pairs of {self.path} for training, {len(val):,} for validation.")
         return train, val
 
@@ -387,27 +394,6 @@ class Preferences(LanguageData):
         return ids, self.format_tokens.marks(*self.template.encode_answer([*prompt, *answer], tools))
 
     @override
-    def setup(self, stage: str) -> None:
-        """Read the pairs, or the prompts."""
-        super().setup(stage)
-        if stage != "predict":
-            _ = self.splits
-
-    @override
-    def train_dataloader(self) -> ResumableLoader[Any]:
-        if not self.splits[0]:
-            raise ValueError(f"No pair of {self.path} is left to train on: lower val_fraction.")
-        return self.train_loader(self._batches(self.splits[0]), mark_retries=True)
-
-    @override
-    def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        return self.eval_loader(self._batches(self.splits[1])) if self.splits[1] else []
-
-    @override
-    def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out."""
-        return self.val_dataloader()
-
-    def _batches(self, pairs: list[Pair]) -> Pairs | PackedPairs:
+    def batches(self, samples: list[Pair], training: bool = False) -> Pairs | PackedPairs:
         pad_id = self.tokenizer.pad_id
-        return PackedPairs(pairs, pad_id, self.seq_len) if self.packed else Pairs(pairs, pad_id)
+        return PackedPairs(samples, pad_id, self.seq_len) if self.packed else Pairs(samples, pad_id)

@@ -12,15 +12,14 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from datamodules.assets.fetch import fetch
-from datamodules.base.held_out import held_out
-from datamodules.base.loader import ResumableLoader
+from datamodules.base.held_out import divide
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
 from datamodules.conversations.preferences import Pair, Pairs
 from datamodules.conversations.rated_texts import PreferenceSource, RatedCorpus, RatedText, draw_pairs, read_rated_texts
 from datamodules.conversations.rollout_prompts import PromptRows
 from datamodules.conversations.sft import Conversation, ConversationRows
-from datamodules.text.language_data import LanguageData
 from datamodules.text.prompts import Prompt, Prompts
+from datamodules.text.split_data import SplitData
 from datamodules.text.text import check_seq_len, check_val_fraction
 
 __all__ = ["EncodedText", "RatedSnippets"]
@@ -40,7 +39,7 @@ class EncodedText(NamedTuple):
     ids: list[int]
 
 
-class RatedSnippets(LanguageData):
+class RatedSnippets(SplitData):
     """23,703 short texts with the ratings of about twenty people each (fetched once, 2.5 MB): how positive is it?
 
     One DataModule for the three stages of learning from feedback (:mod:`datamodules.conversations.rated_texts` has the source).
@@ -75,6 +74,8 @@ class RatedSnippets(LanguageData):
     Raises:
         ValueError: A number out of range, or an unknown corpus.
     """
+
+    sample_name = "text"
 
     def __init__(
         self,
@@ -120,11 +121,11 @@ class RatedSnippets(LanguageData):
         self.prompt_tokens = prompt_tokens
 
     @cached_property
+    @override
     def splits(self) -> tuple[list[EncodedText], list[EncodedText]]:
         """The texts for training and for validation."""
         texts = [rated for rated in read_rated_texts() if rated.corpus in self.corpora]
-        gold = held_out([f"gold {rated.text}" for rated in texts], 0.5)
-        texts = [rated for rated, is_gold in zip(texts, gold, strict=True) if is_gold == (self.part == "gold")]
+        texts = divide(texts, 0.5, lambda rated: f"gold {rated.text}")[self.part == "gold"]
         policy = LengthPolicy(self.too_long, self.seq_len)
         encoded = []
         for rated, ids in zip(texts, self.tokenizer.encode_many([rated.text for rated in texts]), strict=True):
@@ -134,9 +135,7 @@ class RatedSnippets(LanguageData):
         policy.report("vader-sentiment", "texts")
         if not encoded:
             raise ValueError(f"No text has at most seq_len={self.seq_len} ids: raise seq_len.")
-        for_val = held_out([text.rated.text for text in encoded], self.val_fraction)
-        train = [text for text, held in zip(encoded, for_val, strict=True) if not held]
-        val = [text for text, held in zip(encoded, for_val, strict=True) if held]
+        train, val = divide(encoded, self.val_fraction, lambda text: text.rated.text)
         rank_zero_info(f"{len(train):,} texts of the part {self.part} for training, {len(val):,} for validation.")
         return train, val
 
@@ -145,25 +144,16 @@ class RatedSnippets(LanguageData):
         """Fetch the texts."""
         fetch("vader-sentiment")
 
+    @property
     @override
-    def setup(self, stage: str) -> None:
-        """Read the texts, or the prompts."""
-        super().setup(stage)
-        if stage != "predict":
-            _ = self.splits
+    def source(self) -> str:
+        """The asset."""
+        return "vader-sentiment"
 
+    @property
     @override
-    def train_dataloader(self) -> ResumableLoader[Any]:
-        return self.train_loader(self._batches(self.splits[0]), mark_retries=self.use != "prompts")
-
-    @override
-    def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        return self.eval_loader(self._batches(self.splits[1])) if self.splits[1] else []
-
-    @override
-    def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; the other half is the part that nothing here has seen."""
-        return self.val_dataloader()
+    def marks_retries(self) -> bool:
+        return self.use != "prompts"
 
     @override
     def _read_prompts(self) -> Prompts:
@@ -172,13 +162,14 @@ class RatedSnippets(LanguageData):
         train, val = self.splits
         return self._prompt_rows(val or train)
 
-    def _batches(self, texts: list[EncodedText]) -> Dataset[Any]:
+    @override
+    def batches(self, samples: list[EncodedText], training: bool = False) -> Dataset[Any]:
         if self.use == "prompts":
-            return self._prompt_rows(texts)
+            return self._prompt_rows(samples)
         if self.use == "pairs":
-            return Pairs(self._pairs(texts), self.tokenizer.pad_id)
-        ids = [np.array(text.ids, dtype=np.int32) for text in texts]
-        rows = [Conversation(text.rated.text, ids_N, ids_N) for text, ids_N in zip(texts, ids, strict=True)]
+            return Pairs(self._pairs(samples), self.tokenizer.pad_id)
+        ids = [np.array(text.ids, dtype=np.int32) for text in samples]
+        rows = [Conversation(text.rated.text, ids_N, ids_N) for text, ids_N in zip(samples, ids, strict=True)]
         return ConversationRows(rows, self.tokenizer, self.seq_len, packing=False)
 
     def _pairs(self, texts: Sequence[EncodedText]) -> list[Pair]:

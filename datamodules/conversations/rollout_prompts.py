@@ -14,11 +14,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from datamodules.base.held_out import held_out
-from datamodules.base.loader import ResumableLoader
+from datamodules.base.held_out import divide
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
-from datamodules.text.language_data import LanguageData
 from datamodules.text.prompts import Prompt, PromptBatch, Prompts, read_prompt_rows
+from datamodules.text.split_data import SplitData
 from datamodules.text.text import check_val_fraction
 
 __all__ = ["PromptRow", "PromptRows", "RolloutBatch", "RolloutPrompts"]
@@ -59,7 +58,7 @@ class PromptRows(Prompts):
         return {**self.batch([0]), "index": torch.tensor([-1]), "prompt": [""], "rows": [{}]}
 
 
-class RolloutPrompts(LanguageData):
+class RolloutPrompts(SplitData):
     """Prompts to train on, from a ``.jsonl`` or a text file, with all columns for rewards that need more than the answer.
 
     ``predict`` without prompts of yours answers the held-out ones, or all if none is held out.
@@ -78,6 +77,8 @@ class RolloutPrompts(LanguageData):
     Raises:
         ValueError: ``val_fraction`` not in [0, 1), or ``prompt_len`` < 1.
     """
+
+    sample_name = "prompt"
 
     def __init__(
         self,
@@ -98,16 +99,26 @@ class RolloutPrompts(LanguageData):
         self.prompt_len = prompt_len
         self.too_long: TooLong = too_long
 
+    @property
+    @override
+    def source(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    @property
+    @override
+    def marks_retries(self) -> bool:
+        return False
+
     @cached_property
+    @override
     def splits(self) -> tuple[list[PromptRow], list[PromptRow]]:
         """The prompts for training and for validation."""
         whole = self.read(self.path)
         if self.val_path is not None:
             train, val = whole, self.read(self.val_path)
         else:
-            for_val = held_out([prompt.text for prompt, _ in whole], self.val_fraction)
-            train = [row for row, held in zip(whole, for_val, strict=True) if not held]
-            val = [row for row, held in zip(whole, for_val, strict=True) if held]
+            train, val = divide(whole, self.val_fraction, lambda row: row[0].text)
         rank_zero_info(f"{len(train):,} prompts of {self.path} for training, {len(val):,} for validation.")
         return train, val
 
@@ -133,31 +144,10 @@ class RolloutPrompts(LanguageData):
         return fitting
 
     @override
-    def setup(self, stage: str) -> None:
-        """Read the prompts."""
-        super().setup(stage)
-        if stage != "predict":
-            _ = self.splits
-
-    @override
-    def train_dataloader(self) -> ResumableLoader[Any]:
-        if not self.splits[0]:
-            raise ValueError(f"No prompt of {self.path} is left to train on: lower val_fraction.")
-        return self.train_loader(self._batches(self.splits[0]))
-
-    @override
-    def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        return self.eval_loader(self._batches(self.splits[1])) if self.splits[1] else []
-
-    @override
-    def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out."""
-        return self.val_dataloader()
-
-    @override
     def _read_prompts(self) -> Prompts:
         train, val = ([], self.read(self.predict_prompts)) if self.predict_prompts is not None else self.splits
-        return self._batches(val or train)
+        return self.batches(val or train)
 
-    def _batches(self, rows: list[PromptRow]) -> PromptRows:
-        return PromptRows(rows, self.tokenizer.pad_id, self.prompt_len)
+    @override
+    def batches(self, samples: list[PromptRow], training: bool = False) -> PromptRows:
+        return PromptRows(samples, self.tokenizer.pad_id, self.prompt_len)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -24,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from datamodules.base.held_out import held_out
+from datamodules.base.held_out import divide
 from datamodules.base.json_lines import MalformedRows, read_json_lines
 from datamodules.base.loader import ResumableLoader
 from datamodules.base.mixture import Mixture, apportion
 from datamodules.conversations.call_prompts import call_prompts
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
-from datamodules.text.text import LanguageData, check_seq_len, check_val_fraction
+from datamodules.text.split_data import SplitData
+from datamodules.text.text import check_seq_len, check_val_fraction
 from datamodules.text.token_windows import LanguageBatch, blank_batch, segment_positions
 from datamodules.text.tokenizer import Tokenizer
 from datamodules.text.tool_text import as_json
@@ -195,7 +195,7 @@ class ConversationRows(Dataset[LanguageBatch]):
         return blank_batch(self.batch([0]))
 
 
-class ConversationData(LanguageData, ABC):
+class ConversationData(SplitData):
     """The base of data for supervised fine-tuning on conversations.
 
     The messages, the tools and how they are written: :mod:`datamodules.text.chat_template`. Labels are the assistant's ids and an
@@ -221,6 +221,8 @@ class ConversationData(LanguageData, ABC):
         ValueError: ``seq_len`` < 2, ``num_call_prompts`` < 0, or ``length_shares`` that are not positive or do not end with
             ``seq_len``.
     """
+
+    sample_name = "conversation"
 
     def __init__(
         self,
@@ -248,16 +250,6 @@ class ConversationData(LanguageData, ABC):
         self.too_long: TooLong = too_long
         self.length_shares = length_shares
         self.num_call_prompts = num_call_prompts
-
-    @property
-    @abstractmethod
-    def splits(self) -> tuple[list[Conversation], list[Conversation]]:
-        """The conversations for training and for validation."""
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Origin of the conversations, for messages."""
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
         """Encode a row with ``messages`` and perhaps ``tools``.
@@ -295,24 +287,11 @@ class ConversationData(LanguageData, ABC):
         )
 
     @override
-    def setup(self, stage: str) -> None:
-        """Read the conversations, or the prompts."""
-        super().setup(stage)
-        if stage != "predict":
-            _ = self.splits
-
-    @override
-    def train_dataloader(self) -> ResumableLoader[Any]:
-        return self.train_loader(self._rows(self.splits[0], self.length_shares), mark_retries=True)
-
-    @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        val = self.splits[1]
-        if not val:
-            return []
-        rows = self.eval_loader(self._rows(val))
-        if not self.num_call_prompts:
+        rows = super().val_dataloader()
+        if isinstance(rows, list) or not self.num_call_prompts:
             return rows
+        val = self.splits[1]
         held_out = [(json.loads(conversation.key), json.loads(conversation.tools or "[]")) for conversation in val]
         prompts = call_prompts(held_out, self.template, self.tokenizer.pad_id, self.num_call_prompts)
         if not prompts.prompts:
@@ -323,14 +302,8 @@ class ConversationData(LanguageData, ABC):
         return [rows, self.eval_loader(prompts)]
 
     @override
-    def test_dataloader(self) -> ResumableLoader[Any] | list[ResumableLoader[Any]]:
-        """The validation batches; no third part is held out."""
-        return self.val_dataloader()
-
-    def _rows(self, conversations: list[Conversation], length_shares: dict[int, float] | None = None) -> ConversationRows:
-        if not conversations:
-            raise ValueError(f"No conversation of {self.source} is left to train on: lower val_fraction.")
-        return ConversationRows(conversations, self.tokenizer, self.seq_len, self.packing, length_shares)
+    def batches(self, samples: list[Conversation], training: bool = False) -> ConversationRows:
+        return ConversationRows(samples, self.tokenizer, self.seq_len, self.packing, self.length_shares if training else None)
 
 
 class SFT(ConversationData):
@@ -368,9 +341,7 @@ class SFT(ConversationData):
         if self.val_path is not None:
             train, val = whole, self.read(self.val_path)
         else:
-            for_val = held_out([conversation.key for conversation in whole], self.val_fraction)
-            train = [conversation for conversation, held in zip(whole, for_val, strict=True) if not held]
-            val = [conversation for conversation, held in zip(whole, for_val, strict=True) if held]
+            train, val = divide(whole, self.val_fraction, lambda conversation: conversation.key)
         self.report(train, val)
         return train, val
 

@@ -2,8 +2,7 @@
 
 ``tokenizer: byte`` needs no file. Every other name is a folder with ``tokenizer.json`` (a released model's folder is one), a
 file ``tokenizer.json``, weights shipped with this package that have one (``rlhf-vader-sft``), or the name of a repository on the
-Hugging Face hub. Only the tokenizer's data are read, never code
-that lies beside them.
+Hugging Face hub. Only the tokenizer's data are read, never code that lies beside them.
 
 Text is encoded *as text*: where a document or a chat message happens to contain ``<|endoftext|>``, that is some characters, and
 not the end of a document. A chat template, which writes special tokens on purpose, passes ``special=True``.
@@ -238,9 +237,10 @@ _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 def _load(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast  # slow to import, and not needed for bytes
 
-    shipped = sorted(Path(str(resources.files("zoo"))).glob("*/weights/*/tokenizer.json"))
     path = fetch(name) if name in MANIFEST else Path(name).expanduser()
-    path = next((file.parent for file in shipped if file.parent.name == name), path)
+    if not path.exists():
+        shipped = Path(str(resources.files("zoo"))).glob("*/weights/*/tokenizer.json")
+        path = next((file.parent for file in shipped if file.parent.name == name), path)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if len(files) == 1 and not (path / "tokenizer.json").is_file():
         return _of_gguf(files[0])

@@ -42,6 +42,7 @@ class LingBackbone(Backbone):
         self.network = LingForCausalLM(config) if checkpoint is None else load_hf(checkpoint).train()
         self.network.model.activation_checkpointing = activation_checkpointing
         self.kind = "causal"
+        self.is_pretrained = checkpoint is not None
         self.hidden_size, self.vocab_size = self.network.config.hidden_size, self.network.config.vocab_size
         self.add_heads(pooling, scalar_head)
 

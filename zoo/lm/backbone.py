@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from zoo.base.hyperparameters import Configurable
 from zoo.lm.decoder import Decodes
 from zoo.lm.pooling import Pooling, PoolingKind
-from zoo.lm.sources import PretrainedSource
 
 __all__ = ["Backbone", "BackboneKind"]
 
@@ -28,14 +27,14 @@ class Backbone(Configurable, nn.Module):
         kind: ``causal``, ``encoder`` or ``encoder_decoder``.
         hidden_size: D.
         vocab_size: V, rows of the embedding.
-        source: Where pretrained weights come from; None: weights are random.
+        is_pretrained: Whether weights come from somewhere; else they are random.
     """
 
     network: nn.Module
     kind: BackboneKind
     hidden_size: int
     vocab_size: int
-    source: PretrainedSource | None = None
+    is_pretrained: bool = False
     #: Map of vectors to a number, without bias; None: there is none.
     scalar: nn.Linear | None
 

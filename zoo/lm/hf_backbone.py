@@ -79,6 +79,7 @@ class HFBackbone(Backbone):
         if tuning not in ("full", "lora", "last_n", "frozen"):
             raise ValueError(f"HFBackbone: tuning={tuning!r} must be one of full, lora, last_n, frozen.")
         self.source = find_source(source) if isinstance(source, str) else None
+        self.is_pretrained = self.source is not None
         self.tuning = tuning
         self._tokenizer = tokenizer
         self._stores_all = False

@@ -62,7 +62,7 @@ class TunedLM(LanguageModule):
         if loss_chunk < 0:
             raise ValueError(f"{type(self).__name__}: loss_chunk={loss_chunk} must not be negative.")
         self.backbone = backbone
-        self.is_pretrained = backbone.source is not None
+        self.is_pretrained = backbone.is_pretrained
         self.loss_chunk = loss_chunk
         self.last_losses = {}
 
