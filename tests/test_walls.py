@@ -44,6 +44,10 @@ WIRING = (
     "loading",
     "sources",
     "tuning",
+    "tuned_backbone",
+    "trained_backbone",
+    "reward_model",
+    "rewards",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "zoo.lm", "strategies.divided_rows", "strategies.mesh", "typing_extensions")

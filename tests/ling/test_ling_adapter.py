@@ -18,7 +18,8 @@ from zoo.__main__ import main
 from zoo.base.hyperparameters import build
 from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf, state_dict_adapter
 from zoo.ling.official_config import from_hf_config, to_hf_config
-from zoo.ling.state_dict_adapter import load_weights, released_tensors, weight_files
+from zoo.base.weight_files import weight_files
+from zoo.ling.state_dict_adapter import load_weights, released_tensors
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 IDS = torch.tensor([[3, 17, 8, 25, 30, 1]])

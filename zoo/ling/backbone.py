@@ -12,6 +12,7 @@ from zoo.ling.network import positions_and_mask
 from zoo.ling.state_dict_adapter import load_hf
 from zoo.lm.backbone import Backbone
 from zoo.lm.pooling import PoolingKind
+from zoo.lm.trained_backbone import trained_backbone
 
 __all__ = ["LingBackbone"]
 
@@ -21,7 +22,9 @@ class LingBackbone(Backbone):
 
     Args:
         config: Architecture, or the name of a preset, for random weights.
-        checkpoint: Folder of released weights, or the name of a repository of the hub, whose architecture is used instead.
+        checkpoint: Weights to start from, whose architecture is used instead: a folder of released weights or the name of a
+            repository of the hub; or a module of the zoo whose ``backbone`` is a LingBackbone, as a ``.ckpt`` file, a folder of
+            ``save_pretrained`` or a name that ``zoo list`` shows. The scalar head is taken over too if both have one.
         pooling: How the vectors of a text's tokens become one.
         scalar_head: Whether vectors are mapped to a number, without bias.
         activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them.
@@ -39,12 +42,18 @@ class LingBackbone(Backbone):
     ) -> None:
         super().__init__()
         config = preset(config) if isinstance(config, str) else config
-        self.network = LingForCausalLM(config) if checkpoint is None else load_hf(checkpoint).train()
+        trained = None if checkpoint is None else trained_backbone(checkpoint, LingBackbone)
+        if trained is not None:
+            self.network = trained.network
+        else:
+            self.network = LingForCausalLM(config) if checkpoint is None else load_hf(checkpoint).train()
         self.network.model.activation_checkpointing = activation_checkpointing
         self.kind = "causal"
         self.is_pretrained = checkpoint is not None
         self.hidden_size, self.vocab_size = self.network.config.hidden_size, self.network.config.vocab_size
         self.add_heads(pooling, scalar_head)
+        if self.scalar is not None and trained is not None and trained.scalar is not None:
+            self.scalar = trained.scalar
 
     @override
     def forward(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.base.checkpoint import as_new_files_are, fetch_repository, read_plain, refuse_text
 from zoo.base.hyperparameters import class_path
+from zoo.base.weight_files import INDEX_FILE, weight_files
 from zoo.ling.causal_lm import LingForCausalLM
 from zoo.ling.experts import Backend
 from zoo.ling.head import normalized_weight
@@ -42,11 +43,8 @@ __all__ = [
     "released_tensors",
     "save_hf",
     "to_hf_state_dict",
-    "weight_files",
 ]
 
-#: Where weights may lie in a folder, best first; an index names the files.
-_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 #: Files of weights that `save_hf` replaces.
 _WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?")
 #: What belongs to the weights of a folder and is none of them.
@@ -88,38 +86,6 @@ def released_tensors(network: LingForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 # Reading
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The files of weights of a folder, each once.
-
-    Args:
-        path: a folder with ``model.safetensors`` or ``pytorch_model.bin``, whole or sharded by an index; or one such file.
-
-    Raises:
-        FileNotFoundError: there are no weights, or files that the index names are missing.
-        ValueError: the index is damaged.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"There are no weights in {path}: none of {', '.join(_NAMES)} is there.")
-    if found.suffix != ".json":
-        return [found]
-    try:
-        weight_map = dict(json.loads(found.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{found} is damaged ({type(error).__name__}): was the download complete?") from None
-    count = {str(name): 0 for name in weight_map.values()}
-    for name in weight_map.values():
-        count[str(name)] += 1
-    if outside := [name for name in count if Path(name).name != name]:
-        raise ValueError(f"{found} names files outside of its folder ({', '.join(outside)}), which are not read.")
-    if missing := [f"{name} ({number} tensors)" for name, number in count.items() if not (path / name).is_file()]:
-        raise FileNotFoundError(f"Files that {found} names are missing: {', '.join(missing)}. Was the download complete?")
-    return [path / name for name in count]
 
 
 @contextlib.contextmanager
@@ -348,7 +314,7 @@ def save_hf(
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (Path(beside) / _NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+            (Path(beside) / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         entries = _entries(network, normalized_head, dtype)
         (Path(beside) / CONFIG_FILE).write_text(json.dumps(entries, indent=2) + "\n")
         written = sorted(path.name for path in Path(beside).iterdir())

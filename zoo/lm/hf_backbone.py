@@ -94,7 +94,10 @@ class HFBackbone(Backbone):
             else:
                 self.network = build_network(config, self.kind, own_type)
             embedding = self._hf.get_input_embeddings().weight
-            self.vocab_size, self.hidden_size = embedding.shape[0], self._hf.config.hidden_size
+            self.vocab_size = embedding.shape[0]
+            # OPT-350M maps its last vectors to the width of the embedding.
+            own = self._hf.config
+            self.hidden_size = getattr(own, "word_embed_proj_dim", own.hidden_size)
             self._tune(lora, last_n)
             self.add_heads(pooling, scalar_head)
         self._load_heads()

@@ -17,7 +17,6 @@ from zoo.lm.decoder import Decodes
 from zoo.lm.encoded_pair import Ids, encode_pair
 from zoo.lm.evaluation import Evaluation, TokenLosses
 from zoo.lm.generation import Generation, continue_prompts
-from zoo.lm.step_mean import StepMean
 from zoo.lm.step_weights import StepWeights
 from zoo.lm.stop_strings import text_before
 from zoo.metrics.tool_calls import ToolCallMatch
@@ -58,11 +57,8 @@ class LanguageModule(StepWeights, ZooModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if loss_over not in ("step", "micro_batch"):
-            raise ValueError(f"{type(self).__name__}: loss_over={loss_over!r} must be one of step, micro_batch.")
-        self.loss_over = loss_over
+        self.average_over(loss_over)
         self.generation = generation
-        self._step_mean = StepMean()
         self.val_metrics, self.test_metrics = Evaluation(), Evaluation()
         self.val_calls, self.test_calls = ToolCallMatch(), ToolCallMatch()
 
@@ -89,23 +85,6 @@ class LanguageModule(StepWeights, ZooModule):
         raise NotImplementedError
 
     # Batches
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Refuse what would give another loss, or other texts, than is asked for.
-
-        Raises:
-            ValueError: If the strategy accumulates gradients by itself, where they cannot be weighted.
-        """
-        super().setup(stage)
-        hidden = self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches != 1
-        if stage == "fit" and self._weighs_steps and hidden:
-            raise ValueError(
-                f"{type(self).__name__}: loss_over=step weighs the accumulated gradient, which"
-                f" {type(self.trainer.strategy).__name__} keeps to itself: set --model.loss_over micro_batch (the same for packed"
-                f" batches with equal numbers of labels), or accumulate_grad_batches to 1 instead of"
-                f" {self.trainer.accumulate_grad_batches}, with a larger batch_size."
-            )
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -3,13 +3,11 @@
 Shape suffixes: B sequences, T tokens of a sequence, S tokens that an encoder reads, D width, V vocabulary, N labels that count.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,12 +19,12 @@ from zoo.lm.encoded_pair import Ids
 from zoo.lm.evaluation import TokenLosses
 from zoo.lm.language_module import LanguageModule
 from zoo.lm.prompt_and_answer import prompt_and_answer
-from zoo.lm.trained_types import settle_types
+from zoo.lm.tuned_backbone import TunedBackbone
 
 __all__ = ["CausalLM", "Seq2SeqLM", "TunedLM"]
 
 
-class TunedLM(LanguageModule):
+class TunedLM(TunedBackbone, LanguageModule):
     """The base of `CausalLM` and `Seq2SeqLM`.
 
     Loss: mean cross-entropy of the labels, in nats. Only the positions before a label pass the output head.
@@ -70,40 +68,6 @@ class TunedLM(LanguageModule):
     @override
     def vocab_size(self) -> int:
         return self.backbone.vocab_size
-
-    @override
-    def networks(self) -> list[nn.Module]:
-        """The blocks, which are alike, so that one compilation serves all."""
-        return self.backbone.blocks
-
-    @override
-    def parameter_groups(self) -> Iterable[Any]:
-        """Matrices, which decay; gains and biases, which do not."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in trained if parameter.dim() >= 2]},
-            {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
-    @override
-    def configure_callbacks(self) -> list[Callback]:
-        """Settle the type of trained weights before callbacks and strategies copy or divide them."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            settle_types(self.backbone, self.trainer)
-        return super().configure_callbacks()
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Compare the vocabularies of model and data before anything runs.
-
-        Raises:
-            ValueError: If the tokenizer has ids beyond the model's; and as of `LanguageModule`.
-        """
-        super().setup(stage)
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None:
-            self.backbone.check_tokenizer(tokenizer)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Inputs of the output head (B, T, D), those of position t for the label of t + 1."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.lm.backbone import BackboneKind
 
-__all__ = ["check_padding", "counts_own_positions", "document_mask"]
+__all__ = ["check_padding", "counts_own_positions", "document_mask", "pad_right"]
 
 
 def counts_own_positions(network: nn.Module) -> bool:
@@ -59,3 +59,18 @@ def document_mask(position_ids_BT: Tensor, mask_BT: Tensor | None, kind: Backbon
     if mask_BT is not None:
         seen_BTT = seen_BTT & mask_BT.bool()[:, None, :]
     return (seen_BTT | (place_T[:, None] == place_T[None, :]))[:, None]
+
+
+def pad_right(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and their masks with the tokens first, in their order, and all padding behind them, wherever it was.
+
+    Args:
+        ids_BT: Ids, or other numbers of tokens.
+        mask_BT: 1 for tokens, 0 for padding.
+
+    Example:
+        >>> pad_right(torch.tensor([[9, 5, 6, 9]]), torch.tensor([[0, 1, 1, 0]]))
+        (tensor([[5, 6, 9, 9]]), tensor([[1, 1, 0, 0]]))
+    """
+    order_BT = mask_BT.bool().long().argsort(dim=1, descending=True, stable=True)
+    return ids_BT.gather(1, order_BT), mask_BT.gather(1, order_BT)

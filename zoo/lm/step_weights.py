@@ -24,6 +24,37 @@ class StepWeights(Base):
     loss_over: str
     _step_mean: StepMean
 
+    def average_over(self, loss_over: str) -> None:
+        """Begin without a step; called once, in the constructor.
+
+        Args:
+            loss_over: ``step`` or ``micro_batch``.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        if loss_over not in ("step", "micro_batch"):
+            raise ValueError(f"{type(self).__name__}: loss_over={loss_over!r} must be one of step, micro_batch.")
+        self.loss_over = loss_over
+        self._step_mean = StepMean()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuse what would give another loss than is asked for.
+
+        Raises:
+            ValueError: If the strategy accumulates gradients by itself, where they cannot be weighted.
+        """
+        super().setup(stage)
+        hidden = self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches != 1
+        if stage == "fit" and self._weighs_steps and hidden:
+            raise ValueError(
+                f"{type(self).__name__}: loss_over=step weighs the accumulated gradient, which"
+                f" {type(self.trainer.strategy).__name__} keeps to itself: set --model.loss_over micro_batch (the same for packed"
+                f" batches with equal numbers of labels), or accumulate_grad_batches to 1 instead of"
+                f" {self.trainer.accumulate_grad_batches}, with a larger batch_size."
+            )
+
     @property
     def _weighs_steps(self) -> bool:
         """Whether this module weights micro-batches; a strategy with batches of its own sizes does it by itself."""

@@ -7,19 +7,24 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["Mean", "MeanAndError"]
+__all__ = ["Float64Sums", "Mean", "MeanAndError"]
 
 
-class _Float64Sums(Metric):
+class Float64Sums(Metric):
     """Metric whose states are sums in float64, also inside a module that is converted to another float type.
 
     A count in bfloat16 ends at 256, since 256 + 1 rounds to 256.
+
+    Args:
+        names: Names of the sums.
+        shape: Shape of each.
+        kwargs: Arguments of ``Metric``.
     """
 
-    def __init__(self, *names: str, **kwargs: Any) -> None:
+    def __init__(self, *names: str, shape: tuple[int, ...] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in names:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         kept = {name: getattr(self, name) for name in self._defaults}
@@ -27,11 +32,11 @@ class _Float64Sums(Metric):
         for name, before in kept.items():
             device = getattr(self, name).device
             setattr(self, name, before.to(device))
-            self._defaults[name] = torch.zeros((), dtype=torch.float64, device=device)
+            self._defaults[name] = torch.zeros(before.shape, dtype=torch.float64, device=device)
         return self
 
 
-class Mean(_Float64Sums):
+class Mean(Float64Sums):
     """Mean over samples, weighted or not, over all batches and ranks.
 
     Example:
@@ -66,7 +71,7 @@ class Mean(_Float64Sums):
         return (self.total / self.count).float()
 
 
-class MeanAndError(_Float64Sums):
+class MeanAndError(Float64Sums):
     """Mean over samples and its standard error, over all batches and ranks.
 
     The standard error is the sample standard deviation over sqrt(N); NaN for a single sample.
