@@ -133,9 +133,9 @@ class RankPlacement(Placement):
                 work.wait()
         self._sent.clear()
         self.versions += 1
-        for name, whole in self._copies.items():
+        for name, held in self._copies.items():
             with self.timeline(name, "gather"), torch.no_grad():
-                for to, weight in zip(whole.parameters(), self.roles[name].network.parameters(), strict=True):
+                for to, weight in zip(held.parameters(), self.roles[name].network.parameters(), strict=True):
                     to.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if not self.plan.separates:
             return
