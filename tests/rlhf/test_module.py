@@ -144,8 +144,9 @@ def test_validate_and_predict(tmp_path: Path) -> None:
     assert set(metrics) == {"val/score", "val/kl", "val/length", "val/ended"} and metrics["val/kl"] == 0
     answers = trainer.predict(model, data)
     assert answers is not None
-    rows = [(int(i), text, score) for part in answers for i, text, score in zip(part["index"], part["text"], part["score"])]
-    assert len(rows) == len({row[0] for row in rows}) == len(data.splits[1])
+    columns = [sum((list(part[name]) for part in answers), []) for name in ("index", "text", "score")]
+    rows = list(zip(*columns, strict=True))
+    assert len(rows) == len({int(row[0]) for row in rows}) == len(data.splits[1])
     assert all(score == pytest.approx(sum(c < "a" for c in text) / 8) for _, text, score in rows)
 
 
