@@ -1,5 +1,6 @@
 """PPO and its kin in one process: definitions at the first step, learning, continuation, bad input."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,22 @@ def test_the_average_of_the_actor_is_the_closed_form(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.network.lm_head.weight, expected)
 
 
+def test_texts_that_are_not_to_be_forgotten_are_learned_beside(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {n}", "text": "abcabc" * (1 + n % 3)}) + "\n" for n in range(40)))
+    losses: list[float] = []
+    model = module(algorithm=PPO(kl=KLPenalty(0.0)), ptx_weight=27.8, max_grad_norm=0.0)
+    log = model._log
+    model._log = lambda values: (losses.append(values["text_loss"]), log(values))[1]  # type: ignore[method-assign]
+    fit(model, tmp_path, 12, prompts(tmp_path, path=path))
+    text = torch.tensor([[*b"abcabc", 257]])
+    with torch.no_grad():
+        logp = model.actor.logits(model.actor(text))[0, :-1].log_softmax(-1).gather(1, text[0, 1:, None])
+    assert losses[-1] < losses[0] - 1 and float(-logp.mean()) < losses[0] - 1
+    with pytest.raises(ValueError, match="column text"):
+        fit(module(ptx_weight=1.0), tmp_path, 1)
+
+
 def test_a_run_that_is_cut_continues_bit_for_bit(tmp_path: Path) -> None:
     adaptive = {"algorithm": PPO(kl=KLPenalty(0.1, target=1.0, horizon=50)), "ema_decay": 0.9}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -144,7 +161,7 @@ def test_validate_and_predict(tmp_path: Path) -> None:
     assert set(metrics) == {"val/score", "val/kl", "val/length", "val/ended"} and metrics["val/kl"] == 0
     answers = trainer.predict(model, data)
     assert answers is not None
-    columns = [sum((list(part[name]) for part in answers), []) for name in ("index", "text", "score")]
+    columns = [[each for part in answers for each in part[name]] for name in ("index", "text", "score")]
     rows = list(zip(*columns, strict=True))
     assert len(rows) == len({int(row[0]) for row in rows}) == len(data.splits[1])
     assert all(score == pytest.approx(sum(c < "a" for c in text) / 8) for _, text, score in rows)

@@ -51,6 +51,8 @@ class RLHF(ZooModule):
         max_grad_norm: Bound of the norm of each model's gradient; 0: none.
         ema_decay: Decay of an average of the actor's weights over its steps, such as 0.992, which `LingBackbone` takes from the
             checkpoint; 0: none.
+        ptx_weight: Weight of the loss (nats a token) of texts that the actor shall not forget (PPO-ptx; InstructGPT: 27.8): those
+            of the column ``text`` of the prompts' rows; 0: none.
         optimizer: Makes the actor's optimizer.
         lr_scheduler: Makes its schedule.
         critic_optimizer: Makes the critic's optimizer.
@@ -72,6 +74,7 @@ class RLHF(ZooModule):
         engine: RolloutEngine | None = None,
         max_grad_norm: float = 1.0,
         ema_decay: float = 0.0,
+        ptx_weight: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, betas=(0.9, 0.95), weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
@@ -83,7 +86,8 @@ class RLHF(ZooModule):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, **kwargs)
         self.automatic_optimization = False
         self.algorithm = algorithm or PPO()
-        self._check_models(actor, critic, rollout, max_grad_norm, ema_decay)
+        self._check_models(actor, critic, rollout)
+        _check_numbers(max_grad_norm, ema_decay, ptx_weight)
         self.actor = actor
         self.critic = critic
         self.rewards = reward if isinstance(reward, list) else [reward]
@@ -91,6 +95,7 @@ class RLHF(ZooModule):
         self.engine = engine or RolloutEngine()
         self.max_grad_norm = max_grad_norm
         self.ema_decay = ema_decay
+        self.ptx_weight = ptx_weight
         self.critic_optimizer, self.critic_lr_scheduler = critic_optimizer, critic_lr_scheduler
         self.is_pretrained = actor.is_pretrained
         if critic is not None:
@@ -107,9 +112,7 @@ class RLHF(ZooModule):
         self._waiting: list[tuple[Samples, Fields] | None] = []
         self.metrics = nn.ModuleDict({name: Mean() for name in _METRICS})
 
-    def _check_models(
-        self, actor: Backbone, critic: Backbone | None, rollout: Rollout, max_grad_norm: float, ema_decay: float
-    ) -> None:
+    def _check_models(self, actor: Backbone, critic: Backbone | None, rollout: Rollout) -> None:
         name = type(self.algorithm).__name__
         if actor.kind != "causal":
             raise ValueError(f"RLHF: the actor is of the kind {actor.kind}: take a causal model, which generates answers.")
@@ -124,10 +127,6 @@ class RLHF(ZooModule):
             )
         if self.algorithm.needs_groups and rollout.samples_per_prompt < 2:
             raise ValueError(f"RLHF: {name} compares answers to a prompt: set rollout.samples_per_prompt to 2 or more.")
-        if max_grad_norm < 0:
-            raise ValueError(f"RLHF: max_grad_norm={max_grad_norm} must be positive, or 0 for no bound.")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"RLHF: ema_decay={ema_decay} must be from 0 (no average) to below 1, such as 0.992.")
 
     # Roles and their placement
 
@@ -531,10 +530,12 @@ class _Learner:
     def __init__(self, module: RLHF) -> None:
         self.module, self.place, self.options = module, module.placement, module.rollout
         self.sums: dict[str, Tensor] = {}
+        self.texts: list[Tensor] = []
 
     def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields]) -> None:
         """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all."""
         minibatches = self.options.minibatches // len(chunks)
+        self.texts = self._texts([row for samples in chunks for row in samples.rows])
         if self.module.algorithm.needs_whole_rollout and len(chunks) > 1:
             raise ValueError(
                 "RLHF: advantages are whitened over the rollout, which needs it whole: set chunks of the plan to 1, or"
@@ -557,11 +558,32 @@ class _Learner:
             self._idle(self.options.minibatches * self.options.epochs)
             return
         samples, fields = waiting
+        self.texts = self._texts(samples.rows)
         experience = self.module._experience(samples, fields, self.module.rollouts - 1 - len(self.module._waiting))
         experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
         part = self._targets(experience)
         self._pass(*part, self.options.minibatches)
         self._epochs([part])
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """Ids of the text of each sample's row, int64, for the loss of PPO-ptx; none without it."""
+        if not self.module.ptx_weight or not self.place.trains:
+            return []
+        tokenizer = self.module._tokenizer()
+        if missing := sum(not isinstance(row.get("text"), str) or not row["text"] for row in rows):
+            raise ValueError(
+                f"RLHF: ptx_weight needs a column text in the prompts' rows, which {missing} of {len(rows)} have not: add one, or"
+                " set ptx_weight to 0."
+            )
+        return [torch.tensor([*tokenizer.encode(row["text"]), tokenizer.eos_id], device=self.module.device) for row in rows]
+
+    def _text_loss(self, index_R: Tensor, count: int) -> Tensor:
+        """Cross-entropy of the texts of some samples, divided by the tokens of all texts of the minibatch."""
+        texts = [self.texts[index] for index in index_R.tolist()]
+        ids_RT = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask_RT = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        logp_RT, _ = self.place.network("actor")(ids_RT, mask_RT, ids_RT.shape[1] - 1)
+        return -logp_RT.masked_fill(mask_RT[:, 1:] == 0, 0).sum() / count
 
     @torch.no_grad()
     def _logp_now(self, experience: Experience) -> Tensor:
@@ -609,6 +631,7 @@ class _Learner:
         advantage_RN = algorithm.minibatch_advantage(targets, mask_RN)
         ids_RS, mask_RS = experience.ids_and_mask()
         num_tokens, with_entropy = experience.tokens.shape[1], bool(algorithm.entropy_weight)
+        text_tokens = sum(len(self.texts[index]) - 1 for index in experience.index.tolist()) if self.texts else 0
 
         def actor_loss(rows: slice) -> Tensor:
             logp_RN, entropy_RN = self.place.network("actor")(ids_RS[rows], mask_RS[rows], num_tokens, with_entropy)
@@ -617,6 +640,10 @@ class _Learner:
                 len(experience), self.module._kl.coefficient,
             )  # fmt: skip
             self._add(loss=loss.detach(), **{f"actor/{name}": value for name, value in sums.items()})
+            if self.texts:
+                text_loss = self._text_loss(experience.index[rows], text_tokens)
+                self._add(**{"actor/text": text_loss.detach()})
+                loss = loss + self.module.ptx_weight * text_loss
             return loss
 
         def critic_loss(rows: slice) -> Tensor:
@@ -671,7 +698,16 @@ class _Learner:
     def summary(self) -> dict[str, float]:
         """Means of the rollout, the same on all ranks; empty where nothing was trained."""
         names = ("samples", "score", "kl", "length", "ended", "reward", "steps")
-        of_actor = ("loss", "actor/tokens", "actor/clipped", "actor/old_kl", "actor/ratio", "actor/entropy", "actor/weight")
+        of_actor = (
+            "loss",
+            "actor/tokens",
+            "actor/clipped",
+            "actor/old_kl",
+            "actor/ratio",
+            "actor/entropy",
+            "actor/weight",
+            "actor/text",
+        )
         zero = torch.zeros((), dtype=torch.float64, device=self.module.device)
         known = torch.stack([self.sums.get(name, zero) for name in names])
         actor = self.place.total("actor", torch.stack([self.sums.get(name, zero) for name in of_actor]))
@@ -688,6 +724,8 @@ class _Learner:
         values |= {name: found[f"actor/{name}"] / tokens for name in ("clipped", "old_kl", "ratio")}
         if self.module.algorithm.entropy_weight:
             values["entropy"] = found["actor/entropy"] / tokens
+        if self.module.ptx_weight:
+            values["text_loss"] = found["actor/text"] / steps
         if found["actor/weight"]:
             values["importance_weight"] = found["actor/weight"] / tokens
         if "critic" in self.place.roles and found["value_loss"] == found["value_loss"]:
@@ -704,3 +742,10 @@ def _joined(parts: list[tuple[Experience, Targets]]) -> tuple[Experience, Target
             if isinstance(value, Tensor):
                 setattr(whole, name, torch.cat([getattr(part[number], name) for part in parts]))
     return experience, targets
+
+
+def _check_numbers(max_grad_norm: float, ema_decay: float, ptx_weight: float) -> None:
+    if max_grad_norm < 0 or ptx_weight < 0:
+        raise ValueError(f"RLHF: max_grad_norm={max_grad_norm} and ptx_weight={ptx_weight} must not be negative; 0 is none.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"RLHF: ema_decay={ema_decay} must be from 0 (no average) to below 1, such as 0.992.")
