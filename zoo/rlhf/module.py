@@ -698,16 +698,8 @@ class _Learner:
     def summary(self) -> dict[str, float]:
         """Means of the rollout, the same on all ranks; empty where nothing was trained."""
         names = ("samples", "score", "kl", "length", "ended", "reward", "steps")
-        of_actor = (
-            "loss",
-            "actor/tokens",
-            "actor/clipped",
-            "actor/old_kl",
-            "actor/ratio",
-            "actor/entropy",
-            "actor/weight",
-            "actor/text",
-        )
+        sums = ("tokens", "clipped", "old_kl", "ratio", "entropy", "weight", "text")
+        of_actor = ["loss", *(f"actor/{name}" for name in sums)]
         zero = torch.zeros((), dtype=torch.float64, device=self.module.device)
         known = torch.stack([self.sums.get(name, zero) for name in names])
         actor = self.place.total("actor", torch.stack([self.sums.get(name, zero) for name in of_actor]))
