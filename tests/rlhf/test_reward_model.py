@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from rlhf.test_module import DENSE
+from rlhf.test_rlhf import DENSE
 from small_llama import QUIET
 
 from datamodules import Preferences
