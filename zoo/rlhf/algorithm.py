@@ -3,7 +3,6 @@
 Shape suffixes: R samples, N answer tokens.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,16 +13,8 @@ from torch import Tensor
 
 from zoo.base.hyperparameters import Configurable
 from zoo.rlhf.conventions import ConventionName, Whitening, find_convention
-from zoo.rlhf.experience import Experience
-from zoo.rlhf.group_advantage import (
-    constant_length_mean,
-    group_moments,
-    group_relative,
-    leave_one_out,
-    reward_to_go,
-    sequence_mean,
-    token_mean,
-)
+from zoo.rlhf.experience import Experience, Rows
+from zoo.rlhf.group_advantage import group_relative, leave_one_out, reward_to_go
 from zoo.rlhf.ppo import (
     AdaptiveKL,
     FixedKL,
@@ -34,8 +25,9 @@ from zoo.rlhf.ppo import (
     importance_weights,
     kl_estimate,
     masked_sum,
-    policy_token_losses,
+    policy_loss,
     shaped_score,
+    token_mean,
     token_rewards,
     value_loss,
     whiten,
@@ -55,7 +47,7 @@ class KLPenalty:
         clamp: Bound of the estimate's absolute value; None: none.
         target: KL that the coefficient adapts to, in nats; None: it stays.
         horizon: Samples in which it adapts, see `AdaptiveKL`.
-        measure: KL that is compared with the target: sum over a sequence, or mean over tokens, of k1.
+        measure: KL of a sequence that is compared with the target: sum, or mean, over its tokens of k1.
 
     Raises:
         ValueError: If a number is out of range, or k1 is the loss, whose gradient has the expectation 0.
@@ -88,7 +80,7 @@ class Importance:
     """Weights of samples that older weights generated, see `zoo.rlhf.ppo.importance_weights`.
 
     Attributes:
-        cap: Largest weight; the default is verl's.
+        cap: Largest weight.
         mode: Weights above it become the cap, or 0.
     """
 
@@ -101,7 +93,7 @@ class Importance:
 
 
 @dataclass
-class Targets:
+class Targets(Rows):
     """Targets of a rollout or a part of it.
 
     Attributes:
@@ -115,13 +107,6 @@ class Targets:
     returns: Tensor | None
     reward: Tensor
     kl: Tensor
-
-    def select(self, rows: Tensor | slice) -> "Targets":
-        """Some of the samples, see `Experience.select`."""
-        returns = None if self.returns is None else self.returns[rows]
-        return dataclasses.replace(
-            self, advantage=self.advantage[rows], returns=returns, reward=self.reward[rows], kl=self.kl[rows]
-        )
 
 
 class Algorithm(Configurable, ABC):
@@ -166,18 +151,19 @@ class Algorithm(Configurable, ABC):
     ) -> None:
         if not 0 < clip < math.inf:
             raise ValueError(f"clip={clip} must be positive; 0.2 keeps ratios between 0.8 and 1.2.")
-        if dual_clip is not None and dual_clip <= 1 + clip:
-            raise ValueError(f"dual_clip={dual_clip} must be above 1 + clip={1 + clip}, or null.")
-        if score_clip is not None and score_clip < 0:
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"dual_clip={dual_clip} must be above 1, or null.")
+        if score_clip is not None and not score_clip >= 0:
             raise ValueError(f"score_clip={score_clip} must be 0 (no bound) or positive.")
-        if missing_eos_penalty is not None and missing_eos_penalty < 0:
+        if missing_eos_penalty is not None and not missing_eos_penalty >= 0:
             raise ValueError(f"missing_eos_penalty={missing_eos_penalty} must not be negative: it is subtracted.")
-        if entropy_weight < 0:
+        if not entropy_weight >= 0:
             raise ValueError(f"entropy_weight={entropy_weight} must not be negative: it rewards entropy.")
         self.rules = find_convention(convention)
         self.clip = clip
         self.dual_clip = dual_clip
-        self.kl = dataclasses.replace(kl, coefficient=self.rules.beta if kl.coefficient is None else kl.coefficient)
+        self.kl = kl
+        self.kl_coefficient = self.rules.beta if kl.coefficient is None else kl.coefficient
         self.importance = importance
         self.whiten: Whitening = whiten or self.whitening or self.rules.whiten
         self.score_clip = self.rules.score_clip if score_clip is None else score_clip or None
@@ -187,7 +173,7 @@ class Algorithm(Configurable, ABC):
     @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities of the reference are needed."""
-        return bool(self.kl.coefficient)
+        return self.kl_coefficient > 0
 
     @property
     def needs_whole_rollout(self) -> bool:
@@ -196,10 +182,9 @@ class Algorithm(Configurable, ABC):
 
     def kl_controller(self) -> FixedKL:
         """The coefficient of the KL, fixed or adaptive."""
-        coefficient = float(self.kl.coefficient or 0)
         if self.kl.target is None:
-            return FixedKL(coefficient)
-        return AdaptiveKL(coefficient, self.kl.target, self.kl.horizon)
+            return FixedKL(self.kl_coefficient)
+        return AdaptiveKL(self.kl_coefficient, self.kl.target, self.kl.horizon)
 
     def action_mask(self, experience: Experience) -> Tensor:
         """Tokens of the policy's loss, bool (R, N); their number in a minibatch is the ``count`` of `policy_loss`."""
@@ -214,7 +199,7 @@ class Algorithm(Configurable, ABC):
         """Rewards and advantages.
 
         Args:
-            experience: Whole rollout, or a chunk with whole groups if `needs_groups`, and not if `needs_whole_rollout`.
+            experience: A whole rollout, or, unless `needs_whole_rollout`, a chunk of it, of whole groups if `needs_groups`.
             samples_per_prompt: Answers to each prompt.
             kl_coefficient: Current weight of the KL, see `kl_controller`.
 
@@ -223,20 +208,12 @@ class Algorithm(Configurable, ABC):
         """
         mask_RN = experience.mask
         kl_RN = penalty_RN = torch.zeros_like(experience.logp)
-        if experience.reference_logp is not None:
-            logp_RN = experience.logp.masked_fill(~mask_RN, 0)
-            reference_RN = experience.reference_logp.masked_fill(~mask_RN, 0)
-            kl_RN = kl_estimate(logp_RN, reference_RN)
-            penalty_RN = kl_estimate(logp_RN, reference_RN, self.kl.kind, self.kl.clamp)
-        elif self.needs_reference:
-            raise ValueError(_missing("reference_logp", f"kl.coefficient={self.kl.coefficient}"))
-        reward_RN = token_rewards(
-            self._score(experience, samples_per_prompt),
-            penalty_RN,
-            self.rules.reward_mask(mask_RN),
-            kl_coefficient if self.kl.place == "reward" else 0.0,
-            per_length=self.rules.kl_per_length,
-        )
+        if self.needs_reference or experience.reference_logp is not None:
+            kl_RN = self._kl(experience.logp, experience, mask_RN, KLPenalty())
+            penalty_RN = self._kl(experience.logp, experience, mask_RN, self.kl)
+        beta = kl_coefficient if self.kl.place == "reward" else 0.0
+        score_R = self._score(experience, samples_per_prompt)
+        reward_RN = token_rewards(score_R, penalty_RN, self.rules.reward_mask(mask_RN), beta, self.rules.kl_per_length)
         advantage_RN, returns_RN = self._advantages(experience, reward_RN, samples_per_prompt)
         action_RN = self.action_mask(experience)
         if self.whiten == "rollout":
@@ -260,52 +237,41 @@ class Algorithm(Configurable, ABC):
         advantage_RN: Tensor,
         count: Tensor | float,
         sequences: Tensor | float,
-        kl_coefficient: float | None = None,
+        kl_coefficient: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the policy on a part of a minibatch.
 
         Args:
             logp_RN: Log-probabilities of the answers' tokens under the policy, with gradient.
-            entropy_RN: Entropy at each token, with gradient if it has a weight; None: not computed, which needs weight 0.
+            entropy_RN: Entropy at each token, with gradient; None: not computed, which needs the weight 0.
             experience: The samples.
             advantage_RN: Their advantages, see `minibatch_advantage`.
             count: Tokens of `action_mask` in the whole minibatch.
             sequences: Samples of the whole minibatch.
-            kl_coefficient: Current weight of the KL, used if that is in the loss; None: the weight at the start.
+            kl_coefficient: Current weight of the KL, used if that is in the loss.
 
         Returns:
-            The loss, and sums over tokens without gradient, to add up over the minibatch's parts: ``tokens``, ``clipped``,
-            ``old_kl`` and ``ratio`` (see `policy_token_losses`), ``entropy`` if it was given, ``kl`` if that is in the loss,
-            ``weight`` and ``capped`` (tokens whose weight is above the cap) with log-probabilities of older weights.
+            The loss, and sums over tokens without gradient, to add up over the minibatch's parts: ``tokens``, those of
+            `zoo.rlhf.ppo.policy_loss`, ``entropy`` if it has a weight, ``weight`` if the samples are of older weights.
 
         Raises:
             ValueError: If the entropy or log-probabilities of the reference are needed, and not given.
         """
         mask_RN = self.action_mask(experience)
-        weight_RN = None
-        extra = {"tokens": mask_RN.sum().to(torch.promote_types(logp_RN.dtype, torch.float32))}
+        sums, weight_RN = {"tokens": mask_RN.sum()}, None
         if experience.behaviour_logp is not None:
-            logps = (experience.logp, experience.behaviour_logp, mask_RN)
-            weight_RN = importance_weights(*logps, cap=self.importance.cap, mode=self.importance.mode)
-            extra["weight"] = masked_sum(weight_RN, mask_RN)
-            extra["capped"] = (importance_weights(*logps, cap=math.inf) > self.importance.cap).sum().to(extra["tokens"])
-        loss_RN, statistics = policy_token_losses(
-            logp_RN, experience.logp, advantage_RN, mask_RN, self.clip, self.dual_clip, weight_RN
-        )
-        if self.kl.place == "loss" and self.needs_reference:
-            if experience.reference_logp is None:
-                raise ValueError(_missing("reference_logp", f"kl.coefficient={self.kl.coefficient}"))
-            logp, reference = (x.masked_fill(~mask_RN, 0) for x in (logp_RN, experience.reference_logp))
-            kl_RN = kl_estimate(logp, reference, self.kl.kind, self.kl.clamp)
-            loss_RN = loss_RN + (self.kl.coefficient if kl_coefficient is None else kl_coefficient) * kl_RN
-            extra["kl"] = kl_RN.detach().sum()
-        if entropy_RN is not None:
-            extra["entropy"] = masked_sum(entropy_RN.detach(), mask_RN)
+            cap, mode = self.importance.cap, self.importance.mode
+            weight_RN = importance_weights(experience.logp, experience.behaviour_logp, mask_RN, cap, mode)
+            sums["weight"] = masked_sum(weight_RN, mask_RN)
+        loss_RN, of_ratios = policy_loss(logp_RN, experience.logp, advantage_RN, mask_RN, self.clip, self.dual_clip, weight_RN)
+        if self.needs_reference and self.kl.place == "loss":
+            loss_RN = loss_RN + kl_coefficient * self._kl(logp_RN, experience, mask_RN, self.kl)
         if self.entropy_weight:
             if entropy_RN is None:
                 raise ValueError(f"entropy_weight={self.entropy_weight} needs entropy_RN, the entropy at each token.")
             loss_RN = loss_RN - self.entropy_weight * entropy_RN.masked_fill(~mask_RN, 0)
-        return self._mean(loss_RN, mask_RN, count, sequences), {**statistics, **extra}
+            sums["entropy"] = masked_sum(entropy_RN.detach(), mask_RN)
+        return self._mean(loss_RN, mask_RN, count, sequences), {**sums, **of_ratios}
 
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
@@ -319,6 +285,11 @@ class Algorithm(Configurable, ABC):
             count: States of `value_mask` in the whole minibatch.
         """
         raise NotImplementedError(f"{type(self).__name__} has no critic: ask needs_critic before value_loss.")
+
+    def _kl(self, logp_RN: Tensor, experience: Experience, mask_RN: Tensor, kl: KLPenalty) -> Tensor:
+        """Estimates (R, N), 0 outside the mask."""
+        reference_RN = _given(experience.reference_logp, "reference_logp", f"kl.coefficient={self.kl_coefficient}")
+        return kl_estimate(logp_RN.masked_fill(~mask_RN, 0), reference_RN.masked_fill(~mask_RN, 0), kl.kind, kl.clamp)
 
     def _score(self, experience: Experience, samples_per_prompt: int) -> Tensor:
         """Scores (R,) as they become rewards."""
@@ -350,7 +321,7 @@ class PPO(Algorithm):
         super().__init__(**kwargs)
         if not (0 <= gamma <= 1 and 0 <= lam <= 1):
             raise ValueError(f"gamma={gamma} and lam={lam} must lie in [0, 1].")
-        if value_clip <= 0:
+        if not value_clip > 0:
             raise ValueError(f"value_clip={value_clip} must be positive; .inf means no clipping.")
         self.gamma = gamma
         self.lam = lam
@@ -360,15 +331,13 @@ class PPO(Algorithm):
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the critic on a part of a minibatch."""
-        if experience.value is None:
-            raise ValueError(_missing("value", "the critic's loss"))
-        return value_loss(value_RN, experience.value, returns_RN, self.value_mask(experience), self.value_clip, count)
+        old_RN = _given(experience.value, "value", "the critic's loss")
+        loss_RN, sums = value_loss(value_RN, old_RN, returns_RN, self.value_mask(experience), self.value_clip)
+        return token_mean(loss_RN, count), sums
 
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
-        if experience.value is None:
-            raise ValueError(_missing("value", "PPO"))
-        mask_RN = self.rules.reward_mask(experience.mask)
-        return generalized_advantages(reward_RN, experience.value, mask_RN, self.gamma, self.lam)
+        value_RN, mask_RN = _given(experience.value, "value", "PPO"), self.rules.reward_mask(experience.mask)
+        return generalized_advantages(reward_RN, value_RN, mask_RN, self.gamma, self.lam)
 
 
 class _GroupAlgorithm(Algorithm):
@@ -380,9 +349,9 @@ class _GroupAlgorithm(Algorithm):
         advantage_R = self._relative(reward_RN.sum(1), experience.index, samples_per_prompt)
         return advantage_R[:, None].expand_as(reward_RN), None
 
-    @abstractmethod
     def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
         """Advantage (R,) of each answer."""
+        return group_relative(reward_R, index_R, samples_per_prompt)
 
 
 class GRPO(_GroupAlgorithm):
@@ -393,18 +362,11 @@ class GRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
-    def __init__(
-        self,
-        kl: KLPenalty = KLPenalty(0.04, "k3", "loss"),
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, kl: KLPenalty = KLPenalty(0.04, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return group_relative(reward_R, index_R, samples_per_prompt)
-
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return sequence_mean(loss_RN, mask_RN, sequences)
+        return token_mean(loss_RN / mask_RN.sum(1, keepdim=True).clamp(min=1), sequences)
 
 
 class DrGRPO(_GroupAlgorithm):
@@ -417,12 +379,7 @@ class DrGRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
-    def __init__(
-        self,
-        max_length: int | None = None,
-        kl: KLPenalty = KLPenalty(0.0, "k3", "loss"),
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, max_length: int | None = None, kl: KLPenalty = KLPenalty(0.0, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be positive, or null for the length of the padded answers.")
@@ -432,7 +389,7 @@ class DrGRPO(_GroupAlgorithm):
         return group_relative(reward_R, index_R, samples_per_prompt, scale=False)
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return constant_length_mean(loss_RN, sequences, self.max_length or loss_RN.shape[1])
+        return token_mean(loss_RN / (self.max_length or loss_RN.shape[1]), sequences)
 
 
 class RLOO(_GroupAlgorithm):
@@ -466,14 +423,13 @@ class ReinforcePP(Algorithm):
 
     def _score(self, experience: Experience, samples_per_prompt: int) -> Tensor:
         score_R = super()._score(experience, samples_per_prompt)
-        if not self.needs_groups:
-            return score_R
-        mean_R, _ = group_moments(score_R, experience.index, samples_per_prompt)
-        return (score_R - mean_R).to(score_R.dtype)
+        return group_relative(score_R, experience.index, samples_per_prompt, scale=False) if self.needs_groups else score_R
 
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
         return reward_to_go(reward_RN, self.rules.reward_mask(experience.mask), self.gamma), None
 
 
-def _missing(field: str, reason: str) -> str:
-    return f"The experience has no {field}, which {reason} needs: compute it before the targets and losses."
+def _given(tensor: Tensor | None, field: str, reason: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"The experience has no {field}, which {reason} needs: compute it before the targets and losses.")
+    return tensor
