@@ -12,26 +12,10 @@ import torch
 from torch import Tensor
 
 from zoo.base.hyperparameters import Configurable
+from zoo.rlhf import ppo
 from zoo.rlhf.conventions import ConventionName, Whitening, find_convention
 from zoo.rlhf.experience import Experience, Rows
 from zoo.rlhf.group_advantage import group_relative, leave_one_out, reward_to_go
-from zoo.rlhf.ppo import (
-    AdaptiveKL,
-    FixedKL,
-    ImportanceMode,
-    KLKind,
-    KLMeasure,
-    generalized_advantages,
-    importance_weights,
-    kl_estimate,
-    masked_sum,
-    policy_loss,
-    shaped_score,
-    token_mean,
-    token_rewards,
-    value_loss,
-    whiten,
-)
 
 __all__ = ["GRPO", "PPO", "RLOO", "Algorithm", "DrGRPO", "Importance", "KLPenalty", "ReinforcePP", "Targets"]
 
@@ -54,12 +38,12 @@ class KLPenalty:
     """
 
     coefficient: float | None = None
-    kind: KLKind = "k1"
+    kind: ppo.KLKind = "k1"
     place: Literal["reward", "loss"] = "reward"
     clamp: float | None = None
     target: float | None = None
     horizon: float = 10_000.0
-    measure: KLMeasure = "sequence"
+    measure: ppo.KLMeasure = "sequence"
 
     def __post_init__(self) -> None:
         if self.coefficient is not None and not 0 <= self.coefficient < math.inf:
@@ -68,11 +52,6 @@ class KLPenalty:
             raise ValueError("kl.kind=k1 has no gradient in a loss on average: choose k2, k3, k1+ or k3+, or kl.place=reward.")
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"kl.clamp={self.clamp} must be positive, or null for no bound.")
-        if self.target is not None and (self.coefficient == 0 or self.target <= 0 or self.horizon <= 0):
-            raise ValueError(
-                f"kl.target={self.target} needs positive numbers: target, coefficient={self.coefficient} at the start and"
-                f" horizon={self.horizon}."
-            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,7 @@ class Importance:
     """
 
     cap: float = 2.0
-    mode: ImportanceMode = "truncate"
+    mode: ppo.ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:
         if self.cap < 1:
@@ -169,6 +148,7 @@ class Algorithm(Configurable, ABC):
         self.score_clip = self.rules.score_clip if score_clip is None else score_clip or None
         self.missing_eos_penalty = missing_eos_penalty
         self.entropy_weight = entropy_weight
+        self.kl_controller()  # checks its numbers
 
     @property
     def needs_reference(self) -> bool:
@@ -180,11 +160,11 @@ class Algorithm(Configurable, ABC):
         """Whether `targets` must be given a whole rollout, because advantages are whitened over it."""
         return self.whiten == "rollout"
 
-    def kl_controller(self) -> FixedKL:
+    def kl_controller(self) -> ppo.FixedKL:
         """The coefficient of the KL, fixed or adaptive."""
         if self.kl.target is None:
-            return FixedKL(self.kl_coefficient)
-        return AdaptiveKL(self.kl_coefficient, self.kl.target, self.kl.horizon)
+            return ppo.FixedKL(self.kl_coefficient)
+        return ppo.AdaptiveKL(self.kl_coefficient, self.kl.target, self.kl.horizon)
 
     def action_mask(self, experience: Experience) -> Tensor:
         """Tokens of the policy's loss, bool (R, N); their number in a minibatch is the ``count`` of `policy_loss`."""
@@ -213,11 +193,11 @@ class Algorithm(Configurable, ABC):
             penalty_RN = self._kl(experience.logp, experience, mask_RN, self.kl)
         beta = kl_coefficient if self.kl.place == "reward" else 0.0
         score_R = self._score(experience, samples_per_prompt)
-        reward_RN = token_rewards(score_R, penalty_RN, self.rules.reward_mask(mask_RN), beta, self.rules.kl_per_length)
+        reward_RN = ppo.token_rewards(score_R, penalty_RN, self.rules.reward_mask(mask_RN), beta, self.rules.kl_per_length)
         advantage_RN, returns_RN = self._advantages(experience, reward_RN, samples_per_prompt)
         action_RN = self.action_mask(experience)
         if self.whiten == "rollout":
-            advantage_RN = whiten(advantage_RN, action_RN)
+            advantage_RN = ppo.whiten(advantage_RN, action_RN)
         return Targets(advantage_RN.masked_fill(~action_RN, 0), returns_RN, reward_RN, kl_RN)
 
     def minibatch_advantage(self, targets: Targets, mask_RN: Tensor) -> Tensor:
@@ -227,7 +207,7 @@ class Algorithm(Configurable, ABC):
             targets: Those of the whole minibatch, over all ranks.
             mask_RN: bool, its `action_mask`.
         """
-        return whiten(targets.advantage, mask_RN) if self.whiten == "minibatch" else targets.advantage
+        return ppo.whiten(targets.advantage, mask_RN) if self.whiten == "minibatch" else targets.advantage
 
     def policy_loss(
         self,
@@ -261,39 +241,34 @@ class Algorithm(Configurable, ABC):
         sums, weight_RN = {"tokens": mask_RN.sum()}, None
         if experience.behaviour_logp is not None:
             cap, mode = self.importance.cap, self.importance.mode
-            weight_RN = importance_weights(experience.logp, experience.behaviour_logp, mask_RN, cap, mode)
-            sums["weight"] = masked_sum(weight_RN, mask_RN)
-        loss_RN, of_ratios = policy_loss(logp_RN, experience.logp, advantage_RN, mask_RN, self.clip, self.dual_clip, weight_RN)
+            weight_RN = ppo.importance_weights(experience.logp, experience.behaviour_logp, mask_RN, cap, mode)
+            sums["weight"] = ppo.masked_sum(weight_RN, mask_RN)
+        loss_RN, of_ratios = ppo.policy_loss(
+            logp_RN, experience.logp, advantage_RN, mask_RN, self.clip, self.dual_clip, weight_RN
+        )
         if self.needs_reference and self.kl.place == "loss":
             loss_RN = loss_RN + kl_coefficient * self._kl(logp_RN, experience, mask_RN, self.kl)
         if self.entropy_weight:
             if entropy_RN is None:
                 raise ValueError(f"entropy_weight={self.entropy_weight} needs entropy_RN, the entropy at each token.")
             loss_RN = loss_RN - self.entropy_weight * entropy_RN.masked_fill(~mask_RN, 0)
-            sums["entropy"] = masked_sum(entropy_RN.detach(), mask_RN)
+            sums["entropy"] = ppo.masked_sum(entropy_RN.detach(), mask_RN)
         return self._mean(loss_RN, mask_RN, count, sequences), {**sums, **of_ratios}
 
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch, and sums for reports, see `zoo.rlhf.ppo.value_loss`.
-
-        Args:
-            value_RN: Values of the states before each token, with gradient.
-            experience: The samples, with the values at the start of the rollout.
-            returns_RN: Targets.
-            count: States of `value_mask` in the whole minibatch.
-        """
+        """Loss of the critic on a part of a minibatch, and sums for reports, see `PPO.value_loss`."""
         raise NotImplementedError(f"{type(self).__name__} has no critic: ask needs_critic before value_loss.")
 
     def _kl(self, logp_RN: Tensor, experience: Experience, mask_RN: Tensor, kl: KLPenalty) -> Tensor:
         """Estimates (R, N), 0 outside the mask."""
         reference_RN = _given(experience.reference_logp, "reference_logp", f"kl.coefficient={self.kl_coefficient}")
-        return kl_estimate(logp_RN.masked_fill(~mask_RN, 0), reference_RN.masked_fill(~mask_RN, 0), kl.kind, kl.clamp)
+        return ppo.kl_estimate(logp_RN.masked_fill(~mask_RN, 0), reference_RN.masked_fill(~mask_RN, 0), kl.kind, kl.clamp)
 
     def _score(self, experience: Experience, samples_per_prompt: int) -> Tensor:
         """Scores (R,) as they become rewards."""
-        return shaped_score(experience.score, self.score_clip, experience.ended, self.missing_eos_penalty)
+        return ppo.shaped_score(experience.score, self.score_clip, experience.ended, self.missing_eos_penalty)
 
     @abstractmethod
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
@@ -301,7 +276,7 @@ class Algorithm(Configurable, ABC):
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
         """A part of the minibatch's mean of losses, which are 0 outside the mask."""
-        return token_mean(loss_RN, count)
+        return ppo.token_mean(loss_RN, count)
 
 
 class PPO(Algorithm):
@@ -330,14 +305,21 @@ class PPO(Algorithm):
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch."""
+        """Loss of the critic on a part of a minibatch, and the sums of `zoo.rlhf.ppo.value_loss`.
+
+        Args:
+            value_RN: Values of the states before each token, with gradient.
+            experience: The samples, with the values at the start of the rollout.
+            returns_RN: Targets.
+            count: States of `value_mask` in the whole minibatch.
+        """
         old_RN = _given(experience.value, "value", "the critic's loss")
-        loss_RN, sums = value_loss(value_RN, old_RN, returns_RN, self.value_mask(experience), self.value_clip)
-        return token_mean(loss_RN, count), sums
+        loss_RN, sums = ppo.value_loss(value_RN, old_RN, returns_RN, self.value_mask(experience), self.value_clip)
+        return ppo.token_mean(loss_RN, count), sums
 
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
         value_RN, mask_RN = _given(experience.value, "value", "PPO"), self.rules.reward_mask(experience.mask)
-        return generalized_advantages(reward_RN, value_RN, mask_RN, self.gamma, self.lam)
+        return ppo.generalized_advantages(reward_RN, value_RN, mask_RN, self.gamma, self.lam)
 
 
 class _GroupAlgorithm(Algorithm):
@@ -366,7 +348,7 @@ class GRPO(_GroupAlgorithm):
         super().__init__(kl=kl, **kwargs)
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return token_mean(loss_RN / mask_RN.sum(1, keepdim=True).clamp(min=1), sequences)
+        return ppo.token_mean(loss_RN / mask_RN.sum(1, keepdim=True).clamp(min=1), sequences)
 
 
 class DrGRPO(_GroupAlgorithm):
@@ -389,7 +371,7 @@ class DrGRPO(_GroupAlgorithm):
         return group_relative(reward_R, index_R, samples_per_prompt, scale=False)
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return token_mean(loss_RN / (self.max_length or loss_RN.shape[1]), sequences)
+        return ppo.token_mean(loss_RN / (self.max_length or loss_RN.shape[1]), sequences)
 
 
 class RLOO(_GroupAlgorithm):

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = [
     "AdaptiveKL",
@@ -88,17 +89,11 @@ def kl_estimate(logp: Tensor, reference: Tensor, kind: KLKind = "k1", clamp: flo
     """
     d = _accurate(logp) - _accurate(reference.detach())
     k2 = 0.5 * d.square()
-    match kind.removesuffix("+"):
-        case "k1":
-            value = d
-        case "k2":
-            value = k2
-        case "k3":
-            value = (-d).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).expm1() + d
-        case "abs":
-            value = d.abs()
-        case _:
-            raise ValueError(f"kl_estimate: kind={kind!r} must be one of {', '.join(get_args(KLKind))}.")
+    k3 = (-d).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).expm1() + d
+    values = {"k1": d, "k2": k2, "k3": k3, "abs": d.abs()}
+    if kind not in get_args(KLKind):
+        raise ValueError(f"kl_estimate: kind={kind!r} must be one of {', '.join(get_args(KLKind))}.")
+    value = values[kind.removesuffix("+")]
     if clamp is not None:
         value = value.clamp(-clamp, clamp)
     return value.detach() + (k2 - k2.detach()) if kind.endswith("+") else value
@@ -208,7 +203,7 @@ def importance_weights(
     Args:
         proximal_logp_RN: Log-probabilities under the weights at the start of the rollout's training.
         behaviour_logp_RN: The same under the weights that generated.
-        mask_RN: Tokens that count; 1 elsewhere.
+        mask_RN: Tokens that count; the weight is 1 elsewhere.
         cap: Largest weight.
         mode: Weights above the cap become the cap, or 0.
     """
@@ -289,14 +284,14 @@ class FixedKL:
         self.coefficient = coefficient
 
     def update(self, kl: float, samples: int) -> None:
-        """Follow the mean KL of a rollout's samples: not at all."""
+        """Change the coefficient by the mean KL of a rollout's samples, see `kl_sums`: not at all."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the configuration has the coefficient."""
+        """State as plain data; that of a fixed coefficient is its configuration."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the configured coefficient, whatever an earlier run had."""
+        """Restore the state; that of the other kind of coefficient changes nothing."""
 
 
 class AdaptiveKL(FixedKL):
@@ -306,8 +301,12 @@ class AdaptiveKL(FixedKL):
 
     Args:
         coefficient: Weight at the start, above 0.
-        target: KL to reach, in nats, measured as by `kl_sums`.
-        horizon: Samples after which a KL far from the target has changed the weight by about 20 percent.
+        target: KL to reach, in nats.
+        horizon: Samples after which a KL far from the target has changed the weight by about 20 percent. A rollout must have
+            fewer than five horizons, so that the weight stays positive.
+
+    Raises:
+        ValueError: If a number is not positive; in `update`, if a rollout is too large.
     """
 
     def __init__(self, coefficient: float, target: float, horizon: float) -> None:
@@ -317,23 +316,16 @@ class AdaptiveKL(FixedKL):
         self.target = target
         self.horizon = horizon
 
+    @override
     def update(self, kl: float, samples: int) -> None:
-        """Change the coefficient by the mean KL of a rollout's samples.
-
-        Raises:
-            ValueError: If a rollout has five horizons or more, so that the coefficient could become negative.
-        """
         if samples >= 5 * self.horizon:
-            raise ValueError(
-                f"AdaptiveKL: horizon={self.horizon} must be above a fifth of the {samples} samples of a rollout: raise it."
-            )
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * samples / self.horizon
+            raise ValueError(f"AdaptiveKL: horizon={self.horizon} must be above a fifth of the {samples} samples of a rollout.")
+        self.coefficient *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * samples / self.horizon
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The coefficient, as plain data."""
         return {"coefficient": self.coefficient}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the coefficient; the state of a `FixedKL` leaves it as configured."""
         self.coefficient = float(state.get("coefficient", self.coefficient))
