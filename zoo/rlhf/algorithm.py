@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.base.hyperparameters import Configurable
 from zoo.rlhf import ppo
@@ -176,12 +177,7 @@ class Algorithm(Configurable, ABC):
 
     @torch.no_grad()
     def targets(self, experience: Experience, samples_per_prompt: int, kl_coefficient: float) -> Targets:
-        """Rewards and advantages.
-
-        Args:
-            experience: A whole rollout, or, unless `needs_whole_rollout`, a chunk of it, of whole groups if `needs_groups`.
-            samples_per_prompt: Answers to each prompt.
-            kl_coefficient: Current weight of the KL, see `kl_controller`.
+        """Rewards and advantages of a whole rollout, or, unless `needs_whole_rollout`, of a chunk of whole groups.
 
         Raises:
             ValueError: If the experience lacks values or log-probabilities that are needed, or groups are incomplete.
@@ -201,12 +197,7 @@ class Algorithm(Configurable, ABC):
         return Targets(advantage_RN.masked_fill(~action_RN, 0), returns_RN, reward_RN, kl_RN)
 
     def minibatch_advantage(self, targets: Targets, mask_RN: Tensor) -> Tensor:
-        """Advantages of a minibatch, (R, N), whitened over it if that is the scope.
-
-        Args:
-            targets: Those of the whole minibatch, over all ranks.
-            mask_RN: bool, its `action_mask`.
-        """
+        """Advantages (R, N) of a whole minibatch, over all ranks, with the `action_mask`; whitened if that is the scope."""
         return ppo.whiten(targets.advantage, mask_RN) if self.whiten == "minibatch" else targets.advantage
 
     def policy_loss(
@@ -233,9 +224,6 @@ class Algorithm(Configurable, ABC):
         Returns:
             The loss, and sums over tokens without gradient, to add up over the minibatch's parts: ``tokens``, those of
             `zoo.rlhf.ppo.policy_loss`, ``entropy`` if it has a weight, ``weight`` if the samples are of older weights.
-
-        Raises:
-            ValueError: If the entropy or log-probabilities of the reference are needed, and not given.
         """
         mask_RN = self.action_mask(experience)
         sums, weight_RN = {"tokens": mask_RN.sum()}, None
@@ -258,7 +246,14 @@ class Algorithm(Configurable, ABC):
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch, and sums for reports, see `PPO.value_loss`."""
+        """Loss of the critic on a part of a minibatch, and the sums of `zoo.rlhf.ppo.value_loss`.
+
+        Args:
+            value_RN: Values of the states before each token, with gradient.
+            experience: The samples, with the values at the start of the rollout.
+            returns_RN: Targets.
+            count: States of `value_mask` in the whole minibatch.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no critic: ask needs_critic before value_loss.")
 
     def _kl(self, logp_RN: Tensor, experience: Experience, mask_RN: Tensor, kl: KLPenalty) -> Tensor:
@@ -302,17 +297,10 @@ class PPO(Algorithm):
         self.lam = lam
         self.value_clip = value_clip
 
+    @override
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch, and the sums of `zoo.rlhf.ppo.value_loss`.
-
-        Args:
-            value_RN: Values of the states before each token, with gradient.
-            experience: The samples, with the values at the start of the rollout.
-            returns_RN: Targets.
-            count: States of `value_mask` in the whole minibatch.
-        """
         old_RN = _given(experience.value, "value", "the critic's loss")
         loss_RN, sums = ppo.value_loss(value_RN, old_RN, returns_RN, self.value_mask(experience), self.value_clip)
         return ppo.token_mean(loss_RN, count), sums
@@ -322,21 +310,7 @@ class PPO(Algorithm):
         return ppo.generalized_advantages(reward_RN, value_RN, mask_RN, self.gamma, self.lam)
 
 
-class _GroupAlgorithm(Algorithm):
-    """Base of algorithms that give each token of an answer the same advantage, by the answer's total reward."""
-
-    needs_groups = True
-
-    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
-        advantage_R = self._relative(reward_RN.sum(1), experience.index, samples_per_prompt)
-        return advantage_R[:, None].expand_as(reward_RN), None
-
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        """Advantage (R,) of each answer."""
-        return group_relative(reward_R, index_R, samples_per_prompt)
-
-
-class GRPO(_GroupAlgorithm):
+class GRPO(Algorithm):
     """Group relative policy optimisation, arXiv 2402.03300: scores normalised in their group, the mean over each answer first.
 
     Args:
@@ -344,14 +318,21 @@ class GRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
+    needs_groups = True
+    _scale: ClassVar[bool] = True
+
     def __init__(self, kl: KLPenalty = KLPenalty(0.04, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
+
+    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
+        advantage_R = group_relative(reward_RN.sum(1), experience.index, samples_per_prompt, self._scale)
+        return advantage_R[:, None].expand_as(reward_RN), None
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
         return ppo.token_mean(loss_RN / mask_RN.sum(1, keepdim=True).clamp(min=1), sequences)
 
 
-class DrGRPO(_GroupAlgorithm):
+class DrGRPO(GRPO):
     """GRPO without its two biases, arXiv 2503.20783: no deviation, and a constant in place of the answer's length.
 
     Args:
@@ -361,27 +342,29 @@ class DrGRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
+    _scale = False
+
     def __init__(self, max_length: int | None = None, kl: KLPenalty = KLPenalty(0.0, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be positive, or null for the length of the padded answers.")
         self.max_length = max_length
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return group_relative(reward_R, index_R, samples_per_prompt, scale=False)
-
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
         return ppo.token_mean(loss_RN / (self.max_length or loss_RN.shape[1]), sequences)
 
 
-class RLOO(_GroupAlgorithm):
+class RLOO(Algorithm):
     """REINFORCE leave-one-out, arXiv 2402.14740: an answer's reward, with its KL, less the mean of the others.
 
     The paper takes one step on each sample; the clipped ratio of tokens allows several.
     """
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return leave_one_out(reward_R, index_R, samples_per_prompt)
+    needs_groups = True
+
+    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
+        advantage_R = leave_one_out(reward_RN.sum(1), experience.index, samples_per_prompt)
+        return advantage_R[:, None].expand_as(reward_RN), None
 
 
 class ReinforcePP(Algorithm):

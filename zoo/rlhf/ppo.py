@@ -1,7 +1,7 @@
 """Proximal policy optimisation of answers: KL, rewards of tokens, advantages, losses.
 
-Shape suffixes: R samples, N answer tokens, V vocabulary. Log-probabilities and KL are in nats. Masks are bool; values where a
-mask is False change nothing, even if they are not finite. Computed in float32, or in float64 if given that.
+Shape suffixes: R samples, N answer tokens, V vocabulary. Log-probabilities and KL are in nats. ``mask_RN``, bool, has the tokens
+that count; values elsewhere change nothing, even if they are not finite. Computed in float32, or in float64 if given that.
 
 Sources: Schulman et al., "Proximal policy optimization algorithms", arXiv 1707.06347; the same, "High-dimensional continuous
 control using generalized advantage estimation", arXiv 1506.02438; Schulman, "Approximating KL divergence" (k1, k2, k3);
@@ -57,12 +57,9 @@ def masked_sum(x_RN: Tensor, mask_RN: Tensor) -> Tensor:
 
 
 def token_mean(loss_RN: Tensor, count: Tensor | float) -> Tensor:
-    """Part of a minibatch's mean of losses: the sum of these, which are 0 where no token counts, divided by ``count``.
+    """Sum of losses, which are 0 where no token counts, divided by the number of tokens that count in the whole minibatch.
 
-    Args:
-        loss_RN: Losses of any part of the minibatch.
-        count: Tokens that count in the whole minibatch, over all ranks and micro-batches, so that parts add up to the mean
-            however the minibatch is divided; 0 is taken as 1.
+    With ``count`` over all ranks and micro-batches, parts add up to the mean however the minibatch is divided; 0 is taken as 1.
     """
     return loss_RN.sum() / torch.as_tensor(count).clamp(min=1)
 
@@ -83,9 +80,8 @@ def kl_estimate(logp: Tensor, reference: Tensor, kind: KLKind = "k1", clamp: flo
     Args:
         logp: Log-probabilities under the policy.
         reference: The same under the reference; gets no gradient.
-        kind: Estimator.
-        clamp: Bound of the absolute value, where the gradient stops (not that of "k1+" and "k3+"); None: no bound. The
-            exponent of k3 is always kept within 20.
+        kind: Estimator; the exponent of k3 is kept within 20.
+        clamp: Bound of the absolute value, where the gradient stops (not that of "k1+" and "k3+"); None: no bound.
     """
     d = _accurate(logp) - _accurate(reference.detach())
     k2 = 0.5 * d.square()
@@ -102,10 +98,7 @@ def kl_estimate(logp: Tensor, reference: Tensor, kind: KLKind = "k1", clamp: flo
 def kl_sums(kl_RN: Tensor, mask_RN: Tensor, measure: KLMeasure = "sequence") -> tuple[Tensor, Tensor]:
     """Sum over sequences of their KL, and number of sequences with tokens; both add up over parts of a rollout.
 
-    Args:
-        kl_RN: Estimates, see `kl_estimate`.
-        mask_RN: Tokens that count.
-        measure: KL of a sequence: the sum over its tokens (TRL), or the mean (verl).
+    The KL of a sequence is the sum of its tokens' estimates (``measure`` sequence, as in TRL), or the mean (token, verl).
     """
     kl_R, length_R = _masked(kl_RN, mask_RN).sum(1), mask_RN.sum(1)
     if measure == "token":
@@ -116,15 +109,9 @@ def kl_sums(kl_RN: Tensor, mask_RN: Tensor, measure: KLMeasure = "sequence") -> 
 def shaped_score(
     score_R: Tensor, score_clip: float | None = None, ended_R: Tensor | None = None, missing_eos_penalty: float | None = None
 ) -> Tensor:
-    """Scores (R,) within ``score_clip`` of 0, then less a penalty for answers without an end.
+    """Scores (R,) within ``score_clip`` of 0, then less a penalty for answers that have no end by ``ended_R``, bool.
 
-    The penalty comes last, so that an answer at the lower bound is punished too.
-
-    Args:
-        score_R: Rewards of whole answers.
-        score_clip: Bound; None: none.
-        ended_R: bool, whether an answer has an end; needed with a penalty.
-        missing_eos_penalty: Amount to subtract; None: none.
+    The penalty comes last, so that an answer at the lower bound is punished too. None: no bound, no penalty.
     """
     score_R = _accurate(score_R)
     if score_clip is not None:
@@ -142,7 +129,7 @@ def token_rewards(score_R: Tensor, kl_RN: Tensor, mask_RN: Tensor, beta: float, 
     Args:
         score_R: Rewards of whole answers, see `shaped_score`.
         kl_RN: Estimates of the KL, 0 where a position is rewarded but has no token, see `Convention.reward_mask`.
-        mask_RN: Positions that are rewarded; a row may have none.
+        mask_RN: Positions that are rewarded, from the first one; a row may have none.
         beta: Weight of the KL.
         per_length: Divide the KL by the number of the row's positions.
     """
@@ -159,14 +146,8 @@ def generalized_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Advantages (GAE) and returns ``A + V``, both (R, N) without gradient, 0 outside the mask; nothing is whitened.
 
-    ``A_k = d_k + gamma lam A_{k+1}`` with ``d_k = r_k + gamma V_{k+1} - V_k``; after the last position of a row both are 0.
-
-    Args:
-        reward_RN: Rewards.
-        value_RN: Value of the state before each token.
-        mask_RN: The first positions of each row.
-        gamma: Discount.
-        lam: Decay of the differences; 0: one step, 1: all rewards that follow.
+    ``A_k = d_k + gamma lam A_{k+1}`` with ``d_k = r_k + gamma V_{k+1} - V_k``, where ``V_k`` is the value of the state before
+    token k; A and V are 0 after the last position of a row, whose mask begins at the first one.
     """
     value_RN = _masked(value_RN.detach(), mask_RN)
     delta_RN = _masked(reward_RN.detach(), mask_RN) + gamma * F.pad(value_RN[:, 1:], (0, 1)) - value_RN
@@ -203,7 +184,7 @@ def importance_weights(
     Args:
         proximal_logp_RN: Log-probabilities under the weights at the start of the rollout's training.
         behaviour_logp_RN: The same under the weights that generated.
-        mask_RN: Tokens that count; the weight is 1 elsewhere.
+        mask_RN: The weight is 1 elsewhere.
         cap: Largest weight.
         mode: Weights above the cap become the cap, or 0.
     """
@@ -224,8 +205,7 @@ def policy_loss(
 
     Args:
         logp_RN: Log-probabilities under the policy, with gradient.
-        old_logp_RN: The same under the policy at the start of the rollout; the ratio is the exponential of the difference,
-            which is kept within 20.
+        old_logp_RN: The same under the policy at the start; the ratio is ``exp(logp - old_logp)``, its exponent within 20.
         advantage_RN: Advantages.
         mask_RN: Tokens that count.
         clip: Distance from 1 beyond which a ratio gains nothing.
@@ -258,18 +238,10 @@ def policy_loss(
 def value_loss(
     value_RN: Tensor, old_value_RN: Tensor, returns_RN: Tensor, mask_RN: Tensor, clip: float = 0.2
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the larger squared error of each value and of the value clipped around the old one, and sums for reports.
-
-    Args:
-        value_RN: Values of the critic, with gradient.
-        old_value_RN: Those at the start of the rollout.
-        returns_RN: Targets.
-        mask_RN: States that count.
-        clip: Largest change of a value that lowers the loss.
+    """Half the larger squared error of each value and of the value within ``clip`` of the old one, (R, N), see `token_mean`.
 
     Returns:
-        Losses (R, N), 0 outside the mask, see `token_mean`; ``clipped``, the number of states whose loss is that of a clipped
-        value.
+        Losses, 0 outside the mask; ``clipped``, the number of states whose loss is that of a clipped value.
     """
     value_RN, old_RN, returns_RN = (_masked(x, mask_RN) for x in (value_RN, old_value_RN.detach(), returns_RN.detach()))
     plain_RN = (value_RN - returns_RN).square()
