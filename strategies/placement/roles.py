@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ class RankPlacement(Placement):
         plan: The places.
         roles: Models of the module, on every rank; their weights are the same everywhere.
         device: Of this rank.
+        timeout: Longest wait for another rank; None: torch's.
 
     Raises:
         ValueError: If the plan does not fit the run.
     """
 
-    def __init__(self, plan: PlacementPlan, roles: dict[str, Role], device: torch.device) -> None:
+    def __init__(
+        self, plan: PlacementPlan, roles: dict[str, Role], device: torch.device, timeout: timedelta | None = None
+    ) -> None:
         world = dist.get_world_size()
         plan.validate(world, list(roles))
         super().__init__(roles)
@@ -44,21 +48,20 @@ class RankPlacement(Placement):
         self.inferring, self.training = plan.inferring(world), plan.training(world)
         self.infers, self.trains = self.me in self.inferring, self.me in self.training
         self.timeline = Timeline()
-        self.versions = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
         self._copies: dict[str, nn.Module] = {}
-        self._form_groups()
+        self._form_groups(timeout)
 
-    def _form_groups(self) -> None:
+    def _form_groups(self, timeout: timedelta | None) -> None:
         """Make each group once, on all ranks in the same order."""
         sets = [self.inferring, *(self.plan.members(name, self.world) for name in sorted(self.roles))]
         if self.plan.separates:
             sets += [self._sync_ranks(name) for name in sorted(self.roles) if self.roles[name].trained]
         for ranks in sets:
             if tuple(ranks) not in self._groups:
-                group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks)
+                group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks, timeout)
                 assert group is not None
                 self._groups[tuple(ranks)] = group
 
@@ -125,13 +128,16 @@ class RankPlacement(Placement):
 
     # Weights
 
-    @override
-    def begin(self) -> None:
-        for work, _ in self._sent:
-            with self.timeline("wait", "sync"), waiting("the end of a send", self.training):
+    def finish_sends(self) -> None:
+        """Wait until chunks have left."""
+        with self.timeline("wait", "chunk"), waiting("the end of a send", self.training):
+            for work, _ in self._sent:
                 work.wait()
         self._sent.clear()
-        self.versions += 1
+
+    @override
+    def begin(self) -> None:
+        self.finish_sends()
         for name, whole in self._copies.items():
             with self.timeline(name, "gather"), torch.no_grad():
                 for to, weight in zip(whole.parameters(), self.roles[name].network.parameters(), strict=True):
@@ -142,9 +148,8 @@ class RankPlacement(Placement):
             ranks = self._sync_ranks(name)
             if not role.trained or not (self.holds(name) or self.me in ranks):
                 continue
+            weights, source = trained_weights(role.network), self.plan.members(name, self.world)[0]
             with self.timeline(name, "sync"):
-                weights = [weight for _, weight in trained_weights(role.network)]
-                source = self.plan.members(name, self.world)[0]
                 copy_weights(weights, source, self._group(ranks), ranks, self.plan.bucket_mb, f"{name}, weight sync")
 
     @override
@@ -176,7 +181,8 @@ class RankPlacement(Placement):
 
         def agree(here: bool) -> bool:
             found = torch.tensor(int(here), device=self.device)
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            with waiting(f"{role}, generation", dist.get_process_group_ranks(group)):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
             return bool(found)
 
         return agree
@@ -190,14 +196,14 @@ class RankPlacement(Placement):
         generators = self.plan.members("rollout_actor", self.world)
         owned = owners_of_rows(rows, unit, self.plan.members(role, self.world), generators)
         mine = owned.get(self.me, [])
-        own: Fields = {}
-        if mine:
-            calls = [mine] if whole else [mine[begin : begin + unit] for begin in range(0, len(mine), unit)]
-            parts = []
-            for call in calls:
-                with self.timeline(role, "generate" if whole else "score"):
-                    parts.append(function(call))
-            own = {name: torch.cat([part[name] for part in parts]) for name in spec}
+        # Ranks that gather weights together make equally many passes, some of them with rows that count for nothing.
+        most = max(map(len, owned.values())) if self.me in owned and self._gathers(role) else len(mine)
+        taken, size = mine + [rows - 1] * (most - len(mine)), most if whole else unit
+        parts = []
+        for begin in range(0, most, max(size, 1)):
+            with self.timeline(role, "generate" if whole else "score"):
+                parts.append(function(taken[begin : begin + size]))
+        own = {name: torch.cat([part[name] for part in parts])[: len(mine)] for name in spec if parts}
         what = f"{role}, {'tokens' if whole else 'scores'}"
         arrived = share(own, spec, owned, self._group(self.inferring), self.device, what)
 
@@ -206,6 +212,11 @@ class RankPlacement(Placement):
                 return arrived()
 
         return Pending(own, mine, timed)
+
+    def _gathers(self, role: str) -> bool:
+        """Whether a pass of a role without gradients gathers divided weights."""
+        original = role.removeprefix("rollout_")
+        return original in self.roles and isinstance(self.inference(original), FSDPModule)
 
     @override
     def stream(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
@@ -231,8 +242,9 @@ class RankPlacement(Placement):
     @override
     def to_all(self, values: Tensor, infers: bool = False) -> Tensor:
         if self.world > 1:
-            with self.timeline("wait", "metrics"), waiting("metrics", [0]):
-                dist.broadcast(values, self.inferring[0] if infers else 0)
+            source = self.inferring[0] if infers else 0
+            with self.timeline("wait", "metrics"), waiting("metrics", [source]):
+                dist.broadcast(values, source)
         return values
 
     # Training
@@ -250,19 +262,21 @@ class RankPlacement(Placement):
         return len(self.plan.members(role, self.world))
 
     @override
-    def accumulate(self, role: str, last: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def accumulate(self, role: str, last: bool) -> Iterator[None]:
         network = self.network(role)
-        if isinstance(network, DistributedDataParallel):
-            return nullcontext() if last else network.no_sync()
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
-        return nullcontext()
+        alone = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+        with self.timeline(role, "train"), waiting(f"{role}, gradients", self.plan.members(role, self.world)), alone:
+            yield
 
     @override
     def total(self, role: str, values: Tensor) -> Tensor:
         ranks = self.plan.members(role, self.world)
         if self.me in ranks and len(ranks) > 1:
-            dist.all_reduce(values, group=self._group(ranks))
+            with self.timeline("wait", "total"), waiting(f"{role}, sums", ranks):
+                dist.all_reduce(values, group=self._group(ranks))
         return values
 
 

@@ -89,13 +89,14 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         module = self.lightning_module
         assert isinstance(module, HasRoles) and module is not None
         refuse_scaled_losses(self)
+        self._placement = None
         if not self._places:
             super().model_to_device()
             return
         roles = module.roles()
         for role in roles.values():
             _sync_module_states(role.network)
-        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device)
+        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device, self._timeout)
         for name in list(roles):
             if placement.keeps(name):
                 roles[name].network.to(self.root_device)
@@ -127,10 +128,11 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         return self._places
 
     @override
-    def teardown(self) -> None:
-        """Let go of the groups' wrappers."""
-        self._placement = None
-        super().teardown()
+    def on_train_end(self) -> None:
+        """Let chunks arrive before this process may end."""
+        super().on_train_end()
+        if self._placement is not None:
+            self._placement.finish_sends()
 
     # Checkpoints
 

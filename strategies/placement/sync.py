@@ -12,9 +12,9 @@ from strategies.placement.exchange import waiting
 __all__ = ["buckets", "copy_weights", "trained_weights"]
 
 
-def trained_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters that are trained, by name, in the order of names, which is the same on both sides."""
-    return sorted((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+def trained_weights(network: nn.Module) -> list[Tensor]:
+    """Parameters that are trained, in the order of their names, which is the same on both sides."""
+    return [parameter for _, parameter in sorted(network.named_parameters()) if parameter.requires_grad]
 
 
 def buckets(tensors: Iterable[Tensor], num_bytes: int) -> Iterator[list[Tensor]]:
@@ -35,7 +35,7 @@ def buckets(tensors: Iterable[Tensor], num_bytes: int) -> Iterator[list[Tensor]]
 @torch.no_grad()
 def copy_weights(
     weights: list[Tensor], source: int, group: dist.ProcessGroup, ranks: Iterable[int], bucket_mb: int, what: str
-) -> int:
+) -> None:
     """Copy weights from one rank to the others of a group.
 
     Args:
@@ -46,11 +46,8 @@ def copy_weights(
         ranks: Ranks of the group; others only help to gather divided weights.
         bucket_mb: Megabytes that travel at a time.
         what: Named if a wait fails.
-
-    Returns:
-        Bytes that travelled to each rank.
     """
-    members, me, total = set(ranks), dist.get_rank(), 0
+    members, me = set(ranks), dist.get_rank()
     for bucket in buckets(weights, bucket_mb * 2**20):
         whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in bucket]
         if me not in members:
@@ -58,8 +55,6 @@ def copy_weights(
         flat = torch.cat([tensor.detach().flatten() for tensor in whole])
         with waiting(what, [source]):
             dist.broadcast(flat, source, group=group)
-        total += flat.numel() * flat.element_size()
         if me != source:
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
-    return total
