@@ -218,6 +218,16 @@ class Placement:
         """Sum over the ranks that train a role."""
         return values
 
+    # Checkpoints
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A tensor that is divided like a weight, as a whole; a collective call of the ranks that divide it."""
+        return value
+
+    def part(self, value: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, divided like a weight."""
+        return value.to(like)
+
 
 @runtime_checkable
 class PlacesRoles(Protocol):

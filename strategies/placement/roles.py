@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
 from strategies.placement.plan import PlacementPlan
+from strategies.placement.state import divided_like, whole
 from strategies.placement.sync import copy_weights, trained_weights
 from strategies.placement.timeline import Timeline
 from zoo.role_placement import Fields, FieldSpec, Pending, Placement, Role
@@ -278,6 +279,16 @@ class RankPlacement(Placement):
             with self.timeline("wait", "total"), waiting(f"{role}, sums", ranks):
                 dist.all_reduce(values, group=self._group(ranks))
         return values
+
+    # Checkpoints
+
+    @override
+    def whole(self, value: Tensor) -> Tensor:
+        return whole(value)  # type: ignore[no-any-return]
+
+    @override
+    def part(self, value: Tensor, like: Tensor) -> Tensor:
+        return divided_like(value, like) if isinstance(like, DTensor) else value.to(like)  # type: ignore[no-any-return]
 
 
 def _nothing() -> None:

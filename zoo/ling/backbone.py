@@ -42,7 +42,8 @@ class LingBackbone(Backbone):
     ) -> None:
         super().__init__()
         config = preset(config) if isinstance(config, str) else config
-        trained = None if checkpoint is None else trained_backbone(checkpoint, LingBackbone)
+        found = None if checkpoint is None else trained_backbone(checkpoint, LingBackbone)
+        trained = None if found is None else found[0]
         if trained is not None:
             self.network = trained.network
         else:

@@ -1,12 +1,11 @@
 """Backbones of modules that the zoo has trained."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import json
-
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.base.checkpoint import CONFIG_FILE, check_weights, read_checkpoint, read_pretrained
 from zoo.base.hyperparameters import build, find_class
@@ -17,18 +16,20 @@ from zoo.lm.backbone import Backbone
 __all__ = ["trained_backbone"]
 
 B = TypeVar("B", bound=Backbone)
-_PREFIX = "backbone."
+#: Arguments of modules that are backbones, the first that is there is taken.
+_NAMES = ("backbone", "actor")
 
 
-def trained_backbone(source: str | Path, base: type[B]) -> B | None:
-    """Build the backbone of a trained module, with its weights.
+def trained_backbone(source: str | Path, base: type[B]) -> tuple[B, dict[str, Tensor]] | None:
+    """Build the backbone, or the actor, of a trained module, with its weights; averaged ones where a run of RLHF has them.
 
     Args:
         source: A ``.ckpt`` file, a folder that ``save_pretrained`` of a module wrote, or a name that ``zoo list`` shows.
         base: Class of the backbone.
 
     Returns:
-        The backbone, in training mode; None if ``source`` is none of these but a path or a repository of a hub.
+        The backbone, in training mode, and the module's other weights; None if ``source`` is none of these but a path or a
+        repository of a hub.
 
     Raises:
         FileNotFoundError: If nothing is found under that name.
@@ -38,21 +39,24 @@ def trained_backbone(source: str | Path, base: type[B]) -> B | None:
     if found is None:
         return None
     hyperparameters, checkpoint = found
-    config = hyperparameters.get("backbone")
+    name = next((name for name in _NAMES if isinstance(hyperparameters.get(name), Mapping)), "backbone")
+    config = hyperparameters.get(name)
     if not isinstance(config, Mapping) or not issubclass(find_class(config["class_path"], Backbone), base):
         has = config["class_path"] if isinstance(config, Mapping) else "no backbone"
         raise ValueError(
             f"{source} is a {hyperparameters.get('_class_path')} with {has}: give a module whose backbone is a {base.__name__}."
         )
-    module = nn.ModuleDict({"backbone": build(base, config)})
+    module = nn.ModuleDict({name: build(base, config)})
     check_sources(module, checkpoint, None)
-    own = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
-    weights = {name.removeprefix(_PREFIX): value for name, value in with_named(module, own).items()}
-    backbone = module["backbone"]
+    averaged = checkpoint.get("rlhf", {}).get("ema") or {}
+    state = {**checkpoint["state_dict"], **{f"{name}.{key}": value for key, value in averaged.items()}}
+    own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+    weights = {key.removeprefix(f"{name}."): value for key, value in with_named(module, own).items()}
+    backbone = module[name]
     assert isinstance(backbone, base)
     check_weights(backbone, weights, str(source))
     backbone.load_state_dict(weights, strict=False)  # a tied tensor is stored once
-    return backbone
+    return backbone, {key: value for key, value in state.items() if key not in own}
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -49,6 +49,8 @@ class RLHF(ZooModule):
         rollout: Numbers of a rollout, and options of draws.
         engine: Generates answers; None: `RolloutEngine`.
         max_grad_norm: Bound of the norm of each model's gradient; 0: none.
+        ema_decay: Decay of an average of the actor's weights over its steps, such as 0.992, which `LingBackbone` takes from the
+            checkpoint; 0: none.
         optimizer: Makes the actor's optimizer.
         lr_scheduler: Makes its schedule.
         critic_optimizer: Makes the critic's optimizer.
@@ -69,6 +71,7 @@ class RLHF(ZooModule):
         rollout: Rollout = Rollout(),  # noqa: B008 (read only)
         engine: RolloutEngine | None = None,
         max_grad_norm: float = 1.0,
+        ema_decay: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9.65e-6, betas=(0.9, 0.95), weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         critic_optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
@@ -80,15 +83,16 @@ class RLHF(ZooModule):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, **kwargs)
         self.automatic_optimization = False
         self.algorithm = algorithm or PPO()
-        self._check_models(actor, critic, rollout, max_grad_norm)
+        self._check_models(actor, critic, rollout, max_grad_norm, ema_decay)
         self.actor = actor
         self.critic = critic
         self.rewards = reward if isinstance(reward, list) else [reward]
         self.rollout = rollout
         self.engine = engine or RolloutEngine()
         self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
         self.critic_optimizer, self.critic_lr_scheduler = critic_optimizer, critic_lr_scheduler
-        self.is_pretrained = actor.source is not None
+        self.is_pretrained = actor.is_pretrained
         if critic is not None:
             critic.freeze_output_head()
         # In lists, so that they are no part of the module: not trained, not in what is shared.
@@ -97,12 +101,15 @@ class RLHF(ZooModule):
         self._reference_state: dict[str, Tensor] = {}
         self._kl = self.algorithm.kl_controller()
         self._placement: Placement | None = None
+        self._ema: dict[str, Tensor] = {}
         #: Rollouts that were begun; names the draws of the next one.
         self.rollouts = 0
         self._waiting: list[tuple[Samples, Fields] | None] = []
         self.metrics = nn.ModuleDict({name: Mean() for name in _METRICS})
 
-    def _check_models(self, actor: Backbone, critic: Backbone | None, rollout: Rollout, max_grad_norm: float) -> None:
+    def _check_models(
+        self, actor: Backbone, critic: Backbone | None, rollout: Rollout, max_grad_norm: float, ema_decay: float
+    ) -> None:
         name = type(self.algorithm).__name__
         if actor.kind != "causal":
             raise ValueError(f"RLHF: the actor is of the kind {actor.kind}: take a causal model, which generates answers.")
@@ -119,6 +126,8 @@ class RLHF(ZooModule):
             raise ValueError(f"RLHF: {name} compares answers to a prompt: set rollout.samples_per_prompt to 2 or more.")
         if max_grad_norm < 0:
             raise ValueError(f"RLHF: max_grad_norm={max_grad_norm} must be positive, or 0 for no bound.")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"RLHF: ema_decay={ema_decay} must be from 0 (no average) to below 1, such as 0.992.")
 
     # Roles and their placement
 
@@ -389,6 +398,15 @@ class RLHF(ZooModule):
             learner.learn(chunks, arriving)
         self._log(learner.summary())
 
+    @torch.no_grad()
+    def average_actor(self) -> None:
+        """Take a step of the actor into the average of its weights."""
+        if not self.ema_decay or not self.placement.holds("actor"):
+            return
+        for name, weight in self.actor.named_parameters():
+            if weight.requires_grad:
+                self._ema[name].lerp_(weight.detach(), 1 - self.ema_decay)
+
     def _log(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in ("score", "kl"))
@@ -406,6 +424,9 @@ class RLHF(ZooModule):
     @override
     def on_fit_start(self) -> None:
         self._move_frozen()
+        if self.ema_decay and not self._ema and self.placement.holds("actor"):
+            trained = {name: weight for name, weight in self.actor.named_parameters() if weight.requires_grad}
+            self._ema = {name: weight.detach().clone() for name, weight in trained.items()}
 
     @override
     def on_validation_start(self) -> None:
@@ -472,6 +493,7 @@ class RLHF(ZooModule):
             for samples, fields in filter(None, self._waiting)
         ]
         state = {"rollouts": self.rollouts, "kl": self._kl.state_dict(), "waiting": waiting}
+        state["ema"] = {name: self.placement.whole(value) for name, value in self._ema.items()}
         checkpoint["rlhf"] = {**state, "reference": self._reference_state}
 
     @override
@@ -483,6 +505,9 @@ class RLHF(ZooModule):
             return
         self.rollouts = state["rollouts"]
         self._kl.load_state_dict(state["kl"])
+        if self.placement.holds("actor"):
+            weights = dict(self.actor.named_parameters())
+            self._ema = {name: self.placement.part(value, weights[name]) for name, value in state["ema"].items()}
         self._waiting = []
         for kept in state["waiting"]:
             rows = len(kept["ids"])
@@ -630,6 +655,7 @@ class _Learner:
         optimizer = self._optimizers()[place]
         if place == 0:
             optimizer.step()
+            self.module.average_actor()
         else:
             optimizer.optimizer.step()
 

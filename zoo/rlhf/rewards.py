@@ -1,20 +1,140 @@
-"""Rewards (to be replaced)."""
+"""Rewards of answers: a trained model, or a class of the user's that verifies them.
 
+Shape suffixes: R samples, S ids of a prompt with its answer.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
+
 from zoo.base.hyperparameters import Configurable
+from zoo.rlhf.state_dict_adapter import read_reward_model
+
+__all__ = ["Reward", "TrainedReward", "Verifier", "last_values", "probe_ids"]
+
+_PROBE = "The quick brown fox, 1,234 jumps: naïve? Yes!\n"
 
 
-class Reward(Configurable):
+def probe_ids(tokenizer: Any) -> Tensor:
+    """Ids of a fixed sentence, int64: two tokenizers that differ give different ones."""
+    ids = tokenizer(_PROBE, add_special_tokens=False).input_ids if callable(tokenizer) else tokenizer.encode(_PROBE)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def last_values(value_RS: Tensor, mask_RS: Tensor) -> Tensor:
+    """The value at the last token of each row, whatever padding stands before or behind, (R, S) to (R,)."""
+    place_S = torch.arange(1, mask_RS.shape[1] + 1, device=mask_RS.device)
+    last_R1 = ((mask_RS > 0) * place_S).argmax(1, keepdim=True)
+    return value_RS.gather(1, last_R1).squeeze(1)
+
+
+class Reward(Configurable, ABC):
+    """Base of rewards; what is a module too is placed as the role ``reward``.
+
+    Args:
+        weight: Factor of its scores in the sum of several.
+    """
+
     def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
         self.weight = weight
 
-    def check_tokenizer(self, tokenizer: Any) -> None: ...
-    def score(self, ids_BT, mask_BT, prompts, answers, rows) -> Tensor:
-        raise NotImplementedError
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer of the data that is not the reward's.
+
+        Raises:
+            ValueError: If it is not.
+        """
+
+    @abstractmethod
+    def score(
+        self, ids_RS: Tensor, mask_RS: Tensor, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        """Scores (R,) of whole answers.
+
+        Args:
+            ids_RS: Prompts with their answers.
+            mask_RS: 0 for padding, which may stand on both sides.
+            prompts: The prompts as text.
+            answers: The answers as text, without the end.
+            rows: Columns of the prompts' rows in the data.
+        """
 
 
-class Short(Reward):
-    def score(self, ids_BT, mask_BT, prompts, answers, rows) -> Tensor:
-        return torch.tensor([a.count("e") - 0.1 * len(a) for a in answers])
+class Verifier(Reward):
+    """Base of rewards that are ordinary code: override `verify`.
+
+    Example:
+        >>> class Short(Verifier):
+        ...     def verify(self, prompts, answers, rows):
+        ...         return [float(len(answer) < 20) for answer in answers]
+        >>> Short().score(torch.zeros(2, 3), torch.ones(2, 3), ["a", "b"], ["yes", "no " * 20], [{}, {}])
+        tensor([1., 0.])
+    """
+
+    @abstractmethod
+    def verify(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> Sequence[float]:
+        """A finite number for each answer; arguments as of `Reward.score`."""
+
+    @override
+    def score(
+        self, ids_RS: Tensor, mask_RS: Tensor, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        found = [float(number) for number in self.verify(prompts, answers, rows)]
+        if len(found) != len(answers) or not all(map(math.isfinite, found)):
+            raise ValueError(
+                f"{type(self).__name__}.verify gave {len(found)} numbers for {len(answers)} answers, of which"
+                f" {sum(map(math.isfinite, found))} are finite: return one finite number for each answer."
+            )
+        return torch.tensor(found, device=ids_RS.device)
+
+
+class TrainedReward(Reward, nn.Module):
+    """A reward model at work: `RewardModel` of the zoo, or a published one.
+
+    Args:
+        source: Checkpoint, folder or name of a trained `RewardModel`; or a folder of DeepSpeed-Chat, OpenRLHF, APP or of
+            transformers' sequence classification with one label, see `zoo.rlhf.state_dict_adapter`.
+        weight: As of `Reward`.
+    """
+
+    def __init__(self, source: str, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.source = source
+        self.backbone, moments = read_reward_model(source)
+        self.register_buffer("moments", torch.stack([moments["score_mean"], moments["score_deviation"]]).double())
+        self.probe = moments.get("probe")
+        self.requires_grad_(False).eval()
+
+    @override
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        self.backbone.check_tokenizer(tokenizer)
+        probe = self.probe
+        if probe is None or not len(probe):
+            try:
+                probe = probe_ids(self.backbone.tokenizer)
+            except ValueError:  # it has none that could be compared
+                return
+        if not torch.equal(probe, probe_ids(tokenizer)):
+            raise ValueError(
+                f"The reward model {self.source} was trained with another tokenizer than the data's: give the data the tokenizer of"
+                " the reward model, or take another reward model."
+            )
+
+    @override
+    def train(self, mode: bool = True) -> "TrainedReward":
+        """Stay in evaluation."""
+        return super().train(False)
+
+    @override
+    @torch.no_grad()
+    def score(
+        self, ids_RS: Tensor, mask_RS: Tensor, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        score_R = last_values(self.backbone.values(ids_RS, mask_RS), mask_RS).double()
+        return ((score_R - self.moments[0]) / self.moments[1]).float()
