@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from small_llama import LLAMA, QUIET
 from torch import Tensor, nn
 
 from datamodules import RolloutPrompts
-from strategies import FlatteningStrategy, InterleavingStrategy, SeparationStrategy
+from strategies import FlatteningStrategy, InterleavingStrategy, PlacementStrategy, SeparationStrategy
+from strategies.placement import PlacementPlan, Span
 from strategies.traffic import Traffic, Transfer
 from zoo.ling import LingBackbone, LingConfig
 from zoo.lm.hf_backbone import HFBackbone
@@ -33,12 +35,10 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "interleaving": InterleavingStrategy,
     "separation": SeparationStrategy,
     "chunks": partial(SeparationStrategy, chunks=2),
-    "divided separation": partial(SeparationStrategy, backend="fsdp2"),
     "lag": partial(SeparationStrategy, max_lag=1),
     "once": partial(FlatteningStrategy, backend="fsdp2"),
     "per_token": partial(FlatteningStrategy, backend="fsdp2", gather="per_token"),
     "resident": partial(FlatteningStrategy, backend="fsdp2", gather="resident"),
-    "divided interleaving": partial(InterleavingStrategy, backend="fsdp2"),
 }
 
 
@@ -62,41 +62,66 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-def module_of(llama: bool = False, lr: float = 1e-5, **options: Any) -> RLHF:
+def module_of(llama: bool = False, unit: int = 2, actor: dict[str, Any] | None = None, **options: Any) -> RLHF:
     """PPO with four models, Ling's or the library's."""
     seed_everything(0, verbose=False)
     make = partial(HFBackbone, LLAMA) if llama else partial(LingBackbone, CONFIG)
-    optimizer = partial(torch.optim.AdamW, lr=lr)
-    rollout = Rollout(max_new_tokens=NEW, minibatches=MINIBATCHES, unit=options.pop("unit", 2))
+    # With a large epsilon, so that gradients of zero but for rounding do not decide the sign of a step.
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, eps=1e-3)
+    rollout = Rollout(max_new_tokens=NEW, minibatches=MINIBATCHES, unit=unit)
     return RLHF(
-        make(**options.pop("actor", {})), Length(), make(scalar_head=True), rollout=rollout, optimizer=optimizer,
-        critic_optimizer=optimizer, **options,
+        make(**actor or {}), Length(), make(scalar_head=True), rollout=rollout, optimizer=optimizer, critic_optimizer=optimizer,
+        **options,
     )  # fmt: skip
 
 
-class Seen(Callback):
-    """Tokens of rollouts, ages of what is trained on, collectives and weights that a rank saw in a run."""
+@dataclass
+class Seen:
+    """What a rank saw of a run.
+
+    Attributes:
+        tokens: Of each rollout.
+        ages: Of the weights that generated, in rollouts, at each call for targets.
+        drift: Largest difference of the log-probabilities at those calls from those of generation; None: there are not two.
+        weights: Of actor and critic at the end, whole.
+        steps: Of the Trainer.
+        metrics: Logged last.
+        frozen_bytes: Of the reference's and the reward's weights on this rank.
+        trained: Number of weights of actor and critic on this rank.
+        spans: Of the timeline.
+        transfers: Collectives of the training.
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
+    drift: list[float | None] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    frozen_bytes: int = 0
+    trained: dict[str, int] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+
+
+class Watch(Callback):
+    """Fills `Seen`."""
 
     def __init__(self, module: RLHF) -> None:
-        self.tokens: list[Tensor] = []
-        self.ages: list[int] = []
-        self.behaviour: list[bool] = []
-        self.weights: dict[str, Tensor] = {}
+        self.seen = seen = Seen()
         self.traffic = Traffic()
-        self._watch(module)
-
-    def _watch(self, module: RLHF) -> None:
         collect, targets = module.collect, module.algorithm.targets
 
         def collected(samples: Any, rollout: int, *arguments: Any) -> Any:
             fields = collect(samples, rollout, *arguments)
             if rollout >= 0:
-                self.tokens.append(fields["tokens"].clone())
+                seen.tokens.append(fields["tokens"].clone())
             return fields
 
         def targeted(experience: Any, *arguments: Any) -> Any:
-            self.ages.append(module.rollouts - experience.version)
-            self.behaviour.append(experience.behaviour_logp is not None)
+            seen.ages.append(module.rollouts - experience.version)
+            older = experience.behaviour_logp
+            seen.drift.append(None if older is None else float((older - experience.logp).abs().max()))
             return targets(experience, *arguments)
 
         module.collect, module.algorithm.targets = collected, targeted  # type: ignore[method-assign]
@@ -104,48 +129,53 @@ class Seen(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.traffic.__enter__()
 
-    def on_train_end(self, trainer: Trainer, pl_module: RLHF) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.traffic.__exit__(None, None, None)
+        seen = self.seen
         state = trainer.strategy.lightning_module_state_dict()
-        self.weights = {name: value.clone() for name, value in state.items() if name.startswith(("actor.", "critic."))}
-        self.steps = trainer.global_step
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        frozen = [*pl_module._reference, *pl_module._scorers]
-        self.frozen_bytes = sum(p.numel() * p.element_size() for each in frozen for p in each.parameters())
-        self.trained = {
-            name: sum(p.numel() for p in getattr(pl_module, name).parameters() if p.requires_grad) for name in ("actor", "critic")
-        }
-        placement = getattr(trainer.strategy, "placement", None)
-        self.spans = [] if placement is None else list(placement.timeline.spans)
+        seen.weights = {name: value.clone() for name, value in state.items() if name.startswith(("actor.", "critic."))}
+        seen.steps = trainer.global_step
+        seen.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        frozen = [weight for each in (*pl_module._reference, *pl_module._scorers) for weight in each.parameters()]
+        seen.frozen_bytes = sum(weight.numel() * weight.element_size() for weight in frozen)
+        for name in ("actor", "critic"):
+            seen.trained[name] = sum(weight.numel() for weight in getattr(pl_module, name).parameters())
+        seen.transfers = self.traffic.transfers
+        if isinstance(trainer.strategy, PlacementStrategy):
+            assert trainer.strategy.placement is not None
+            seen.spans = list(trainer.strategy.placement.timeline.spans)
 
 
 def run(
-    name: str, folder: Path, rollouts: int = 2, checkpoint: Path | None = None, save: Path | None = None, val: bool = False,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Train by a strategy; everything as plain data, so that it can travel between processes.
+    strategy: str | PlacementPlan, folder: Path, rollouts: int = 2, checkpoint: Path | None = None, save: Path | None = None,
+    val: bool = False, **options: Any,
+) -> Seen:  # fmt: skip
+    """Train by a strategy.
 
     Args:
-        name: Of the strategy, in `STRATEGIES`.
+        strategy: Name in `STRATEGIES`, or a plan.
         folder: Where the prompts are.
         rollouts: Number of rollouts that are trained on.
         checkpoint: A run to continue.
-        save: File for the checkpoint after the first rollout.
+        save: File for the checkpoint after the first rollout that was trained on.
         val: Whether to validate after each rollout.
         options: As of `module_of`.
     """
     module = module_of(**options)
-    seen = Seen(module)
-    callbacks: list[Callback] = [seen] if save is None else [seen, Save(save)]
+    watch = Watch(module)
+    made = PlacementStrategy(strategy) if isinstance(strategy, PlacementPlan) else STRATEGIES[strategy]()
     trainer = Trainer(
-        **QUIET, devices=dist.get_world_size() if name != "one" else 1, strategy=STRATEGIES[name](), callbacks=callbacks,
-        max_steps=rollouts * MINIBATCHES, enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        limit_val_batches=1.0 if val else 0, val_check_interval=1 if val else None,
+        **QUIET, devices=1 if strategy == "one" else dist.get_world_size(), strategy=made, max_steps=rollouts * MINIBATCHES,
+        callbacks=[watch] if save is None else [watch, Save(save)], enable_checkpointing=False, use_distributed_sampler=False,
+        num_sanity_val_steps=0, limit_val_batches=1.0 if val else 0, val_check_interval=1 if val else None,
     )  # fmt: skip
-    data = RolloutPrompts(folder / "prompts.jsonl", val_fraction=0.1, prompt_len=8, batch_size=ROWS, seed=0)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    found = {name: value for name, value in vars(seen).items() if name not in ("traffic", "_watch")}
-    return found | {"transfers": seen.traffic.transfers, "module_rollouts": module.rollouts}
+    trainer.fit(module, data_of(folder), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    return watch.seen
+
+
+def data_of(folder: Path) -> RolloutPrompts:
+    """The prompts of `prompts`."""
+    return RolloutPrompts(folder / "prompts.jsonl", val_fraction=0.1, prompt_len=8, batch_size=ROWS, seed=0)
 
 
 class Save(Callback):
@@ -155,20 +185,28 @@ class Save(Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == MINIBATCHES and not self.path.exists():
+        if trainer.global_step == MINIBATCHES:
             trainer.save_checkpoint(self.path)
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+def difference(one: Seen, other: Seen) -> float:
     """Largest difference of the weights of two runs.
 
     Raises:
         AssertionError: If their weights have other names.
     """
-    assert one["weights"].keys() == other["weights"].keys() and one["weights"]
-    return max(float((value - other["weights"][name]).abs().max()) for name, value in one["weights"].items())
+    assert one.weights.keys() == other.weights.keys() and one.weights
+    return max(float((value - other.weights[name]).abs().max()) for name, value in one.weights.items())
 
 
-def sent(transfers: Sequence[Transfer], operation: str) -> int:
-    """Bytes of the transfers of an operation."""
-    return sum(each.num_bytes for each in transfers if each.operation == operation)
+def same_tokens(one: Seen, ranks: Sequence[Seen], rollouts: int | None = None) -> bool:
+    """Whether all ranks that generate have the tokens of another run, of all rollouts or of the first ones."""
+    expected = torch.cat(one.tokens[:rollouts])
+    found = [torch.cat(each.tokens)[: len(expected)] for each in ranks if each.tokens]
+    return bool(found) and all(torch.equal(each, expected) for each in found)
+
+
+def sent_bytes(ranks: Sequence[Seen], operation: str, group: tuple[int, ...] | None = None) -> int:
+    """Bytes of the transfers of an operation, of all ranks or within one group."""
+    transfers = [each for seen in ranks for each in seen.transfers if each.operation == operation]
+    return sum(each.num_bytes for each in transfers if group in (None, each.ranks))

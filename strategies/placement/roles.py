@@ -131,8 +131,8 @@ class RankPlacement(Placement):
 
     def finish_sends(self) -> None:
         """Wait until chunks have left."""
-        with self.timeline("wait", "chunk"), waiting("the end of a send", self.training):
-            for work, _ in self._sent:
+        for work, _ in self._sent:
+            with self.timeline("wait", "chunk"), waiting("the end of a send", self.training):
                 work.wait()
         self._sent.clear()
 
