@@ -8,6 +8,7 @@ rows x bytes of a row x (ranks - 1); of a send: rows x bytes of a row x ranks th
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -152,8 +153,8 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise  # of the work itself
+        if not isinstance(error, dist.DistError) and not re.search("gloo|timeout|timed out|connection", str(error).lower()):
+            raise  # an error of the work itself
         reason = str(error).partition("] ")[2] or str(error)
         raise RuntimeError(
             f"Rank {dist.get_rank()} waited for {what}, from ranks {ranks_text(ranks)[:40]}: {reason[:100]} See the first error"

@@ -171,13 +171,13 @@ class PlacementPlan:
             raise ValueError(f"The plan: gather={self.gather!r} must be one of {', '.join(get_args(Gather))}.")
         inferring, training = set(self.inferring(world)), set(self.training(world))
         if self.separates:
+            if "critic" in needed and "rollout_critic" not in self.roles:
+                raise ValueError("The plan has a rollout_actor: give rollout_critic a place among its ranks too.")
             if both := sorted(inferring & training):
                 raise ValueError(
                     f"The plan: ranks {ranks_text(both)} both train and infer: with a rollout_actor the two sides must be"
                     " disjoint; leave it out to let the actor's ranks generate."
                 )
-            if "critic" in needed and "rollout_critic" not in self.roles:
-                raise ValueError("The plan has a rollout_actor: give rollout_critic a place among its ranks too.")
         elif self.max_lag:
             raise ValueError(f"The plan: max_lag={self.max_lag} needs ranks that only generate: name a rollout_actor.")
         if idle := sorted(set(range(world)) - inferring - training):

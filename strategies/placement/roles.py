@@ -139,9 +139,9 @@ class RankPlacement(Placement):
     @override
     def begin(self) -> None:
         self.finish_sends()
-        for name, whole in self._copies.items():
+        for name, resident in self._copies.items():
             with self.timeline(name, "gather"), torch.no_grad():
-                for to, weight in zip(whole.parameters(), self.roles[name].network.parameters(), strict=True):
+                for to, weight in zip(resident.parameters(), self.roles[name].network.parameters(), strict=True):
                     to.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if not self.plan.separates:
             return
