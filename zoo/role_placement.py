@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fields", "FieldSpec", "HasRoles", "Pending", "Placement", "PlacesRoles", "Role"]
+__all__ = ["FieldSpec", "Fields", "HasRoles", "Pending", "Placement", "PlacesRoles", "Role"]
 
 Fields = dict[str, Tensor]
 """Tensors by name, one row a sample."""

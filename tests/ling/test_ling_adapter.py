@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from zoo.__main__ import main
 from zoo.base.hyperparameters import build
+from zoo.base.weight_files import weight_files
 from zoo.ling import Ling, LingConfig, LingForCausalLM, RopeScaling, load_hf, preset, read_hf_config, save_hf, state_dict_adapter
 from zoo.ling.official_config import from_hf_config, to_hf_config
-from zoo.base.weight_files import weight_files
 from zoo.ling.state_dict_adapter import load_weights, released_tensors
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"

@@ -156,8 +156,8 @@ class Algorithm(Configurable, ABC):
         self,
         clip: float = 0.2,
         dual_clip: float | None = None,
-        kl: KLPenalty = KLPenalty(),  # noqa: B008 (read only)
-        importance: Importance = Importance(),  # noqa: B008 (read only)
+        kl: KLPenalty = KLPenalty(),
+        importance: Importance = Importance(),
         whiten: Whitening | None = None,
         score_clip: float | None = None,
         missing_eos_penalty: float | None = None,
@@ -395,7 +395,7 @@ class GRPO(_GroupAlgorithm):
 
     def __init__(
         self,
-        kl: KLPenalty = KLPenalty(0.04, "k3", "loss"),  # noqa: B008 (read only)
+        kl: KLPenalty = KLPenalty(0.04, "k3", "loss"),
         **kwargs: Any,
     ) -> None:
         super().__init__(kl=kl, **kwargs)
@@ -420,7 +420,7 @@ class DrGRPO(_GroupAlgorithm):
     def __init__(
         self,
         max_length: int | None = None,
-        kl: KLPenalty = KLPenalty(0.0, "k3", "loss"),  # noqa: B008 (read only)
+        kl: KLPenalty = KLPenalty(0.0, "k3", "loss"),
         **kwargs: Any,
     ) -> None:
         super().__init__(kl=kl, **kwargs)

@@ -176,8 +176,8 @@ class RLHF(ZooModule):
             reward.check_tokenizer(tokenizer)
         if tokenizer.pad_id == tokenizer.eos_id and self.algorithm.rules.eos_in_mask:
             raise ValueError(
-                f"RLHF: the tokenizer pads with its eos ({tokenizer.eos_id}), so that ends look like padding: take a tokenizer with"
-                " a pad token of its own, or the convention dschat."
+                f"RLHF: the tokenizer pads with its eos ({tokenizer.eos_id}), so that ends look like padding: take a tokenizer"
+                " with a pad token of its own, or the convention dschat."
             )
         if stage != "fit":
             return
@@ -196,8 +196,8 @@ class RLHF(ZooModule):
             )
         if self.trainer.gradient_clip_val:
             raise ValueError(
-                f"RLHF clips the gradient of each model by itself: leave gradient_clip_val={self.trainer.gradient_clip_val} of the"
-                " Trainer out, and set model.max_grad_norm."
+                f"RLHF clips the gradient of each model by itself: leave the Trainer's gradient_clip_val"
+                f" ({self.trainer.gradient_clip_val}) out, and set model.max_grad_norm."
             )
         if any(isinstance(callback, EMA) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("RLHF: the callback EMA averages all models after each rollout: leave it out.")
@@ -576,7 +576,7 @@ class _Learner:
     def _targets(self, experience: Experience) -> tuple[Experience, Targets]:
         module = self.module
         targets = module.algorithm.targets(experience, self.options.samples_per_prompt, module._kl.coefficient)
-        kl, count = kl_sums(targets.kl, experience.mask)
+        kl, _ = kl_sums(targets.kl, experience.mask)
         self._add(
             samples=len(experience), score=experience.score.sum(), kl=kl, length=experience.length.sum(),
             ended=experience.ended.sum(), reward=targets.reward.sum(),

@@ -16,7 +16,7 @@ from zoo.lm.tuned_backbone import TunedBackbone
 from zoo.module import ZooModule
 from zoo.rlhf.evaluation import RewardEvaluation
 from zoo.rlhf.reward_loss import RewardLoss, RewardLossKind, reward_loss
-from zoo.rlhf.rewards import last_values, probe_ids
+from zoo.rlhf.rewards import last_values, tokenizer_mark
 
 __all__ = ["RewardModel"]
 
@@ -42,7 +42,7 @@ class RewardModel(TunedBackbone, ZooModule):
 
     score_mean: Tensor
     score_deviation: Tensor
-    probe: Tensor
+    tokenizer_mark: Tensor
 
     def __init__(
         self,
@@ -65,21 +65,14 @@ class RewardModel(TunedBackbone, ZooModule):
         self.val_metrics, self.test_metrics = RewardEvaluation(), RewardEvaluation()
         self.register_buffer("score_mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("score_deviation", torch.ones((), dtype=torch.float64))
-        self.register_buffer("probe", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("tokenizer_mark", torch.zeros((), dtype=torch.int64))
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if stage == "fit" and tokenizer is not None:
-            self.probe = probe_ids(tokenizer)
-
-    @override
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take the length of the tokenizer's probe too."""
-        if "probe" in state_dict:
-            self.probe = torch.zeros_like(state_dict["probe"], device=self.probe.device)
-        return super().load_state_dict(state_dict, strict, assign)
+            self.tokenizer_mark.copy_(tokenizer_mark(tokenizer))
 
     # Batches
 
@@ -93,8 +86,8 @@ class RewardModel(TunedBackbone, ZooModule):
         names = [name for name in ("chosen_input_ids", "ranked_input_ids", "input_ids") if name in batch]
         if not names:
             raise ValueError(
-                "RewardModel needs batches of pairs, as the DataModules Preferences (packed: false) and RatedSnippets (use: pairs)"
-                " give them."
+                "RewardModel needs batches of pairs, as the DataModules Preferences (packed: false) and RatedSnippets (use:"
+                " pairs) give them."
             )
         check_vocabulary(batch[names[0]], self.backbone.vocab_size)
         return batch

@@ -3,6 +3,7 @@
 Shape suffixes: R samples, S ids of a prompt with its answer.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,15 +16,16 @@ from typing_extensions import override
 from zoo.base.hyperparameters import Configurable
 from zoo.rlhf.state_dict_adapter import read_reward_model
 
-__all__ = ["Reward", "TrainedReward", "Verifier", "last_values", "probe_ids"]
+__all__ = ["Reward", "TrainedReward", "Verifier", "last_values", "tokenizer_mark"]
 
 _PROBE = "The quick brown fox, 1,234 jumps: naïve? Yes!\n"
 
 
-def probe_ids(tokenizer: Any) -> Tensor:
-    """Ids of a fixed sentence, int64: two tokenizers that differ give different ones."""
+def tokenizer_mark(tokenizer: Any) -> Tensor:
+    """A number, int64 (), that differs where tokenizers give a sentence different ids."""
     ids = tokenizer(_PROBE, add_special_tokens=False).input_ids if callable(tokenizer) else tokenizer.encode(_PROBE)
-    return torch.tensor(ids, dtype=torch.int64)
+    digest = hashlib.sha256(repr([int(each) for each in ids]).encode()).digest()
+    return torch.tensor(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def last_values(value_RS: Tensor, mask_RS: Tensor) -> Tensor:
@@ -108,22 +110,22 @@ class TrainedReward(Reward, nn.Module):
         self.source = source
         self.backbone, moments = read_reward_model(source)
         self.register_buffer("moments", torch.stack([moments["score_mean"], moments["score_deviation"]]).double())
-        self.probe = moments.get("probe")
+        self.mark = moments.get("tokenizer_mark")
         self.requires_grad_(False).eval()
 
     @override
     def check_tokenizer(self, tokenizer: Any) -> None:
         self.backbone.check_tokenizer(tokenizer)
-        probe = self.probe
-        if probe is None or not len(probe):
+        mark = self.mark
+        if mark is None or not mark:
             try:
-                probe = probe_ids(self.backbone.tokenizer)
+                mark = tokenizer_mark(self.backbone.tokenizer)
             except ValueError:  # it has none that could be compared
                 return
-        if not torch.equal(probe, probe_ids(tokenizer)):
+        if mark != tokenizer_mark(tokenizer):
             raise ValueError(
-                f"The reward model {self.source} was trained with another tokenizer than the data's: give the data the tokenizer of"
-                " the reward model, or take another reward model."
+                f"The reward model {self.source} was trained with another tokenizer than the data's: give the data the"
+                " tokenizer of the reward model, or take another reward model."
             )
 
     @override

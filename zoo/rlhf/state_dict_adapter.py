@@ -2,10 +2,10 @@
 
 | format | backbone | head | further |
 |---|---|---|---|
-| DeepSpeed-Chat | ``rwtransformer.*`` | ``v_head.weight`` | |
-| APP | ``rm_transformer.*`` | ``v_head.weight`` | |
-| OpenRLHF | names of the model without its output head | ``score.weight``, or ``value_head_prefix`` of ``config.json`` | ``mean``, ``std`` in ``config.json`` |
-| TRL, transformers | ``model.*`` or ``transformer.*`` | ``score.weight`` | |
+| DeepSpeed-Chat | ``rwtransformer.*`` | ``v_head`` | |
+| APP | ``rm_transformer.*`` | ``v_head`` | |
+| OpenRLHF | as the model without output head | ``score``, or ``value_head_prefix`` of ``config.json`` | ``mean``, ``std`` there |
+| TRL, transformers | ``model.*`` or ``transformer.*`` | ``score`` | |
 
 Heads are (1, width), without bias.
 """
@@ -22,6 +22,7 @@ from zoo.base.checkpoint import CONFIG_FILE, read_plain
 from zoo.base.weight_files import weight_files
 from zoo.lm.backbone import Backbone
 from zoo.lm.hf_backbone import HFBackbone
+from zoo.lm.sources import find_source
 from zoo.lm.trained_backbone import trained_backbone
 
 __all__ = ["read_reward_model", "scalar_head_state"]
@@ -49,9 +50,7 @@ def read_reward_model(source: str) -> tuple[Backbone, dict[str, Tensor]]:
         if backbone.scalar is None:
             raise ValueError(f"{source} has no scalar head: give a trained RewardModel.")
         return backbone, {**moments, **state}
-    folder = Path(source).expanduser()
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"There is no reward model {source!r}: give a checkpoint, a shipped name or a folder of weights.")
+    folder = find_source(source).folder
     config = json.loads((folder / CONFIG_FILE).read_text())
     # A causal model, since its base has the names that all formats share.
     backbone = HFBackbone({**config, "architectures": None}, kind="causal", scalar_head=True, pooling="last")
@@ -101,7 +100,6 @@ def _load(backbone: HFBackbone, state: dict[str, Tensor], source: str) -> None:
     base: Any = backbone.network.base_model  # type: ignore[attr-defined]
     assert backbone.scalar is not None
     own = {**base.state_dict(), "scalar.weight": backbone.scalar.weight}
-    # Some bases hold one more level, such as OPT's decoder, that files may leave out or repeat.
     unknown = [name for name in state if name not in own]
     missing = [name for name in own if name not in state and not name.endswith(_COMPUTED)]
     wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
