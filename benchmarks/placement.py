@@ -219,14 +219,25 @@ def of_stages(ranks: Sequence[dict[str, Any]], stages: Sequence[str], steps: int
     ) / steps  # fmt: skip
 
 
-def closed_formula(one: dict[str, Any], trained_bytes: float, chunk_bytes: float, steps: int) -> tuple[float, float]:
-    """Seconds of a step of separation with lag 0, and those of its passes, as measured, in it.
+def extent(ranks: Sequence[dict[str, Any]], stages: Sequence[str]) -> float:
+    """Seconds from the begin of the first of some stages to the end of the last, median over the steps, longest rank."""
+    found = []
+    for rank in ranks:
+        spans = [span for span in rank["spans"] if span["role"] != "wait" and span["stage"] in stages]
+        bounds = [*rank["begins"], float("inf")]
+        steps = [[span for span in spans if begin <= span["begin"] < end] for begin, end in itertools.pairwise(bounds)]
+        found.append(statistics.median(step[-1]["end"] - step[0]["begin"] if step else 0.0 for step in steps))
+    return max(found)
 
-    The passes of both sides follow one another; before them trained weights cross the link once, between them the rollout does,
-    once for each rank that trains.
+
+def closed_formula(one: dict[str, Any], link_bytes: float) -> tuple[float, float]:
+    """Seconds of a step of separation with lag 0, and those of its two sides, as measured, in it.
+
+    The sides follow one another; before them trained weights cross the link once, between them the rollout does, once for each
+    rank that trains.
     """
-    compute = of_stages(one["ranks"], ("generate", "score"), steps) + of_stages(one["ranks"], ("train",), steps)
-    return compute + 8 * (trained_bytes + chunk_bytes) / (SCENE[2] * 1e6), compute
+    compute = extent(one["ranks"], ("generate", "score")) + extent(one["ranks"], ("train",))
+    return compute + 8 * link_bytes / (SCENE[2] * 1e6), compute
 
 
 def new_tokens(config: LingConfig) -> int:
@@ -241,11 +252,10 @@ def row_bytes(config: LingConfig) -> int:
 
 def expected_bytes(rows: int, config: LingConfig, trained_bytes: float) -> dict[str, float]:
     """Bytes that all ranks of separation hand in for a rollout, halves of four ranks: shared scores, chunks, weights."""
-    frozen_head = 4 * config.vocab_size * config.hidden_size  # of the critic, which has no use for it
-    return {
-        "all_to_all": rows * row_bytes(config) * (2 - 1), "send": rows * row_bytes(config) * 2,
-        "broadcast": 3 * (trained_bytes - frozen_head),  # counted on each rank of the groups of one source and two copies
-    }  # fmt: skip
+    weights = trained_bytes - 4 * config.vocab_size * config.hidden_size  # without the critic's output head, which is not trained
+    chunks = rows * row_bytes(config)
+    # A broadcast is counted on both ranks of the group.
+    return {"all_to_all": chunks * (2 - 1), "send": chunks * 2 + weights, "broadcast": 2 * weights}
 
 
 def pairs_right(seconds: dict[str, list[float]], said: dict[str, float]) -> float:
@@ -308,7 +318,7 @@ def judge(record: Record, found: dict[str, Any], slow: bool, rows: int, config: 
         for stage in ("generate", "score", "train", "sync"):
             record.row(stage_of=arm, stage=stage, stage_ms=1000 * of_stages(one["ranks"], (stage,), steps))
         if slow and arm == SEP:
-            formula, compute = closed_formula(one, expected["broadcast"] / 3, expected["send"], steps)
+            formula, compute = closed_formula(one, expected["send"])
             formulas.append(formula)
             computes.append(compute)
             sent = {name: sum(rank[name] for rank in one["ranks"]) for name in expected}

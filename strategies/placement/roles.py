@@ -59,7 +59,7 @@ class RankPlacement(Placement):
         """Make each group once, on all ranks in the same order."""
         sets = [self.inferring, *(self.plan.members(name, self.world) for name in sorted(self.roles))]
         if self.plan.separates:
-            sets += [self._sync_ranks(name) for name in sorted(self.roles) if self.roles[name].trained]
+            sets += [self._targets(name) for name in sorted(self.roles) if self.roles[name].trained]
         for ranks in sets:
             if tuple(ranks) not in self._groups:
                 group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks, timeout)
@@ -69,9 +69,9 @@ class RankPlacement(Placement):
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         return self._groups[tuple(ranks)]
 
-    def _sync_ranks(self, role: str) -> list[int]:
-        """The rank that gives a role's weights, and those that get them."""
-        return sorted({self.plan.members(role, self.world)[0], *self.plan.members(f"rollout_{role}", self.world)})
+    def _targets(self, role: str) -> list[int]:
+        """The ranks that get a copy of a role's weights."""
+        return self.plan.members(f"rollout_{role}", self.world)
 
     @override
     def holds(self, role: str) -> bool:
@@ -152,12 +152,11 @@ class RankPlacement(Placement):
         if not self.plan.separates:
             return
         for name, role in self.roles.items():
-            ranks = self._sync_ranks(name)
-            if not role.trained or not (self.holds(name) or self.me in ranks):
-                continue
-            weights, source = trained_weights(role.network), self.plan.members(name, self.world)[0]
-            with self.timeline(name, "sync"):
-                copy_weights(weights, source, self._group(ranks), ranks, self.plan.bucket_mb, f"{name}, weight sync")
+            if role.trained and self.keeps(name):
+                source, targets = self.plan.members(name, self.world)[0], self._targets(name)
+                weights, group = trained_weights(role.network), self._group(targets)
+                with self.timeline(name, "sync"):
+                    copy_weights(weights, source, targets, group, self.plan.bucket_mb, f"{name}, weight sync")
 
     @override
     @contextmanager

@@ -2,6 +2,7 @@
 
 import itertools
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ def test_rows_are_bytes_and_back() -> None:
     assert all(torch.equal(value, fields[name]) for name, value in unpack(data, SPEC).items())
 
 
-def exchanged() -> tuple[list[bool], dict[str, int]]:
-    """Rank 2 has no rows; chunks go from 0 to 1 and 2; weights go from 0 to 2."""
+def exchanged() -> tuple[list[bool], dict[str, Any]]:
+    """Rank 2 has no rows; chunks go from 0 to 1 and 2, and so do weights."""
     me, right = dist.get_rank(), []
     rows = {0: [3, 1], 1: [0, 2, 4]}
-    group = dist.new_group([0, 2])
+    group = dist.new_group([1, 2])
     assert dist.group.WORLD is not None
     with Traffic() as traffic:
         pending = share(rows_of(rows.get(me, [])), SPEC, rows, dist.group.WORLD, CPU, "numbers")
@@ -75,15 +76,14 @@ def exchanged() -> tuple[list[bool], dict[str, int]]:
     network = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3).requires_grad_(False), nn.Linear(7, 2).bfloat16())
     before = [weight.clone() for weight in network[1].parameters()]
     with Traffic() as of_sync:
-        if me != 1:
-            copy_weights(trained_weights(network), 0, group, [0, 2], 1, "weights")
+        copy_weights(trained_weights(network), 0, [1, 2], group, 1, "weights")  # type: ignore[arg-type]
     held = [network.state_dict()]
     dist.broadcast_object_list(held, 0)
     same = [torch.equal(value, held[0][name]) for name, value in network.state_dict().items()]
-    right += [same == ([True, True, False, False, True, True] if me == 2 else [me == 0] * 6)]
+    right += [same == [True, True, me == 0, me == 0, True, True]]
     right += [torch.equal(one, other) for one, other in zip(before, network[1].parameters(), strict=True)]
     sizes = {name: traffic.num_bytes(name) for name in ("all_to_all", "send", "recv")}
-    return right, sizes | {"sync": of_sync.num_bytes("broadcast")}
+    return right, sizes | {"sync": [of_sync.num_bytes(name) for name in ("send", "recv", "broadcast")]}
 
 
 def test_rows_and_weights_arrive_and_their_bytes_are_the_formula(pool: RankPool) -> None:
@@ -93,7 +93,7 @@ def test_rows_and_weights_arrive_and_their_bytes_are_the_formula(pool: RankPool)
     assert [sizes["all_to_all"] for _, sizes in found] == [2 * width * 2, 3 * width * 2, 0]
     assert sum(sizes["all_to_all"] for _, sizes in found) == 5 * width * (3 - 1)
     assert [(sizes["send"], sizes["recv"]) for _, sizes in found] == [(2 * 2 * width * 2, 0), (0, 4 * width), (0, 4 * width)]
-    assert [sizes["sync"] for _, sizes in found] == [trained, 0, trained]
+    assert [sizes["sync"] for _, sizes in found] == [[trained, 0, 0], [0, trained, trained], [0, 0, trained]]
 
 
 def test_buckets_hold_one_type_and_no_more_than_fits() -> None:
@@ -112,7 +112,7 @@ def silent() -> list[str]:
     if dist.get_rank() == 0:
         for call in (
             lambda: share(rows_of([0]), SPEC, {0: [0], 1: [1]}, group, CPU, "reward, scores")(),
-            lambda: copy_weights([torch.zeros(3)], 1, group, [0, 1], 1, "actor, weight sync"),
+            lambda: copy_weights([torch.zeros(3)], 2, [1, 0], group, 1, "actor, weight sync"),
         ):
             with pytest.raises(RuntimeError) as error:
                 call()
@@ -123,7 +123,7 @@ def silent() -> list[str]:
 def test_a_wait_that_fails_names_role_stage_and_ranks(pool: RankPool) -> None:
     (scores, sync), _ = pool.run(silent, world_size=2)
     assert scores.startswith("Rank 0 waited for reward, scores, from ranks 0-1: ") and "timeout_minutes" in scores
-    assert sync.startswith("Rank 0 waited for actor, weight sync, from ranks 1: ")
+    assert sync.startswith("Rank 0 waited for actor, weight sync, from ranks 2,1: ")
     assert all(len(said) <= 300 for said in (scores, sync))
 
 
