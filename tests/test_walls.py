@@ -50,7 +50,9 @@ WIRING = (
     "rewards",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
-FOUNDATION_OF_SCIENCE = ("zoo.base", "zoo.nn", "zoo.lm", "strategies.divided_rows", "strategies.mesh", "typing_extensions")
+FOUNDATION_OF_SCIENCE = (
+    "zoo.base", "zoo.nn", "zoo.lm", "zoo.role_placement", "strategies.divided_rows", "strategies.mesh", "typing_extensions",
+)  # fmt: skip
 ASSETS = "datamodules.assets"  # archives of package registries: pretrained weights ride in them too, and they import no data
 LANGUAGE_MODELS = "zoo.lm"  # foundation of methods, though it has a module of its own
 PICKLES = ("pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")

@@ -66,7 +66,7 @@ def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
         checkpoint = read_checkpoint(path)
         return dict(checkpoint.get("hyper_parameters", {})), checkpoint
     if not path.exists():
-        if len(path.parts) > 1:
+        if "/" in str(source):
             return None
         path = resolve(str(source))
     file = path / CONFIG_FILE

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -134,7 +135,7 @@ class RewardModel(TunedBackbone, ZooModule):
     @override
     def on_validation_epoch_end(self) -> None:
         mean, deviation = self._report("val", self.val_metrics)
-        if self.trainer.training and not self.trainer.sanity_checking and bool(deviation > 0):
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and bool(deviation > 0):
             self.score_mean.copy_(mean)
             self.score_deviation.copy_(deviation)
 
