@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,6 +15,7 @@ from typing_extensions import override
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.roles import RankPlacement
 from strategies.placement.state import divided_like, divided_state, from_rank, whole
+from strategies.placement.timeline import chrome_trace
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
 from zoo.role_placement import HasRoles
 from zoo.strategy_contract import StrategyContract
@@ -31,17 +33,19 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     Args:
         plan: The plan, or a file with one.
         timeout_minutes: Longest wait for another rank.
+        trace: File for the timeline of all ranks, as a trace for Perfetto; None: none is written.
         **kwargs: As for Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: If the plan does not fit the run, or the module has no roles.
     """
 
-    def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, **kwargs: Any) -> None:
+    def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, trace: str | None = None, **kwargs: Any) -> None:
         refuse_ddp_hooks(self, kwargs)
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
         self._given = PlacementPlan.read(plan) if isinstance(plan, str) else plan
         self._placement: RankPlacement | None = None
+        self.trace = trace
 
     def plan(self, world: int) -> PlacementPlan:
         """The plan for a number of ranks."""
@@ -89,13 +93,14 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         module = self.lightning_module
         assert isinstance(module, HasRoles) and module is not None
         refuse_scaled_losses(self)
+        self._placement = None
         if not self._places:
             super().model_to_device()
             return
         roles = module.roles()
         for role in roles.values():
             _sync_module_states(role.network)
-        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device)
+        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device, self._timeout)
         for name in list(roles):
             if placement.keeps(name):
                 roles[name].network.to(self.root_device)
@@ -127,10 +132,17 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         return self._places
 
     @override
-    def teardown(self) -> None:
-        """Let go of the groups' wrappers."""
-        self._placement = None
-        super().teardown()
+    def on_train_end(self) -> None:
+        """Let chunks arrive before this process may end, and write the trace."""
+        super().on_train_end()
+        if self._placement is None:
+            return
+        self._placement.finish_sends()
+        if self.trace is not None:
+            ranks: list[Any] = [None] * self.world_size
+            dist.all_gather_object(ranks, list(self._placement.timeline.spans))
+            if self.is_global_zero:
+                chrome_trace(ranks, self.trace)
 
     # Checkpoints
 
