@@ -36,6 +36,8 @@ def per_token(value: list[Tensor], ids: list[Tensor], pad: int = 0) -> float:
 
 def test_per_token_equals_a_plain_loop_of_the_published_formula() -> None:
     value, ids, mask = ranked()
+    ids[1] = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 9, 4, 6, 7]])  # rows that agree again after they differ
+    mask[1] = (ids[1] != 0).long()
     ids[2], mask[2] = ids[2, 0], mask[2, 0]  # equal rows
     value[2] = value[2, 0]
     found = reward_loss(value, ids, mask, "per_token")
