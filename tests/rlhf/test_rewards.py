@@ -12,7 +12,7 @@ from datamodules.text.tokenizer import ByteTokenizer
 from zoo.base.weight_files import weight_files
 from zoo.lm import HFBackbone
 from zoo.rlhf import RewardModel, TrainedReward, Verifier
-from zoo.rlhf.rewards import last_values
+from zoo.rlhf.reward_loss import last_values
 
 IDS = torch.tensor([[5, 9, 33, 4, 2, 0], [7, 8, 9, 2, 0, 0]])
 MASK = (IDS != 0).long()
@@ -104,11 +104,6 @@ def test_verifiers_must_give_one_finite_number_for_each_answer() -> None:
     for numbers in ([1.0], [1.0, float("nan")], [1.0, float("inf")]):
         with pytest.raises(ValueError, match="one finite number for each answer"):
             score(numbers)
-
-
-def test_the_last_value_is_found_between_padding_on_both_sides() -> None:
-    value = torch.arange(10.0).view(2, 5)
-    assert last_values(value, torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])).tolist() == [2.0, 9.0]
 
 
 def test_scores_do_not_depend_on_padding() -> None:

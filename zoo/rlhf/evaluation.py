@@ -42,7 +42,7 @@ class RewardEvaluation(nn.Module):
 
 
 class _CalibrationError(Float64Sums):
-    """As `zoo.rlhf.reward_loss.expected_calibration_error`, over batches and processes."""
+    """Expected calibration error, see `zoo.rlhf.reward_loss.calibration_sums`, over batches and processes."""
 
     excess: Tensor
     count: Tensor

@@ -101,9 +101,10 @@ class Learner:
         module = self.module
         targets = module.algorithm.targets(experience, self.options.samples_per_prompt, module.kl_controller.coefficient)
         kl, _ = kl_sums(targets.kl, experience.mask)
+        measured, sequences = kl_sums(targets.kl, experience.mask, module.algorithm.kl.measure)
         self._add(
             samples=len(experience), score=experience.score.sum(), kl=kl, length=experience.length.sum(),
-            ended=experience.ended.sum(), reward=targets.reward.sum(),
+            ended=experience.ended.sum(), reward=targets.reward.sum(), measured_kl=measured, sequences=sequences,
         )  # fmt: skip
         return experience, targets
 
@@ -116,9 +117,7 @@ class Learner:
                 generator = torch.Generator().manual_seed(hash((self.module.random_seed, self.module.rollouts, epoch)) % 2**63)
                 order = torch.randperm(rows, generator=generator).to(experience.tokens.device)
                 self._pass(experience.select(order), targets.select(order), self.options.minibatches)
-        measure = self.module.algorithm.kl.measure
-        divisor = self.sums["samples"] if measure == "sequence" else self.sums["length"]
-        self.module.kl_controller.update(float(self.sums["kl"] / divisor), rows)
+        self.module.kl_controller.update(float(self.sums["measured_kl"] / self.sums["sequences"]), rows)
 
     def _pass(self, experience: Experience, targets: Targets, minibatches: int) -> None:
         """One step of each model on each minibatch, in order."""

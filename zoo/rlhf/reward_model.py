@@ -16,8 +16,8 @@ from zoo.lm.batches import check_vocabulary
 from zoo.lm.tuned_backbone import TunedBackbone
 from zoo.module import ZooModule
 from zoo.rlhf.evaluation import RewardEvaluation
-from zoo.rlhf.reward_loss import RewardLoss, RewardLossKind, reward_loss
-from zoo.rlhf.rewards import last_values, tokenizer_mark
+from zoo.rlhf.reward_loss import RewardLoss, RewardLossKind, last_values, reward_loss
+from zoo.rlhf.rewards import tokenizer_mark
 
 __all__ = ["RewardModel"]
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from zoo.base.hyperparameters import Configurable
+from zoo.rlhf.reward_loss import last_values
 from zoo.rlhf.state_dict_adapter import read_reward_model
 
-__all__ = ["Reward", "TrainedReward", "Verifier", "last_values", "tokenizer_mark"]
+__all__ = ["Reward", "TrainedReward", "Verifier", "tokenizer_mark"]
 
 _PROBE = "The quick brown fox, 1,234 jumps: naïve? Yes!\n"
 
@@ -26,13 +27,6 @@ def tokenizer_mark(tokenizer: Any) -> Tensor:
     ids = tokenizer(_PROBE, add_special_tokens=False).input_ids if callable(tokenizer) else tokenizer.encode(_PROBE)
     digest = hashlib.sha256(repr([int(each) for each in ids]).encode()).digest()
     return torch.tensor(int.from_bytes(digest[:8], "big", signed=True))
-
-
-def last_values(value_RS: Tensor, mask_RS: Tensor) -> Tensor:
-    """The value at the last token of each row, whatever padding stands before or behind, (R, S) to (R,)."""
-    place_S = torch.arange(1, mask_RS.shape[1] + 1, device=mask_RS.device)
-    last_R1 = ((mask_RS > 0) * place_S).argmax(1, keepdim=True)
-    return value_RS.gather(1, last_R1).squeeze(1)
 
 
 class Reward(Configurable, ABC):
