@@ -232,12 +232,12 @@ def place_slots(fractions: Mapping[str, float | Fraction], world: int) -> dict[s
         >>> place_slots({"actor": 1, "critic": 1, "reference": 0.5, "reward": 0.5}, 4)
         {'actor': [0, 1, 2, 3], 'critic': [0, 1, 2, 3], 'reference': [0, 1], 'reward': [2, 3]}
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, share in fractions.items():
-        size = Fraction(share).limit_denominator(world * world) * world
-        if not 0 < share <= 1 or size.denominator != 1:
+        whole = Fraction(share).limit_denominator(world * world) * world
+        if not 0 < share <= 1 or whole.denominator != 1:
             raise ValueError(f"{name}: a share of {share} of {world} ranks is no whole number of them, 1 to {world}.")
-        sizes[name] = int(size)
+        sizes[name] = int(whole)
     order = sorted(fractions, key=lambda name: -sizes[name])
     used: list[int] = []  # ranks taken in each pass
     placed = {}

@@ -5,7 +5,7 @@ Shape suffixes: R samples of a rollout, P prompt ids, N answer tokens, S = P + N
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -282,7 +282,7 @@ class RLHF(ZooModule):
         self.eval()
 
         def generate(rows: list[int]) -> Fields:
-            backbone = place.inference("actor").backbone
+            backbone = cast(PolicyNetwork, place.inference("actor")).backbone
             with place.decoding("actor", backbone.decodes()) as model:
                 agree = place.agreement("actor")
                 found = self.engine.answers(model, samples.select(rows), generation, self.random_seed, rollout, agree)
@@ -330,7 +330,7 @@ class RLHF(ZooModule):
     def _without_adapter(self, passes: Any) -> Any:
         def plain(rows: list[int]) -> Fields:
             with self.actor.without_adapter():
-                return passes(rows)  # type: ignore[no-any-return]
+                return passes(rows)
 
         return plain
 
@@ -421,10 +421,10 @@ class RLHF(ZooModule):
     def _move_frozen(self) -> None:
         """Bring reference and rewards to the device, and the reference to the actor's type."""
         types = {parameter.dtype for parameter in self.actor.parameters()}
-        for network in self._reference:
-            network.to(self.device, types.pop() if len(types) == 1 else None)
-        for network in self._scorers:
-            network.to(self.device)
+        for reference in self._reference:
+            reference.to(self.device, types.pop() if len(types) == 1 else None)
+        for scorer in self._scorers:
+            scorer.to(self.device)
 
     @override
     def on_fit_start(self) -> None:
@@ -469,7 +469,7 @@ class RLHF(ZooModule):
         values = self.placement.to_all(values, infers=True)
         weight_R = (batch["index"] >= 0).double().to(values.device)
         for name, column_R in zip(_METRICS, values.unbind(1), strict=True):
-            metric = self.metrics[name]
+            metric = cast(Mean, self.metrics[name])
             metric.update(column_R, weight_R)
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(weight_R))
 
@@ -516,7 +516,8 @@ class RLHF(ZooModule):
         self.waiting = []
         for kept in state["waiting"]:
             rows = len(kept["ids"])
-            samples = Samples(*(kept[name].to(self.device) for name in ("ids", "mask", "index")), [""] * rows, [{}] * rows)
+            ids, mask, index = (kept[name].to(self.device) for name in ("ids", "mask", "index"))
+            samples = Samples(ids, mask, index, [""] * rows, [{} for _ in range(rows)])
             fields = {name: value.to(self.device) for name, value in kept["fields"].items()}
             self.waiting.append((samples, fields) if self.placement.trains else None)
         if state["reference"]:

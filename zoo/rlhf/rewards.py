@@ -99,6 +99,8 @@ class TrainedReward(Reward, nn.Module):
         weight: As of `Reward`.
     """
 
+    moments: Tensor
+
     def __init__(self, source: str, weight: float = 1.0) -> None:
         super().__init__(weight)
         self.source = source

@@ -44,7 +44,7 @@ def read_reward_model(source: str) -> tuple[Backbone, dict[str, Tensor]]:
         ValueError: If it is no reward model, or weights are missing or unknown.
     """
     moments = {"score_mean": torch.tensor(0.0), "score_deviation": torch.tensor(1.0)}
-    found = trained_backbone(source, Backbone)  # type: ignore[type-abstract]
+    found = trained_backbone(source, Backbone)
     if found is not None:
         backbone, state = found
         if backbone.scalar is None:
@@ -97,7 +97,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _load(backbone: HFBackbone, state: dict[str, Tensor], source: str) -> None:
-    base: Any = backbone.network.base_model  # type: ignore[attr-defined]
+    base: Any = backbone.network.base_model
     assert backbone.scalar is not None
     own = {**base.state_dict(), "scalar.weight": backbone.scalar.weight}
     unknown = [name for name in state if name not in own]
