@@ -61,7 +61,8 @@ SLOW_ARMS = {
 SCENE = (2, 2, 200.0)
 CONFIG = LingConfig(
     vocab_size=2048, hidden_size=128, num_hidden_layers=4, first_k_dense_replace=4, num_attention_heads=4, num_key_value_heads=4,
-    intermediate_size=384, max_position_embeddings=256, rope_theta=10000.0, initializer_range=0.05, pad_token_id=0, eos_token_id=2,
+    intermediate_size=384, max_position_embeddings=256, rope_theta=10000.0, initializer_range=0.05, pad_token_id=0,
+    eos_token_id=2,
 )  # fmt: skip
 SMOKE = CONFIG.replace(vocab_size=64, hidden_size=16, num_hidden_layers=2, first_k_dense_replace=2, intermediate_size=24)
 PROMPT, NEW, MINIBATCHES, SKIPPED = 16, 48, 4, 2

@@ -163,7 +163,8 @@ def run(
     """
     module = module_of(**options)
     watch = Watch(module)
-    made = PlacementStrategy(strategy) if isinstance(strategy, PlacementPlan) else STRATEGIES[strategy]()
+    placed = isinstance(strategy, PlacementPlan)
+    made = PlacementStrategy(strategy, trace=str(folder / "trace.json")) if placed else STRATEGIES[strategy]()
     trainer = Trainer(
         **QUIET, devices=1 if strategy == "one" else dist.get_world_size(), strategy=made, max_steps=rollouts * MINIBATCHES,
         callbacks=[watch] if save is None else [watch, Save(save)], enable_checkpointing=False, use_distributed_sampler=False,

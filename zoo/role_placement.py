@@ -202,6 +202,10 @@ class Placement:
 
     # Training
 
+    def training(self) -> AbstractContextManager[Any]:
+        """Context of the steps on a minibatch."""
+        return nullcontext()
+
     def share(self, role: str, units: Sequence[int]) -> list[int]:
         """The units of a minibatch that this rank trains a role on."""
         return list(units)

@@ -2,7 +2,14 @@
 
 from strategies.placement.plan import BackEnd, PlacementPlan, RolePlan, place_slots
 from strategies.placement.roles import RankPlacement
-from strategies.placement.strategy import FlatteningStrategy, InterleavingStrategy, PlacementStrategy, SeparationStrategy
+from strategies.placement.strategy import (
+    FlatteningStrategy,
+    InterleavingStrategy,
+    PlacementStrategy,
+    SeparationStrategy,
+    read_plan,
+    write_plan,
+)
 from strategies.placement.timeline import Span, Timeline, chrome_trace, idle_share
 
 __all__ = [
@@ -19,4 +26,6 @@ __all__ = [
     "chrome_trace",
     "idle_share",
     "place_slots",
+    "read_plan",
+    "write_plan",
 ]

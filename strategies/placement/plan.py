@@ -6,8 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 __all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots", "ranks_text"]
 
 BackEnd = Literal["replicate", "fsdp2"]
@@ -186,29 +184,24 @@ class PlacementPlan:
     # Files
 
     @classmethod
-    def read(cls, path: str | Path) -> "PlacementPlan":
-        """Read a plan from YAML.
+    def from_dict(cls, data: Any, source: str | Path) -> "PlacementPlan":
+        """A plan from plain data, as a file has it.
+
+        Args:
+            data: As of `as_dict`.
+            source: Named in messages.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
+            ValueError: If it is something else.
         """
-        try:
-            found = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
         known = {each.name for each in fields(cls)}
-        if not isinstance(found, dict) or not set(found) <= known or not isinstance(found.get("roles"), dict):
-            raise ValueError(f"{path} is no plan: it needs roles, and may have {', '.join(sorted(known - {'roles'}))}.")
+        if not isinstance(data, dict) or not set(data) <= known or not isinstance(data.get("roles"), dict):
+            raise ValueError(f"{source} is no plan: it needs roles, and may have {', '.join(sorted(known - {'roles'}))}.")
         try:
-            roles = {name: RolePlan(**entries) for name, entries in found.pop("roles").items()}
+            roles = {name: RolePlan(**entries) for name, entries in data["roles"].items()}
         except TypeError as error:
-            raise ValueError(f"{path}: each role has ranks and backend, and nothing else ({error}).") from error
-        return cls(roles, **found)
-
-    def write(self, path: str | Path) -> None:
-        """Write the plan as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+            raise ValueError(f"{source}: each role has ranks and backend, and nothing else ({error}).") from error
+        return cls(**{**data, "roles": roles})
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -234,10 +227,10 @@ def place_slots(fractions: Mapping[str, float | Fraction], world: int) -> dict[s
     """
     sizes: dict[str, int] = {}
     for name, share in fractions.items():
-        whole = Fraction(share).limit_denominator(world * world) * world
-        if not 0 < share <= 1 or whole.denominator != 1:
+        ranks = Fraction(share).limit_denominator(world * world) * world
+        if not 0 < share <= 1 or ranks.denominator != 1:
             raise ValueError(f"{name}: a share of {share} of {world} ranks is no whole number of them, 1 to {world}.")
-        sizes[name] = int(whole)
+        sizes[name] = int(ranks)
     order = sorted(fractions, key=lambda name: -sizes[name])
     used: list[int] = []  # ranks taken in each pass
     placed = {}

@@ -63,8 +63,7 @@ class RankPlacement(Placement):
         for ranks in sets:
             if tuple(ranks) not in self._groups:
                 group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks, timeout)
-                assert group is not None
-                self._groups[tuple(ranks)] = group
+                self._groups[tuple(ranks)] = group  # type: ignore[assignment]
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         return self._groups[tuple(ranks)]
@@ -105,7 +104,7 @@ class RankPlacement(Placement):
         # A pass of any function counts as one of the root, which is the root from the first on.
         register_fsdp_forward_method(role.network, "run")
         role.network.run(_nothing)  # type: ignore[operator]
-        role.network.reshard()  # the root stays whole after a pass; optimizers must see its parts
+        role.network.reshard()  # type: ignore[operator]  # the root stays whole after a pass; optimizers must see its parts
 
     @override
     def network(self, role: str) -> nn.Module:
@@ -256,6 +255,10 @@ class RankPlacement(Placement):
     # Training
 
     @override
+    def training(self) -> AbstractContextManager[Any]:
+        return self.timeline("learner", "train")
+
+    @override
     def share(self, role: str, units: Sequence[int]) -> list[int]:
         ranks = self.plan.members(role, self.world)
         if self.me not in ranks:
@@ -289,11 +292,11 @@ class RankPlacement(Placement):
 
     @override
     def whole(self, value: Tensor) -> Tensor:
-        return whole(value)  # type: ignore[no-any-return]
+        return whole(value)
 
     @override
     def part(self, value: Tensor, like: Tensor) -> Tensor:
-        return divided_like(value, like) if isinstance(like, DTensor) else value.to(like)  # type: ignore[no-any-return]
+        return divided_like(value, like) if isinstance(like, DTensor) else value.to(like)
 
 
 def _nothing() -> None:
@@ -320,11 +323,11 @@ class PassByPass:
 
     def begin(self, *args: Any) -> Tensor:
         """Scores after the prompts."""
-        return self.network.run(self.passes.begin, *args)  # type: ignore[no-any-return]
+        return self.network.run(self.passes.begin, *args)
 
     def step(self, token_B: Tensor) -> Tensor:
         """Scores after the newest tokens."""
-        return self.network.run(self.passes.step, token_B)  # type: ignore[no-any-return]
+        return self.network.run(self.passes.step, token_B)
 
     def run_along(self) -> None:
         """A pass for other ranks."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,7 +22,26 @@ from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
 from zoo.role_placement import HasRoles
 from zoo.strategy_contract import StrategyContract
 
-__all__ = ["FlatteningStrategy", "InterleavingStrategy", "PlacementStrategy", "SeparationStrategy"]
+__all__ = ["FlatteningStrategy", "InterleavingStrategy", "PlacementStrategy", "SeparationStrategy", "read_plan", "write_plan"]
+
+
+def read_plan(path: str | Path) -> PlacementPlan:
+    """Read a plan from YAML.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+    return PlacementPlan.from_dict(found, path)
+
+
+def write_plan(plan: PlacementPlan, path: str | Path) -> None:
+    """Write a plan as YAML."""
+    Path(path).write_text(yaml.safe_dump(plan.as_dict(), sort_keys=False))
 
 
 class PlacementStrategy(StrategyContract, DDPStrategy):
@@ -43,7 +64,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, trace: str | None = None, **kwargs: Any) -> None:
         refuse_ddp_hooks(self, kwargs)
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
-        self._given = PlacementPlan.read(plan) if isinstance(plan, str) else plan
+        self._given = read_plan(plan) if isinstance(plan, str) else plan
         self._placement: RankPlacement | None = None
         self.trace = trace
 

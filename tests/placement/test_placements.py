@@ -1,5 +1,6 @@
 """Placements of four models: the trained weights are those of one process, whoever does what, saved and continued anywhere."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,9 @@ def test_four_ranks_train_the_weights_of_one_under_any_plan(pool: RankPool, fold
     # Spans: who does what, and nobody does two things at a time.
     assert {(span.role, span.stage) for span in alone[3].spans} >= {("reference", "score"), ("reward", "score")}
     assert {span.stage for span in alone[0].spans if span.role != "wait"} == {"train", "sync"}
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]  # of the last plan
+    for rank, seen in enumerate(found[4]):  # and, where a last chunk was sent, the wait until it left
+        assert 0 <= sum(event["tid"] == rank for event in events) - len(seen.spans) <= 1
     for seen in alone:
         assert all(earlier.end <= later.begin for earlier, later in zip(seen.spans, seen.spans[1:], strict=False))
         assert 0 < idle_share(seen.spans) < 1

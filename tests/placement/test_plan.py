@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from strategies.placement import PlacementPlan, RolePlan, place_slots
+from strategies.placement import PlacementPlan, RolePlan, place_slots, read_plan, write_plan
 
 ROLES = ("actor", "critic", "reference", "reward")
 HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
@@ -101,8 +101,8 @@ def test_a_plan_is_its_file(tmp_path: Path) -> None:
         PlacementPlan.separation(4, 1, 2, 1),
         of(**ALL, bucket_mb=7),
     ):
-        plan.write(tmp_path / "plan.yaml")
-        assert PlacementPlan.read(tmp_path / "plan.yaml") == plan
+        write_plan(plan, tmp_path / "plan.yaml")
+        assert read_plan(tmp_path / "plan.yaml") == plan
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,6 @@ def test_a_plan_is_its_file(tmp_path: Path) -> None:
 def test_files_that_are_no_plans_are_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
-        PlacementPlan.read(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
     with pytest.raises(FileNotFoundError):
-        PlacementPlan.read(tmp_path / "none.yaml")
+        read_plan(tmp_path / "none.yaml")

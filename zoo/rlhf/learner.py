@@ -5,7 +5,7 @@ Shape suffixes: R samples, N answer tokens, S prompt and answer ids, T ids of a 
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from zoo.rlhf.experience import Experience
 from zoo.rlhf.ppo import kl_sums
 from zoo.rlhf.rollout import Samples
 from zoo.role_placement import Fields
-
-if TYPE_CHECKING:
-    from zoo.rlhf.module import RLHF
 
 __all__ = ["Learner"]
 
@@ -29,7 +26,7 @@ class Learner:
         module: Its placement says what this rank does; ranks that do not train count the same steps.
     """
 
-    def __init__(self, module: "RLHF") -> None:
+    def __init__(self, module: Any) -> None:
         self.module, self.place, self.options = module, module.placement, module.rollout
         self.sums: dict[str, Tensor] = {}
         self.texts: list[Tensor] = []
@@ -124,7 +121,8 @@ class Learner:
         rows = len(experience) // minibatches
         for number in range(minibatches):
             part = slice(number * rows, (number + 1) * rows)
-            self._step(experience.select(part), targets.select(part))
+            with self.place.training():
+                self._step(experience.select(part), targets.select(part))
 
     def _step(self, experience: Experience, targets: Targets) -> None:
         algorithm, unit = self.module.algorithm, self.options.unit

@@ -70,4 +70,5 @@ class ValueNetwork(_Whole):
     def forward(self, ids_BS: Tensor, mask_BS: Tensor, num_tokens: int) -> Tensor:
         """(B, N), float32 or wider; arguments as of `PolicyNetwork`."""
         value_BS = self.backbone.values(ids_BS, mask_BS)
-        return value_BS[:, -num_tokens - 1 : -1].to(torch.promote_types(value_BS.dtype, torch.float32))
+        value_BN = value_BS[:, -num_tokens - 1 : -1].contiguous()  # a view would be one of what a back end gives back
+        return value_BN.to(torch.promote_types(value_BS.dtype, torch.float32))
