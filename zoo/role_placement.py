@@ -202,7 +202,7 @@ class Placement:
 
     # Training
 
-    def training(self) -> AbstractContextManager[Any]:
+    def learning(self) -> AbstractContextManager[Any]:
         """Context of the steps on a minibatch."""
         return nullcontext()
 

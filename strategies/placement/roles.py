@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -255,7 +255,7 @@ class RankPlacement(Placement):
     # Training
 
     @override
-    def training(self) -> AbstractContextManager[Any]:
+    def learning(self) -> AbstractContextManager[Any]:
         return self.timeline("learner", "train")
 
     @override

@@ -23,7 +23,7 @@ class Learner:
     """The steps on the samples of one training step.
 
     Args:
-        module: Its placement says what this rank does; ranks that do not train count the same steps.
+        module: An `RLHF`; its placement says what this rank does; ranks that do not train count the same steps.
     """
 
     def __init__(self, module: Any) -> None:
@@ -121,7 +121,7 @@ class Learner:
         rows = len(experience) // minibatches
         for number in range(minibatches):
             part = slice(number * rows, (number + 1) * rows)
-            with self.place.training():
+            with self.place.learning():
                 self._step(experience.select(part), targets.select(part))
 
     def _step(self, experience: Experience, targets: Targets) -> None:
