@@ -6,7 +6,9 @@ the ranks that infer to those that train, each of which gets it whole from one r
 rows x bytes of a row x (ranks - 1); of a send: rows x bytes of a row x ranks that train.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from strategies.placement.plan import ranks_text
 from zoo.role_placement import Fields, FieldSpec
 
 __all__ = ["owners_of_rows", "pack", "receive", "row_bytes", "send", "share", "unpack", "waiting"]
@@ -52,7 +55,7 @@ def _dealt(rows: int, unit: int, ranks: int) -> list[list[int]]:
     """Consecutive rows for each rank, in whole units, as even as these allow."""
     units = -(-rows // unit)
     bounds = [min(rows, unit * (number * units // ranks)) for number in range(ranks + 1)]
-    return [list(range(first, last)) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [list(range(first, last)) for first, last in itertools.pairwise(bounds)]
 
 
 def row_bytes(spec: FieldSpec) -> int:
@@ -142,7 +145,7 @@ def receive(spec: FieldSpec, rows: int, source: int, device: torch.device, what:
 
 @contextmanager
 def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
-    """Say for what this rank waited, if another one is lost or does not answer in time.
+    """Name what this rank waited for, if another one is lost or does not answer in time.
 
     Raises:
         RuntimeError: As torch does, with role, stage and ranks.
@@ -150,5 +153,10 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        others = ", ".join(map(str, ranks))
-        raise RuntimeError(f"Rank {dist.get_rank()} waited for {what} of the ranks {others}: {str(error)[:150]}") from error
+        if not isinstance(error, dist.DistError) and not re.search("gloo|timeout|timed out|connection", str(error).lower()):
+            raise  # an error of the work itself
+        reason = str(error).partition("] ")[2] or str(error)
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} waited for {what}, from ranks {ranks_text(ranks)[:40]}: {reason[:100]} See the first error"
+            " of these ranks, or raise timeout_minutes of the strategy."
+        ) from error

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-__all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots"]
+__all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots", "ranks_text"]
 
 BackEnd = Literal["replicate", "fsdp2"]
 Gather = Literal["per_token", "once", "resident"]
@@ -93,7 +93,7 @@ class PlacementPlan:
         if world % 2:
             raise ValueError(f"Interleaving needs an even number of ranks, not {world}: start one more or one less.")
         placed = place_slots({"actor": 1, "critic": 1, "reference": Fraction(1, 2), "reward": Fraction(1, 2)}, world)
-        roles = {name: RolePlan(_written(ranks), backend if name in _TRAINED else "replicate") for name, ranks in placed.items()}
+        roles = {name: RolePlan(ranks_text(placed[name]), backend if name in _TRAINED else "replicate") for name in placed}
         return cls(roles, gather=gather)
 
     @classmethod
@@ -114,8 +114,8 @@ class PlacementPlan:
         """
         if not 0 < train < world:
             raise ValueError(f"Separation of {world} ranks into {train} that train and {world - train} others: both need one.")
-        trained = {name: RolePlan(_written(range(train)), backend) for name in _TRAINED}
-        others = {name: RolePlan(_written(range(train, world))) for name in ROLES[2:]}
+        trained = {name: RolePlan(ranks_text(range(train)), backend) for name in _TRAINED}
+        others = {name: RolePlan(ranks_text(range(train, world))) for name in ROLES[2:]}
         return cls({**trained, **others}, chunks, max_lag)
 
     # Questions
@@ -165,21 +165,23 @@ class PlacementPlan:
         for name, plan in self.roles.items():
             if plan.backend not in get_args(BackEnd):
                 raise ValueError(f"{name}: backend={plan.backend!r} must be one of {', '.join(get_args(BackEnd))}.")
+            if plan.backend != "replicate" and name not in _TRAINED:
+                raise ValueError(f"{name}: backend={plan.backend} is for actor and critic where they are trained: leave it out.")
         if self.gather not in get_args(Gather):
             raise ValueError(f"The plan: gather={self.gather!r} must be one of {', '.join(get_args(Gather))}.")
-        both = set(self.inferring(world)) & set(self.training(world))
+        inferring, training = set(self.inferring(world)), set(self.training(world))
         if self.separates:
-            if both:
-                raise ValueError(
-                    f"The plan: ranks {_written(sorted(both))} both train and infer: with a rollout_actor the two sides must be"
-                    " disjoint; leave it out to let the actor's ranks generate."
-                )
             if "critic" in needed and "rollout_critic" not in self.roles:
                 raise ValueError("The plan has a rollout_actor: give rollout_critic a place among its ranks too.")
+            if both := sorted(inferring & training):
+                raise ValueError(
+                    f"The plan: ranks {ranks_text(both)} both train and infer: with a rollout_actor the two sides must be"
+                    " disjoint; leave it out to let the actor's ranks generate."
+                )
         elif self.max_lag:
             raise ValueError(f"The plan: max_lag={self.max_lag} needs ranks that only generate: name a rollout_actor.")
-        if idle := sorted(set(range(world)) - set(self.inferring(world)) - set(self.training(world))):
-            raise ValueError(f"The plan leaves the ranks {_written(idle)} of {world} without a role: is it for another world?")
+        if idle := sorted(set(range(world)) - inferring - training):
+            raise ValueError(f"The plan leaves the ranks {ranks_text(idle)} of {world} without a role: is it for another world?")
 
     # Files
 
@@ -249,9 +251,8 @@ def place_slots(fractions: Mapping[str, float | Fraction], world: int) -> dict[s
     return {name: placed[name] for name in fractions}
 
 
-def _written(ranks: Sequence[int]) -> str:
-    """Ranks as text: ``0-3`` or ``0,2``."""
-    ranks = list(ranks)
-    if len(ranks) > 1 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Increasing ranks as text, ``0-3`` or ``0,2``."""
+    if len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks))

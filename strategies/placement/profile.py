@@ -125,7 +125,8 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
             parameter.grad = gradient
     return RoleCost(
         count, sum(parameter.numel() for parameter in trained), max(1, len(blocks)), max(0, count - inside),
-        max((backbone.hidden_size for backbone in backbones), default=0), vocabulary=vocabulary if name in ("actor", "reference") else 0,
+        max((backbone.hidden_size for backbone in backbones), default=0),
+        vocabulary=vocabulary if name in ("actor", "reference") else 0,
         parameter_bytes=width, gradient_bytes=width, state_bytes=2 * width,
         prefill=prefill, decode=decode, score={job.unit: score}, train=train, update=update,
     )  # fmt: skip
@@ -134,8 +135,8 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
 def _passes(name: str, network: nn.Module, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
     """One pass of scoring or training, in whatever form a role has it."""
     if name == "reward":
-        nothing = [""] * len(ids)
-        return torch.stack([part.score(ids, mask, nothing, nothing, [{} for _ in nothing]) for part in network]) if len(network) else ids  # type: ignore[arg-type,operator,union-attr]  # fmt: skip
+        texts, rows = [""] * len(ids), [{} for _ in ids]
+        return torch.stack([ids[:, 0].float(), *(part.score(ids, mask, texts, texts, rows) for part in network)])  # type: ignore
     found = network(ids, mask, new_tokens)
     return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ class RankPlacement(Placement):
         plan: The places.
         roles: Models of the module, on every rank; their weights are the same everywhere.
         device: Of this rank.
+        timeout: Longest wait for another rank; None: torch's.
 
     Raises:
         ValueError: If the plan does not fit the run.
     """
 
-    def __init__(self, plan: PlacementPlan, roles: dict[str, Role], device: torch.device) -> None:
+    def __init__(
+        self, plan: PlacementPlan, roles: dict[str, Role], device: torch.device, timeout: timedelta | None = None
+    ) -> None:
         world = dist.get_world_size()
         plan.validate(world, list(roles))
         super().__init__(roles)
@@ -45,30 +49,29 @@ class RankPlacement(Placement):
         self.inferring, self.training = plan.inferring(world), plan.training(world)
         self.infers, self.trains = self.me in self.inferring, self.me in self.training
         self.timeline = Timeline()
-        self.versions = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
         self._copies: dict[str, nn.Module] = {}
-        self._form_groups()
+        self._form_groups(timeout)
 
-    def _form_groups(self) -> None:
+    def _form_groups(self, timeout: timedelta | None) -> None:
         """Make each group once, on all ranks in the same order."""
         sets = [self.inferring, *(self.plan.members(name, self.world) for name in sorted(self.roles))]
         if self.plan.separates:
-            sets += [self._sync_ranks(name) for name in sorted(self.roles) if self.roles[name].trained]
+            sets += [self._targets(name) for name in sorted(self.roles) if self.roles[name].trained]
         for ranks in sets:
             if tuple(ranks) not in self._groups:
-                group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks)
+                group = dist.group.WORLD if len(ranks) == self.world else dist.new_group(ranks, timeout)
                 assert group is not None
                 self._groups[tuple(ranks)] = group
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         return self._groups[tuple(ranks)]
 
-    def _sync_ranks(self, role: str) -> list[int]:
-        """The rank that gives a role's weights, and those that get them."""
-        return sorted({self.plan.members(role, self.world)[0], *self.plan.members(f"rollout_{role}", self.world)})
+    def _targets(self, role: str) -> list[int]:
+        """The ranks that get a copy of a role's weights."""
+        return self.plan.members(f"rollout_{role}", self.world)
 
     @override
     def holds(self, role: str) -> bool:
@@ -126,27 +129,34 @@ class RankPlacement(Placement):
 
     # Weights
 
-    @override
-    def begin(self) -> None:
+    def finish_sends(self) -> None:
+        """Wait until chunks have left."""
         for work, _ in self._sent:
-            with self.timeline("wait", "sync"), waiting("the end of a send", self.training):
+            with self.timeline("wait", "chunk"), waiting("the end of a send", self.training):
                 work.wait()
         self._sent.clear()
-        self.versions += 1
-        for name, held in self._copies.items():
+
+    def close(self) -> None:
+        """Free the groups, which this placement cannot use from here on."""
+        for group in self._groups.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+    @override
+    def begin(self) -> None:
+        self.finish_sends()
+        for name, resident in self._copies.items():
             with self.timeline(name, "gather"), torch.no_grad():
-                for to, weight in zip(held.parameters(), self.roles[name].network.parameters(), strict=True):
+                for to, weight in zip(resident.parameters(), self.roles[name].network.parameters(), strict=True):
                     to.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if not self.plan.separates:
             return
         for name, role in self.roles.items():
-            ranks = self._sync_ranks(name)
-            if not role.trained or not (self.holds(name) or self.me in ranks):
-                continue
-            with self.timeline(name, "sync"):
-                weights = [weight for _, weight in trained_weights(role.network)]
-                source = self.plan.members(name, self.world)[0]
-                copy_weights(weights, source, self._group(ranks), ranks, self.plan.bucket_mb, f"{name}, weight sync")
+            if role.trained and self.keeps(name):
+                source, targets = self.plan.members(name, self.world)[0], self._targets(name)
+                weights, group = trained_weights(role.network), self._group(targets)
+                with self.timeline(name, "sync"):
+                    copy_weights(weights, source, targets, group, self.plan.bucket_mb, f"{name}, weight sync")
 
     @override
     @contextmanager
@@ -177,7 +187,8 @@ class RankPlacement(Placement):
 
         def agree(here: bool) -> bool:
             found = torch.tensor(int(here), device=self.device)
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            with waiting(f"{role}, generation", dist.get_process_group_ranks(group)):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
             return bool(found)
 
         return agree
@@ -191,14 +202,14 @@ class RankPlacement(Placement):
         generators = self.plan.members("rollout_actor", self.world)
         owned = owners_of_rows(rows, unit, self.plan.members(role, self.world), generators)
         mine = owned.get(self.me, [])
-        own: Fields = {}
-        if mine:
-            calls = [mine] if whole else [mine[begin : begin + unit] for begin in range(0, len(mine), unit)]
-            parts = []
-            for call in calls:
-                with self.timeline(role, "generate" if whole else "score"):
-                    parts.append(function(call))
-            own = {name: torch.cat([part[name] for part in parts]) for name in spec}
+        # Ranks that gather weights together make equally many passes, some of them with rows that count for nothing.
+        most = max(map(len, owned.values())) if self.me in owned and self._gathers(role) else len(mine)
+        taken, size = mine + [rows - 1] * (most - len(mine)), most if whole else unit
+        parts = []
+        for begin in range(0, most, max(size, 1)):
+            with self.timeline(role, "generate" if whole else "score"):
+                parts.append(function(taken[begin : begin + size]))
+        own = {name: torch.cat([part[name] for part in parts])[: len(mine)] for name in spec if parts}
         what = f"{role}, {'tokens' if whole else 'scores'}"
         arrived = share(own, spec, owned, self._group(self.inferring), self.device, what)
 
@@ -207,6 +218,11 @@ class RankPlacement(Placement):
                 return arrived()
 
         return Pending(own, mine, timed)
+
+    def _gathers(self, role: str) -> bool:
+        """Whether a pass of a role without gradients gathers divided weights."""
+        original = role.removeprefix("rollout_")
+        return original in self.roles and isinstance(self.inference(original), FSDPModule)
 
     @override
     def stream(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
@@ -232,8 +248,9 @@ class RankPlacement(Placement):
     @override
     def to_all(self, values: Tensor, infers: bool = False) -> Tensor:
         if self.world > 1:
-            with self.timeline("wait", "metrics"), waiting("metrics", [0]):
-                dist.broadcast(values, self.inferring[0] if infers else 0)
+            source = self.inferring[0] if infers else 0
+            with self.timeline("wait", "metrics"), waiting("metrics", [source]):
+                dist.broadcast(values, source)
         return values
 
     # Training
@@ -251,19 +268,21 @@ class RankPlacement(Placement):
         return len(self.plan.members(role, self.world))
 
     @override
-    def accumulate(self, role: str, last: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def accumulate(self, role: str, last: bool) -> Iterator[None]:
         network = self.network(role)
-        if isinstance(network, DistributedDataParallel):
-            return nullcontext() if last else network.no_sync()
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
-        return nullcontext()
+        alone = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+        with self.timeline(role, "train"), waiting(f"{role}, gradients", self.plan.members(role, self.world)), alone:
+            yield
 
     @override
     def total(self, role: str, values: Tensor) -> Tensor:
         ranks = self.plan.members(role, self.world)
         if self.me in ranks and len(ranks) > 1:
-            dist.all_reduce(values, group=self._group(ranks))
+            with self.timeline("wait", "total"), waiting(f"{role}, sums", ranks):
+                dist.all_reduce(values, group=self._group(ranks))
         return values
 
     # Checkpoints

@@ -14,8 +14,8 @@ __all__ = ["divided_like", "divided_state", "from_rank", "whole"]
 
 
 def whole(state: Any) -> Any:
-    """A state with whole tensors; a collective call of the ranks that divide them."""
-    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
+    """A state with whole tensors, which do not stay on the device; a collective call of the ranks that divide them."""
+    return tree_map(lambda value: value.full_tensor().cpu() if isinstance(value, DTensor) else value, state)
 
 
 def divided_like(value: Any, like: Any) -> Any:

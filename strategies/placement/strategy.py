@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,12 +16,12 @@ from typing_extensions import override
 from strategies.paro.cost_model import Cluster, LinkSpeed
 from strategies.paro.grid import RankGrid
 from strategies.paro.probe import measure_cluster
-from strategies.placement.cost_model import Workload
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.planner import explain, rank_plans
 from strategies.placement.profile import measure_roles, workload_of
 from strategies.placement.roles import RankPlacement
 from strategies.placement.state import divided_like, divided_state, from_rank, whole
+from strategies.placement.timeline import chrome_trace
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
 from zoo.role_placement import HasRoles, Role
 from zoo.strategy_contract import StrategyContract
@@ -38,27 +39,36 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     Args:
         plan: The plan, a file with one, or ``auto``: that with the least predicted time, of models and links as measured when
             the run begins.
-        max_lag: Most rollouts by which ``auto`` may let generation be ahead of training.
         timeout_minutes: Longest wait for another rank.
+        trace: File for the timeline of all ranks, as a trace for Perfetto; None: none is written.
+        auto_lag: Most rollouts by which ``auto`` may let generation be ahead of training.
         **kwargs: As for Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: If the plan does not fit the run, or the module has no roles.
     """
 
-    def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, max_lag: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        plan: PlacementPlan | str,
+        timeout_minutes: float = 30.0,
+        trace: str | None = None,
+        auto_lag: int = 0,
+        **kwargs: Any,
+    ) -> None:
         refuse_ddp_hooks(self, kwargs)
-        if max_lag and plan != "auto":
-            raise ValueError(f"{type(self).__name__}: max_lag={max_lag} is for plan=auto: write it into the plan.")
+        if auto_lag and plan != "auto":
+            raise ValueError(f"{type(self).__name__}: auto_lag={auto_lag} is for plan=auto: set max_lag of the plan instead.")
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
-        self._most_lag = max_lag
+        self._auto_lag = auto_lag
         self._given: PlacementPlan | None = None
         if plan != "auto":
             self._given = PlacementPlan.read(plan) if isinstance(plan, str) else plan
         self._placement: RankPlacement | None = None
+        self.trace = trace
 
     def plan(self, world: int) -> PlacementPlan:
-        """The plan for a number of ranks; of ``auto``, once the run has begun."""
+        """The plan for a number of ranks; that of ``auto`` once the run has begun."""
         assert self._given is not None
         return self._given
 
@@ -104,6 +114,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         module = self.lightning_module
         assert isinstance(module, HasRoles) and module is not None
         refuse_scaled_losses(self)
+        self._placement = None
         if not self._places:
             super().model_to_device()
             return
@@ -112,7 +123,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             _sync_module_states(role.network)
         if self._given is None:
             self._given = self._choose_plan(roles)
-        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device)
+        self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device, self._timeout)
         for name in list(roles):
             if placement.keeps(name):
                 roles[name].network.to(self.root_device)
@@ -132,7 +143,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         cluster = Cluster(1, 1, LinkSpeed(1e12), LinkSpeed(1e12), memory=memory)
         if self.world_size > 1:
             cluster = measure_cluster(RankGrid(self.num_processes, self.root_device.type), memory=memory)
-        ranked = rank_plans(cluster, job, measure_roles(roles, job, self.root_device, self.world_size), self._most_lag)
+        ranked = rank_plans(cluster, job, measure_roles(roles, job, self.root_device, self.world_size), self._auto_lag)
         rank_zero_info(f"PlacementStrategy: {explain(ranked, self.world_size)}")
         if not ranked[0].fits:
             raise ValueError(
@@ -162,10 +173,17 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         return self._places
 
     @override
-    def teardown(self) -> None:
-        """Let go of the groups' wrappers."""
-        self._placement = None
-        super().teardown()
+    def on_train_end(self) -> None:
+        """Let chunks arrive before this process may end, and write the trace."""
+        super().on_train_end()
+        if self._placement is None:
+            return
+        self._placement.finish_sends()
+        if self.trace is not None:
+            ranks: list[Any] = [None] * self.world_size
+            dist.all_gather_object(ranks, list(self._placement.timeline.spans))
+            if self.is_global_zero:
+                chrome_trace(ranks, self.trace)
 
     # Checkpoints
 

@@ -1,6 +1,6 @@
 """Weights of the ranks that train, brought to the copies on ranks that generate; only what is trained travels."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,9 @@ from strategies.placement.exchange import waiting
 __all__ = ["buckets", "copy_weights", "trained_weights"]
 
 
-def trained_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters that are trained, by name, in the order of names, which is the same on both sides."""
-    return sorted((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+def trained_weights(network: nn.Module) -> list[Tensor]:
+    """Parameters that are trained, in the order of their names, which is the same on both sides."""
+    return [parameter for _, parameter in sorted(network.named_parameters()) if parameter.requires_grad]
 
 
 def buckets(tensors: Iterable[Tensor], num_bytes: int) -> Iterator[list[Tensor]]:
@@ -34,32 +34,32 @@ def buckets(tensors: Iterable[Tensor], num_bytes: int) -> Iterator[list[Tensor]]
 
 @torch.no_grad()
 def copy_weights(
-    weights: list[Tensor], source: int, group: dist.ProcessGroup, ranks: Iterable[int], bucket_mb: int, what: str
-) -> int:
-    """Copy weights from one rank to the others of a group.
+    weights: list[Tensor], source: int, targets: Sequence[int], group: dist.ProcessGroup, bucket_mb: int, what: str
+) -> None:
+    """Copy weights from one rank to others: to the first of these, which may be far away, and from there to the rest.
 
     Args:
-        weights: On each rank of ``ranks`` the tensors, in one order; those of the source may be divided over ranks that all
+        weights: On all of these ranks the tensors, in one order; those of the source may be divided over ranks that all
             call this.
         source: Global rank that has them.
-        group: The source and the ranks that get them.
-        ranks: Ranks of the group; others only help to gather divided weights.
+        targets: Global ranks that get them, without the source.
+        group: The targets.
         bucket_mb: Megabytes that travel at a time.
         what: Named if a wait fails.
-
-    Returns:
-        Bytes that travelled to each rank.
     """
-    members, me, total = set(ranks), dist.get_rank(), 0
+    me = dist.get_rank()
     for bucket in buckets(weights, bucket_mb * 2**20):
-        whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in bucket]
-        if me not in members:
-            continue
-        flat = torch.cat([tensor.detach().flatten() for tensor in whole])
-        with waiting(what, [source]):
-            dist.broadcast(flat, source, group=group)
-        total += flat.numel() * flat.element_size()
-        if me != source:
+        if me in targets:
+            flat = torch.empty(sum(tensor.numel() for tensor in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
+            with waiting(what, [source, *targets[:1]]):
+                if me == targets[0]:
+                    dist.recv(flat, source)
+                if len(targets) > 1:
+                    dist.broadcast(flat, targets[0], group=group)
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
-    return total
+            continue
+        whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in bucket]
+        if me == source:
+            with waiting(what, targets[:1]):
+                dist.send(torch.cat([tensor.detach().flatten() for tensor in whole]), targets[0])

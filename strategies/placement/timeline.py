@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,30 +34,39 @@ class Span:
 
 
 class Timeline:
-    """Spans of this rank, the newest `MOST_SPANS`.
+    """Spans of this rank, the newest `MOST_SPANS`; a span inside of another one interrupts it, so that none overlap.
 
     Example:
         >>> timeline = Timeline()
-        >>> with timeline("actor", "generate"):
-        ...     pass
-        >>> [(span.role, span.stage) for span in timeline.spans]
-        [('actor', 'generate')]
+        >>> with timeline("reward", "score"):
+        ...     with timeline("wait", "exchange"):
+        ...         pass
+        >>> [span.stage for span in timeline.spans]
+        ['score', 'exchange', 'score']
     """
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
+        self.spans: deque[Span] = deque(maxlen=MOST_SPANS)
+        self._now: tuple[str, str] | None = None
+        self._begin = 0.0
 
     @contextmanager
     def __call__(self, role: str, stage: str) -> Iterator[None]:
         """Note what happens inside."""
-        _finish_device()
-        begin = time.time()
+        outer = self._now
+        self._turn_to((role, stage))
         try:
             yield
         finally:
-            _finish_device()
-            self.spans.append(Span(role, stage, begin, time.time()))
-            del self.spans[:-MOST_SPANS]
+            self._turn_to(outer)
+
+    def _turn_to(self, work: tuple[str, str] | None) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        now = time.time()
+        if self._now is not None:
+            self.spans.append(Span(*self._now, self._begin, now))
+        self._now, self._begin = work, now
 
     def seconds(self) -> dict[str, float]:
         """Seconds by role and stage, as ``role/stage``."""
@@ -67,21 +76,17 @@ class Timeline:
         return dict(found)
 
 
-def _finish_device() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-
-
-def idle_share(spans: Sequence[Span]) -> float:
+def idle_share(spans: Iterable[Span]) -> float:
     """Share of the time from the first begin to the last end in which a rank waits or does nothing."""
+    spans = list(spans)
     if not spans:
         return 1.0
-    whole = max(span.end for span in spans) - min(span.begin for span in spans)
+    whole = spans[-1].end - spans[0].begin
     busy = sum(span.end - span.begin for span in spans if span.role != "wait")
     return 1 - busy / whole if whole else 0.0
 
 
-def chrome_trace(ranks: Sequence[Sequence[Span]], path: str | Path) -> None:
+def chrome_trace(ranks: Sequence[Iterable[Span]], path: str | Path) -> None:
     """Write the spans of all ranks as a trace for ``chrome://tracing`` or Perfetto.
 
     Args:

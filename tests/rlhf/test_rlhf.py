@@ -137,7 +137,7 @@ def test_a_run_that_is_cut_continues_bit_for_bit(tmp_path: Path) -> None:
     with torch.no_grad():
         continued.actor.network.lm_head.weight.add_(1.0)  # also the reference must be that of the checkpoint
     fit(continued, cut, 4, ckpt_path=cut / "last.ckpt")
-    assert continued.rollouts == 4 and continued._kl.coefficient == undisturbed._kl.coefficient
+    assert continued.rollouts == 4 and continued.kl_controller.coefficient == undisturbed.kl_controller.coefficient
     for name, value in weights(undisturbed).items():
         assert torch.equal(value, continued.state_dict()[name]), name
     for name, value in undisturbed._ema.items():

@@ -40,8 +40,7 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     parser.add_class_arguments(ClusterPlan, "cluster")
     parser.add_class_arguments(Workload, "workload")
     parser.add_argument("--roles", type=dict[str, RoleCost], default={}, help="sizes and times of the models")
-    parser.add_argument("--module", type=dict[str, Any] | None, default=None,
-                        help="class_path and init_args of a module of which they are measured on this machine instead")  # fmt: skip
+    parser.add_argument("--module", type=dict[str, Any] | None, default=None, help="class_path and init_args, to measure instead")
     parser.add_argument("--max_lag", type=int, default=0, help="most rollouts by which generation may be ahead of training")
     parser.add_argument("--show", type=int, default=20, help="rows of the table")
     parser.add_argument("--out", type=Path | None, default=None, help="folder for the best plan, the times of roles and a plot")

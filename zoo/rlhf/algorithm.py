@@ -3,7 +3,6 @@
 Shape suffixes: R samples, N answer tokens.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,35 +10,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from zoo.base.hyperparameters import Configurable
+from zoo.rlhf import ppo
 from zoo.rlhf.conventions import ConventionName, Whitening, find_convention
-from zoo.rlhf.experience import Experience
-from zoo.rlhf.group_advantage import (
-    constant_length_mean,
-    group_moments,
-    group_relative,
-    leave_one_out,
-    reward_to_go,
-    sequence_mean,
-    token_mean,
-)
-from zoo.rlhf.ppo import (
-    AdaptiveKL,
-    FixedKL,
-    ImportanceMode,
-    KLKind,
-    KLMeasure,
-    generalized_advantages,
-    importance_weights,
-    kl_estimate,
-    masked_sum,
-    policy_token_losses,
-    shaped_score,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from zoo.rlhf.experience import Experience, Rows
+from zoo.rlhf.group_advantage import group_relative, leave_one_out, reward_to_go
 
 __all__ = ["GRPO", "PPO", "RLOO", "Algorithm", "DrGRPO", "Importance", "KLPenalty", "ReinforcePP", "Targets"]
 
@@ -55,19 +32,19 @@ class KLPenalty:
         clamp: Bound of the estimate's absolute value; None: none.
         target: KL that the coefficient adapts to, in nats; None: it stays.
         horizon: Samples in which it adapts, see `AdaptiveKL`.
-        measure: KL that is compared with the target: sum over a sequence, or mean over tokens, of k1.
+        measure: KL of a sequence that is compared with the target: sum, or mean, over its tokens of k1.
 
     Raises:
         ValueError: If a number is out of range, or k1 is the loss, whose gradient has the expectation 0.
     """
 
     coefficient: float | None = None
-    kind: KLKind = "k1"
+    kind: ppo.KLKind = "k1"
     place: Literal["reward", "loss"] = "reward"
     clamp: float | None = None
     target: float | None = None
     horizon: float = 10_000.0
-    measure: KLMeasure = "sequence"
+    measure: ppo.KLMeasure = "sequence"
 
     def __post_init__(self) -> None:
         if self.coefficient is not None and not 0 <= self.coefficient < math.inf:
@@ -76,11 +53,6 @@ class KLPenalty:
             raise ValueError("kl.kind=k1 has no gradient in a loss on average: choose k2, k3, k1+ or k3+, or kl.place=reward.")
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"kl.clamp={self.clamp} must be positive, or null for no bound.")
-        if self.target is not None and (self.coefficient == 0 or self.target <= 0 or self.horizon <= 0):
-            raise ValueError(
-                f"kl.target={self.target} needs positive numbers: target, coefficient={self.coefficient} at the start and"
-                f" horizon={self.horizon}."
-            )
 
 
 @dataclass(frozen=True)
@@ -88,12 +60,12 @@ class Importance:
     """Weights of samples that older weights generated, see `zoo.rlhf.ppo.importance_weights`.
 
     Attributes:
-        cap: Largest weight; the default is verl's.
+        cap: Largest weight.
         mode: Weights above it become the cap, or 0.
     """
 
     cap: float = 2.0
-    mode: ImportanceMode = "truncate"
+    mode: ppo.ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:
         if self.cap < 1:
@@ -101,7 +73,7 @@ class Importance:
 
 
 @dataclass
-class Targets:
+class Targets(Rows):
     """Targets of a rollout or a part of it.
 
     Attributes:
@@ -115,13 +87,6 @@ class Targets:
     returns: Tensor | None
     reward: Tensor
     kl: Tensor
-
-    def select(self, rows: Tensor | slice) -> "Targets":
-        """Some of the samples, see `Experience.select`."""
-        returns = None if self.returns is None else self.returns[rows]
-        return dataclasses.replace(
-            self, advantage=self.advantage[rows], returns=returns, reward=self.reward[rows], kl=self.kl[rows]
-        )
 
 
 class Algorithm(Configurable, ABC):
@@ -166,40 +131,41 @@ class Algorithm(Configurable, ABC):
     ) -> None:
         if not 0 < clip < math.inf:
             raise ValueError(f"clip={clip} must be positive; 0.2 keeps ratios between 0.8 and 1.2.")
-        if dual_clip is not None and dual_clip <= 1 + clip:
-            raise ValueError(f"dual_clip={dual_clip} must be above 1 + clip={1 + clip}, or null.")
-        if score_clip is not None and score_clip < 0:
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"dual_clip={dual_clip} must be above 1, or null.")
+        if score_clip is not None and not score_clip >= 0:
             raise ValueError(f"score_clip={score_clip} must be 0 (no bound) or positive.")
-        if missing_eos_penalty is not None and missing_eos_penalty < 0:
+        if missing_eos_penalty is not None and not missing_eos_penalty >= 0:
             raise ValueError(f"missing_eos_penalty={missing_eos_penalty} must not be negative: it is subtracted.")
-        if entropy_weight < 0:
+        if not entropy_weight >= 0:
             raise ValueError(f"entropy_weight={entropy_weight} must not be negative: it rewards entropy.")
         self.rules = find_convention(convention)
         self.clip = clip
         self.dual_clip = dual_clip
-        self.kl = dataclasses.replace(kl, coefficient=self.rules.beta if kl.coefficient is None else kl.coefficient)
+        self.kl = kl
+        self.kl_coefficient = self.rules.beta if kl.coefficient is None else kl.coefficient
         self.importance = importance
         self.whiten: Whitening = whiten or self.whitening or self.rules.whiten
         self.score_clip = self.rules.score_clip if score_clip is None else score_clip or None
         self.missing_eos_penalty = missing_eos_penalty
         self.entropy_weight = entropy_weight
+        self.kl_controller()  # checks its numbers
 
     @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities of the reference are needed."""
-        return bool(self.kl.coefficient)
+        return self.kl_coefficient > 0
 
     @property
     def needs_whole_rollout(self) -> bool:
         """Whether `targets` must be given a whole rollout, because advantages are whitened over it."""
         return self.whiten == "rollout"
 
-    def kl_controller(self) -> FixedKL:
+    def kl_controller(self) -> ppo.FixedKL:
         """The coefficient of the KL, fixed or adaptive."""
-        coefficient = float(self.kl.coefficient or 0)
         if self.kl.target is None:
-            return FixedKL(coefficient)
-        return AdaptiveKL(coefficient, self.kl.target, self.kl.horizon)
+            return ppo.FixedKL(self.kl_coefficient)
+        return ppo.AdaptiveKL(self.kl_coefficient, self.kl.target, self.kl.horizon)
 
     def action_mask(self, experience: Experience) -> Tensor:
         """Tokens of the policy's loss, bool (R, N); their number in a minibatch is the ``count`` of `policy_loss`."""
@@ -211,46 +177,28 @@ class Algorithm(Configurable, ABC):
 
     @torch.no_grad()
     def targets(self, experience: Experience, samples_per_prompt: int, kl_coefficient: float) -> Targets:
-        """Rewards and advantages.
-
-        Args:
-            experience: Whole rollout, or a chunk with whole groups if `needs_groups`, and not if `needs_whole_rollout`.
-            samples_per_prompt: Answers to each prompt.
-            kl_coefficient: Current weight of the KL, see `kl_controller`.
+        """Rewards and advantages of a whole rollout, or, unless `needs_whole_rollout`, of a chunk of whole groups.
 
         Raises:
             ValueError: If the experience lacks values or log-probabilities that are needed, or groups are incomplete.
         """
         mask_RN = experience.mask
         kl_RN = penalty_RN = torch.zeros_like(experience.logp)
-        if experience.reference_logp is not None:
-            logp_RN = experience.logp.masked_fill(~mask_RN, 0)
-            reference_RN = experience.reference_logp.masked_fill(~mask_RN, 0)
-            kl_RN = kl_estimate(logp_RN, reference_RN)
-            penalty_RN = kl_estimate(logp_RN, reference_RN, self.kl.kind, self.kl.clamp)
-        elif self.needs_reference:
-            raise ValueError(_missing("reference_logp", f"kl.coefficient={self.kl.coefficient}"))
-        reward_RN = token_rewards(
-            self._score(experience, samples_per_prompt),
-            penalty_RN,
-            self.rules.reward_mask(mask_RN),
-            kl_coefficient if self.kl.place == "reward" else 0.0,
-            per_length=self.rules.kl_per_length,
-        )
+        if self.needs_reference or experience.reference_logp is not None:
+            kl_RN = self._kl(experience.logp, experience, mask_RN, KLPenalty())
+            penalty_RN = self._kl(experience.logp, experience, mask_RN, self.kl)
+        beta = kl_coefficient if self.kl.place == "reward" else 0.0
+        score_R = self._score(experience, samples_per_prompt)
+        reward_RN = ppo.token_rewards(score_R, penalty_RN, self.rules.reward_mask(mask_RN), beta, self.rules.kl_per_length)
         advantage_RN, returns_RN = self._advantages(experience, reward_RN, samples_per_prompt)
         action_RN = self.action_mask(experience)
         if self.whiten == "rollout":
-            advantage_RN = whiten(advantage_RN, action_RN)
+            advantage_RN = ppo.whiten(advantage_RN, action_RN)
         return Targets(advantage_RN.masked_fill(~action_RN, 0), returns_RN, reward_RN, kl_RN)
 
     def minibatch_advantage(self, targets: Targets, mask_RN: Tensor) -> Tensor:
-        """Advantages of a minibatch, (R, N), whitened over it if that is the scope.
-
-        Args:
-            targets: Those of the whole minibatch, over all ranks.
-            mask_RN: bool, its `action_mask`.
-        """
-        return whiten(targets.advantage, mask_RN) if self.whiten == "minibatch" else targets.advantage
+        """Advantages (R, N) of a whole minibatch, over all ranks, with the `action_mask`; whitened if that is the scope."""
+        return ppo.whiten(targets.advantage, mask_RN) if self.whiten == "minibatch" else targets.advantage
 
     def policy_loss(
         self,
@@ -260,57 +208,45 @@ class Algorithm(Configurable, ABC):
         advantage_RN: Tensor,
         count: Tensor | float,
         sequences: Tensor | float,
-        kl_coefficient: float | None = None,
+        kl_coefficient: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the policy on a part of a minibatch.
 
         Args:
             logp_RN: Log-probabilities of the answers' tokens under the policy, with gradient.
-            entropy_RN: Entropy at each token, with gradient if it has a weight; None: not computed, which needs weight 0.
+            entropy_RN: Entropy at each token, with gradient; None: not computed, which needs the weight 0.
             experience: The samples.
             advantage_RN: Their advantages, see `minibatch_advantage`.
             count: Tokens of `action_mask` in the whole minibatch.
             sequences: Samples of the whole minibatch.
-            kl_coefficient: Current weight of the KL, used if that is in the loss; None: the weight at the start.
+            kl_coefficient: Current weight of the KL, used if that is in the loss.
 
         Returns:
-            The loss, and sums over tokens without gradient, to add up over the minibatch's parts: ``tokens``, ``clipped``,
-            ``old_kl`` and ``ratio`` (see `policy_token_losses`), ``entropy`` if it was given, ``kl`` if that is in the loss,
-            ``weight`` and ``capped`` (tokens whose weight is above the cap) with log-probabilities of older weights.
-
-        Raises:
-            ValueError: If the entropy or log-probabilities of the reference are needed, and not given.
+            The loss, and sums over tokens without gradient, to add up over the minibatch's parts: ``tokens``, those of
+            `zoo.rlhf.ppo.policy_loss`, ``entropy`` if it has a weight, ``weight`` if the samples are of older weights.
         """
         mask_RN = self.action_mask(experience)
-        weight_RN = None
-        extra = {"tokens": mask_RN.sum().to(torch.promote_types(logp_RN.dtype, torch.float32))}
+        sums, weight_RN = {"tokens": mask_RN.sum()}, None
         if experience.behaviour_logp is not None:
-            logps = (experience.logp, experience.behaviour_logp, mask_RN)
-            weight_RN = importance_weights(*logps, cap=self.importance.cap, mode=self.importance.mode)
-            extra["weight"] = masked_sum(weight_RN, mask_RN)
-            extra["capped"] = (importance_weights(*logps, cap=math.inf) > self.importance.cap).sum().to(extra["tokens"])
-        loss_RN, statistics = policy_token_losses(
+            cap, mode = self.importance.cap, self.importance.mode
+            weight_RN = ppo.importance_weights(experience.logp, experience.behaviour_logp, mask_RN, cap, mode)
+            sums["weight"] = ppo.masked_sum(weight_RN, mask_RN)
+        loss_RN, of_ratios = ppo.policy_loss(
             logp_RN, experience.logp, advantage_RN, mask_RN, self.clip, self.dual_clip, weight_RN
         )
-        if self.kl.place == "loss" and self.needs_reference:
-            if experience.reference_logp is None:
-                raise ValueError(_missing("reference_logp", f"kl.coefficient={self.kl.coefficient}"))
-            logp, reference = (x.masked_fill(~mask_RN, 0) for x in (logp_RN, experience.reference_logp))
-            kl_RN = kl_estimate(logp, reference, self.kl.kind, self.kl.clamp)
-            loss_RN = loss_RN + (self.kl.coefficient if kl_coefficient is None else kl_coefficient) * kl_RN
-            extra["kl"] = kl_RN.detach().sum()
-        if entropy_RN is not None:
-            extra["entropy"] = masked_sum(entropy_RN.detach(), mask_RN)
+        if self.needs_reference and self.kl.place == "loss":
+            loss_RN = loss_RN + kl_coefficient * self._kl(logp_RN, experience, mask_RN, self.kl)
         if self.entropy_weight:
             if entropy_RN is None:
                 raise ValueError(f"entropy_weight={self.entropy_weight} needs entropy_RN, the entropy at each token.")
             loss_RN = loss_RN - self.entropy_weight * entropy_RN.masked_fill(~mask_RN, 0)
-        return self._mean(loss_RN, mask_RN, count, sequences), {**statistics, **extra}
+            sums["entropy"] = ppo.masked_sum(entropy_RN.detach(), mask_RN)
+        return self._mean(loss_RN, mask_RN, count, sequences), {**sums, **of_ratios}
 
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch, and sums for reports, see `zoo.rlhf.ppo.value_loss`.
+        """Loss of the critic on a part of a minibatch, and the sums of `zoo.rlhf.ppo.value_loss`.
 
         Args:
             value_RN: Values of the states before each token, with gradient.
@@ -320,9 +256,14 @@ class Algorithm(Configurable, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no critic: ask needs_critic before value_loss.")
 
+    def _kl(self, logp_RN: Tensor, experience: Experience, mask_RN: Tensor, kl: KLPenalty) -> Tensor:
+        """Estimates (R, N), 0 outside the mask."""
+        reference_RN = _given(experience.reference_logp, "reference_logp", f"kl.coefficient={self.kl_coefficient}")
+        return ppo.kl_estimate(logp_RN.masked_fill(~mask_RN, 0), reference_RN.masked_fill(~mask_RN, 0), kl.kind, kl.clamp)
+
     def _score(self, experience: Experience, samples_per_prompt: int) -> Tensor:
         """Scores (R,) as they become rewards."""
-        return shaped_score(experience.score, self.score_clip, experience.ended, self.missing_eos_penalty)
+        return ppo.shaped_score(experience.score, self.score_clip, experience.ended, self.missing_eos_penalty)
 
     @abstractmethod
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
@@ -330,7 +271,7 @@ class Algorithm(Configurable, ABC):
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
         """A part of the minibatch's mean of losses, which are 0 outside the mask."""
-        return token_mean(loss_RN, count)
+        return ppo.token_mean(loss_RN, count)
 
 
 class PPO(Algorithm):
@@ -350,42 +291,26 @@ class PPO(Algorithm):
         super().__init__(**kwargs)
         if not (0 <= gamma <= 1 and 0 <= lam <= 1):
             raise ValueError(f"gamma={gamma} and lam={lam} must lie in [0, 1].")
-        if value_clip <= 0:
+        if not value_clip > 0:
             raise ValueError(f"value_clip={value_clip} must be positive; .inf means no clipping.")
         self.gamma = gamma
         self.lam = lam
         self.value_clip = value_clip
 
+    @override
     def value_loss(
         self, value_RN: Tensor, experience: Experience, returns_RN: Tensor, count: Tensor | float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on a part of a minibatch."""
-        if experience.value is None:
-            raise ValueError(_missing("value", "the critic's loss"))
-        return value_loss(value_RN, experience.value, returns_RN, self.value_mask(experience), self.value_clip, count)
+        old_RN = _given(experience.value, "value", "the critic's loss")
+        loss_RN, sums = ppo.value_loss(value_RN, old_RN, returns_RN, self.value_mask(experience), self.value_clip)
+        return ppo.token_mean(loss_RN, count), sums
 
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
-        if experience.value is None:
-            raise ValueError(_missing("value", "PPO"))
-        mask_RN = self.rules.reward_mask(experience.mask)
-        return generalized_advantages(reward_RN, experience.value, mask_RN, self.gamma, self.lam)
+        value_RN, mask_RN = _given(experience.value, "value", "PPO"), self.rules.reward_mask(experience.mask)
+        return ppo.generalized_advantages(reward_RN, value_RN, mask_RN, self.gamma, self.lam)
 
 
-class _GroupAlgorithm(Algorithm):
-    """Base of algorithms that give each token of an answer the same advantage, by the answer's total reward."""
-
-    needs_groups = True
-
-    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
-        advantage_R = self._relative(reward_RN.sum(1), experience.index, samples_per_prompt)
-        return advantage_R[:, None].expand_as(reward_RN), None
-
-    @abstractmethod
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        """Advantage (R,) of each answer."""
-
-
-class GRPO(_GroupAlgorithm):
+class GRPO(Algorithm):
     """Group relative policy optimisation, arXiv 2402.03300: scores normalised in their group, the mean over each answer first.
 
     Args:
@@ -393,21 +318,21 @@ class GRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
-    def __init__(
-        self,
-        kl: KLPenalty = KLPenalty(0.04, "k3", "loss"),
-        **kwargs: Any,
-    ) -> None:
+    needs_groups = True
+    _scale: ClassVar[bool] = True
+
+    def __init__(self, kl: KLPenalty = KLPenalty(0.04, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return group_relative(reward_R, index_R, samples_per_prompt)
+    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
+        advantage_R = group_relative(reward_RN.sum(1), experience.index, samples_per_prompt, self._scale)
+        return advantage_R[:, None].expand_as(reward_RN), None
 
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return sequence_mean(loss_RN, mask_RN, sequences)
+        return ppo.token_mean(loss_RN / mask_RN.sum(1, keepdim=True).clamp(min=1), sequences)
 
 
-class DrGRPO(_GroupAlgorithm):
+class DrGRPO(GRPO):
     """GRPO without its two biases, arXiv 2503.20783: no deviation, and a constant in place of the answer's length.
 
     Args:
@@ -417,32 +342,29 @@ class DrGRPO(_GroupAlgorithm):
         **kwargs: see `Algorithm`.
     """
 
-    def __init__(
-        self,
-        max_length: int | None = None,
-        kl: KLPenalty = KLPenalty(0.0, "k3", "loss"),
-        **kwargs: Any,
-    ) -> None:
+    _scale = False
+
+    def __init__(self, max_length: int | None = None, kl: KLPenalty = KLPenalty(0.0, "k3", "loss"), **kwargs: Any) -> None:
         super().__init__(kl=kl, **kwargs)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be positive, or null for the length of the padded answers.")
         self.max_length = max_length
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return group_relative(reward_R, index_R, samples_per_prompt, scale=False)
-
     def _mean(self, loss_RN: Tensor, mask_RN: Tensor, count: Tensor | float, sequences: Tensor | float) -> Tensor:
-        return constant_length_mean(loss_RN, sequences, self.max_length or loss_RN.shape[1])
+        return ppo.token_mean(loss_RN / (self.max_length or loss_RN.shape[1]), sequences)
 
 
-class RLOO(_GroupAlgorithm):
+class RLOO(Algorithm):
     """REINFORCE leave-one-out, arXiv 2402.14740: an answer's reward, with its KL, less the mean of the others.
 
     The paper takes one step on each sample; the clipped ratio of tokens allows several.
     """
 
-    def _relative(self, reward_R: Tensor, index_R: Tensor, samples_per_prompt: int) -> Tensor:
-        return leave_one_out(reward_R, index_R, samples_per_prompt)
+    needs_groups = True
+
+    def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
+        advantage_R = leave_one_out(reward_RN.sum(1), experience.index, samples_per_prompt)
+        return advantage_R[:, None].expand_as(reward_RN), None
 
 
 class ReinforcePP(Algorithm):
@@ -466,14 +388,13 @@ class ReinforcePP(Algorithm):
 
     def _score(self, experience: Experience, samples_per_prompt: int) -> Tensor:
         score_R = super()._score(experience, samples_per_prompt)
-        if not self.needs_groups:
-            return score_R
-        mean_R, _ = group_moments(score_R, experience.index, samples_per_prompt)
-        return (score_R - mean_R).to(score_R.dtype)
+        return group_relative(score_R, experience.index, samples_per_prompt, scale=False) if self.needs_groups else score_R
 
     def _advantages(self, experience: Experience, reward_RN: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor | None]:
         return reward_to_go(reward_RN, self.rules.reward_mask(experience.mask), self.gamma), None
 
 
-def _missing(field: str, reason: str) -> str:
-    return f"The experience has no {field}, which {reason} needs: compute it before the targets and losses."
+def _given(tensor: Tensor | None, field: str, reason: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"The experience has no {field}, which {reason} needs: compute it before the targets and losses.")
+    return tensor

@@ -48,28 +48,15 @@ class Convention:
         return mask_RN & ~(last_RN & ended_R[:, None])
 
     def reward_mask(self, mask_RN: Tensor) -> Tensor:
-        """Positions of rewards, values and advantages, bool (R, N); the last of a row takes the score.
-
-        Args:
-            mask_RN: bool, tokens up to and including the first end-of-sequence token.
-        """
+        """Positions of rewards, values and advantages, bool (R, N); the last of a row takes the score."""
         if self.score_at == "last":
             return mask_RN
         after_RN = F.pad(mask_RN[:, :-1], (1, 0), value=True)
         return (mask_RN | after_RN) & mask_RN.any(1, keepdim=True)
 
     def value_mask(self, mask_RN: Tensor, ended_R: Tensor) -> Tensor:
-        """States of the critic's loss, bool (R, N): those of `action_mask`, and one after the last if it takes the score.
-
-        Args:
-            mask_RN: bool, tokens up to and including the first end-of-sequence token.
-            ended_R: bool, whether there is one.
-        """
+        """States of the critic's loss, bool (R, N): those of `action_mask`, and one after the last if it takes the score."""
         return self.reward_mask(mask_RN) if self.score_at == "after" else self.action_mask(mask_RN, ended_R)
-
-    def score_index(self, mask_RN: Tensor) -> Tensor:
-        """Position of the score among the answer's tokens, int64 (R,); -1 for an answer without tokens."""
-        return self.reward_mask(mask_RN).sum(1) - 1
 
 
 CONVENTIONS: dict[ConventionName, Convention] = {
@@ -78,29 +65,19 @@ CONVENTIONS: dict[ConventionName, Convention] = {
     "app": Convention(kl_per_length=True, beta=0.02, score_clip=None, whiten="none"),
     "trl": Convention(score_at="after", score_clip=None, whiten="rollout"),
 }
-"""Conventions by name.
+"""Conventions by name: ours, DeepSpeed-Chat, APP's Separation path, TRL's PPOTrainer.
 
-| | zoo | dschat (DeepSpeed-Chat) | app (Separation path) | trl (PPOTrainer) |
-|---|---|---|---|---|
-| end token trained | yes | no: pad is the end token, the mask leaves out pads | yes: the first one | yes: pads begin after it |
-| score at | last token | ``start + tokens + 1``, exclusive: the end token's place | last token | token after the last, if there is room |
-| KL as a reward | as it is | as it is | divided by the answer's tokens | as it is |
-| beta | 0.05 | 0.1 | 0.02 | 0.05 |
-| score clip | 5 | 5 | none published | none |
-| whitening | minibatch, unbiased | none | not released: none, as in its DeepSpeed path | rollout, unbiased |
-
-All have clip 0.2 for ratios and values, gamma 1, lambda 0.95. APP's DeepSpeed path differs from its Separation path: masks as
-``dschat``, the KL undivided, and scores clipped at 0.2 by default.
+DeepSpeed-Chat's pad is its end token, and its mask leaves out pads; its score stands at the end token all the same, or at the
+last token of an answer without. APP's whitening and bound of the score on the Separation path are not published: none here.
 """
 
 
-def find_convention(name: str) -> Convention:
+def find_convention(name: ConventionName) -> Convention:
     """Convention of a name.
 
     Raises:
         ValueError: If there is none.
     """
-    for known, convention in CONVENTIONS.items():
-        if known == name:
-            return convention
-    raise ValueError(f"convention={name!r} is not known: choose one of {', '.join(CONVENTIONS)}.")
+    if name not in CONVENTIONS:
+        raise ValueError(f"convention={name!r} is not known: choose one of {', '.join(CONVENTIONS)}.")
+    return CONVENTIONS[name]

@@ -6,11 +6,12 @@ Shape suffixes: R samples, P prompt ids, N answer tokens.
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Experience", "answer_mask"]
+__all__ = ["Experience", "Rows", "answer_mask"]
 
 
 def answer_mask(tokens_RN: Tensor, eos_ids: Collection[int]) -> tuple[Tensor, Tensor]:
@@ -30,9 +31,18 @@ def answer_mask(tokens_RN: Tensor, eos_ids: Collection[int]) -> tuple[Tensor, Te
     return before_RN == 0, ends_RN.any(1)
 
 
+class Rows:
+    """Base of dataclasses whose tensors have a row for each sample."""
+
+    def select(self, rows: Tensor | slice) -> Self:
+        """Some of the samples, by int64 numbers of rows, a mask or a slice of them."""
+        parts: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+
+
 @dataclass
-class Experience:
-    """Samples of a rollout; all tensors are on one device.
+class Experience(Rows):
+    """Samples of a rollout; all tensors are on one device. Log-probabilities are in nats.
 
     Attributes:
         prompt_ids: (R, P) int64, padded on the left.
@@ -40,8 +50,8 @@ class Experience:
         tokens: (R, N) int64, the answers.
         mask: (R, N) bool, tokens up to and including the first end-of-sequence token, see `answer_mask`.
         index: (R,) int64, number of the sample in its rollout; divided by the samples per prompt, that of its prompt.
-        logp: (R, N) log-probability of each token, in nats, under the policy at the start of the rollout, by the forward pass
-            of training.
+        logp: (R, N) log-probability of each token under the policy at the start of the rollout's training, by the forward
+            pass of training.
         score: (R,) reward of the whole answer.
         ended: (R,) bool, whether the answer has an end-of-sequence token.
         behaviour_logp: (R, N) the same as ``logp`` under the weights that generated, where these may be older.
@@ -73,25 +83,7 @@ class Experience:
         """Tokens of each answer that count, int64 (R,)."""
         return self.mask.sum(1)
 
-    def select(self, rows: Tensor | slice) -> "Experience":
-        """Some of the samples.
-
-        Args:
-            rows: Numbers of rows, int64, or a mask or slice of them.
-        """
-        tensors = {name: tensor[rows] for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **tensors)
-
-    def to(self, device: torch.device | str) -> "Experience":
-        """The same samples on a device."""
-        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **tensors)
-
     def ids_and_mask(self) -> tuple[Tensor, Tensor]:
         """Prompts with their answers, int64 (R, P+N), and the attention mask of both, int64; the end token is attended to."""
-        ids = torch.cat((self.prompt_ids, self.tokens), 1)
-        return ids, torch.cat((self.prompt_mask.long(), self.mask.long()), 1)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        ids_RS = torch.cat((self.prompt_ids, self.tokens), 1)
+        return ids_RS, torch.cat((self.prompt_mask.long(), self.mask.long()), 1)

@@ -4,7 +4,7 @@ Shape suffixes: R samples of a rollout, P prompt ids, N answer tokens, S = P + N
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from zoo.lm.batches import check_vocabulary
 from zoo.lm.language_module import text_until_end
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
-from zoo.rlhf.algorithm import PPO, Algorithm, Targets
+from zoo.rlhf.algorithm import PPO, Algorithm
 from zoo.rlhf.experience import Experience, answer_mask
+from zoo.rlhf.learner import Learner
 from zoo.rlhf.networks import PolicyNetwork, ValueNetwork
-from zoo.rlhf.ppo import kl_sums
 from zoo.rlhf.rewards import Reward
 from zoo.rlhf.rollout import Rollout, RolloutEngine, Samples, greedy, samples_of
 from zoo.role_placement import Fields, FieldSpec, Placement, PlacesRoles, Role
@@ -104,12 +104,12 @@ class RLHF(ZooModule):
         self._reference = [] if reference is None else [reference.requires_grad_(False)]
         self._scorers = [part for part in self.rewards if isinstance(part, nn.Module)]
         self._reference_state: dict[str, Tensor] = {}
-        self._kl = self.algorithm.kl_controller()
+        self.kl_controller = self.algorithm.kl_controller()
         self._placement: Placement | None = None
         self._ema: dict[str, Tensor] = {}
         #: Rollouts that were begun; names the draws of the next one.
         self.rollouts = 0
-        self._waiting: list[tuple[Samples, Fields] | None] = []
+        self.waiting: list[tuple[Samples, Fields] | None] = []
         self.metrics = nn.ModuleDict({name: Mean() for name in _METRICS})
 
     def _check_models(self, actor: Backbone, critic: Backbone | None, rollout: Rollout) -> None:
@@ -169,7 +169,7 @@ class RLHF(ZooModule):
         """
         super().setup(stage)
         self._placement = None
-        tokenizer = self._tokenizer()
+        tokenizer = self.tokenizer()
         self.actor.check_tokenizer(tokenizer)
         for reward in self.rewards:
             reward.check_tokenizer(tokenizer)
@@ -201,7 +201,12 @@ class RLHF(ZooModule):
         if any(isinstance(callback, EMA) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("RLHF: the callback EMA averages all models after each rollout: leave it out.")
 
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The data's tokenizer.
+
+        Raises:
+            ValueError: If there is none.
+        """
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("RLHF needs a DataModule with a tokenizer, such as RolloutPrompts or RatedSnippets.")
@@ -246,7 +251,7 @@ class RLHF(ZooModule):
     # Generation and scoring
 
     def _generation(self) -> Any:
-        tokenizer = self._tokenizer()
+        tokenizer = self.tokenizer()
         return self.rollout.generation([tokenizer.eos_id], tokenizer.pad_id)
 
     def _fields(self, num_tokens: int) -> FieldSpec:
@@ -331,11 +336,11 @@ class RLHF(ZooModule):
 
     @property
     def _eos(self) -> list[int]:
-        return [self._tokenizer().eos_id]
+        return [self.tokenizer().eos_id]
 
     def texts(self, tokens_RN: Tensor) -> list[str]:
         """Answers as text, up to their ends."""
-        tokenizer = self._tokenizer()
+        tokenizer = self.tokenizer()
         return [text_until_end(ids, tokenizer) for ids in tokens_RN.tolist()]
 
     def scores(self, samples: Samples, ids_RS: Tensor, mask_RS: Tensor, tokens_RN: Tensor) -> Tensor:
@@ -360,7 +365,8 @@ class RLHF(ZooModule):
             total_R += reward.weight * score_R
         return total_R
 
-    def _experience(self, samples: Samples, fields: Fields, version: int) -> Experience:
+    def experience_of(self, samples: Samples, fields: Fields, version: int) -> Experience:
+        """Samples with what `collect` gave for them."""
         mask_RN, ended_R = answer_mask(fields["tokens"], self._eos)
         return Experience(
             samples.ids, samples.mask, fields["tokens"], mask_RN, samples.index, fields["logp"], fields["score"], ended_R,
@@ -378,7 +384,7 @@ class RLHF(ZooModule):
         number, self.rollouts = self.rollouts, self.rollouts + 1
         self.eval()  # no dropout: ratios of the first step are exactly 1
         place.begin()
-        learner = _Learner(self)
+        learner = Learner(self)
         rows = len(samples.ids) // place.chunks
         chunks = [samples.select(range(chunk * rows, (chunk + 1) * rows)) for chunk in range(place.chunks)]
         arriving = place.stream(
@@ -387,12 +393,12 @@ class RLHF(ZooModule):
             self._fields(options.max_new_tokens),
             rows,
         )
-        while len(self._waiting) + (place.max_lag > 0) > place.max_lag:
-            learner.learn_waiting(self._waiting.pop(0))
+        while len(self.waiting) + (place.max_lag > 0) > place.max_lag:
+            learner.learn_waiting(self.waiting.pop(0))
         if place.max_lag:
             fields = list(arriving)
             whole = {name: torch.cat([part[name] for part in fields]) for name in fields[0]} if fields else None
-            self._waiting.append(None if whole is None else (samples, whole))
+            self.waiting.append(None if whole is None else (samples, whole))
         else:
             learner.learn(chunks, arriving)
         self._log(learner.summary())
@@ -454,7 +460,7 @@ class RLHF(ZooModule):
         samples.index = batch["index"].to(samples.index)
         values = torch.zeros(len(samples.ids), len(_METRICS), dtype=torch.float64, device=self.device)
         if self.placement.infers:
-            experience = self._experience(samples, self.collect(samples, -1), 0)
+            experience = self.experience_of(samples, self.collect(samples, -1), 0)
             kl_R = torch.zeros_like(experience.score)
             if experience.reference_logp is not None:
                 kl_R = (experience.logp - experience.reference_logp).masked_fill(~experience.mask, 0).sum(1)
@@ -489,9 +495,9 @@ class RLHF(ZooModule):
         super().on_save_checkpoint(checkpoint)
         waiting = [
             {"fields": fields, "ids": samples.ids, "mask": samples.mask, "index": samples.index}
-            for samples, fields in filter(None, self._waiting)
+            for samples, fields in filter(None, self.waiting)
         ]
-        state = {"rollouts": self.rollouts, "kl": self._kl.state_dict(), "waiting": waiting}
+        state = {"rollouts": self.rollouts, "kl": self.kl_controller.state_dict(), "waiting": waiting}
         state["ema"] = {name: self.placement.whole(value) for name, value in self._ema.items()}
         checkpoint["rlhf"] = {**state, "reference": self._reference_state}
 
@@ -503,237 +509,21 @@ class RLHF(ZooModule):
         if state is None:
             return
         self.rollouts = state["rollouts"]
-        self._kl.load_state_dict(state["kl"])
+        self.kl_controller.load_state_dict(state["kl"])
         if self.placement.holds("actor"):
             weights = dict(self.actor.named_parameters())
             self._ema = {name: self.placement.part(value, weights[name]) for name, value in state["ema"].items()}
-        self._waiting = []
+        self.waiting = []
         for kept in state["waiting"]:
             rows = len(kept["ids"])
             samples = Samples(*(kept[name].to(self.device) for name in ("ids", "mask", "index")), [""] * rows, [{}] * rows)
             fields = {name: value.to(self.device) for name, value in kept["fields"].items()}
-            self._waiting.append((samples, fields) if self.placement.trains else None)
+            self.waiting.append((samples, fields) if self.placement.trains else None)
         if state["reference"]:
             if self._reference:
                 self._reference[0].load_state_dict(state["reference"])
             if self._trainer is None or self.trainer.is_global_zero:
                 self._reference_state = state["reference"]
-
-
-class _Learner:
-    """The steps on the samples of one training step.
-
-    Args:
-        module: Its placement says what this rank does; ranks that do not train count the same steps.
-    """
-
-    def __init__(self, module: RLHF) -> None:
-        self.module, self.place, self.options = module, module.placement, module.rollout
-        self.sums: dict[str, Tensor] = {}
-        self.texts: list[Tensor] = []
-
-    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields]) -> None:
-        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all."""
-        minibatches = self.options.minibatches // len(chunks)
-        self.texts = self._texts([row for samples in chunks for row in samples.rows])
-        if self.module.algorithm.needs_whole_rollout and len(chunks) > 1:
-            raise ValueError(
-                "RLHF: advantages are whitened over the rollout, which needs it whole: set chunks of the plan to 1, or"
-                " algorithm.whiten to minibatch."
-            )
-        parts: list[tuple[Experience, Targets]] = []
-        for samples, fields in zip(chunks, arriving, strict=False):
-            if self.place.trains:
-                parts.append(self._targets(self.module._experience(samples, fields, self.module.rollouts)))
-                self._pass(*parts[-1], minibatches)
-        if not self.place.trains:
-            list(arriving)  # generates and sends
-            self._idle(self.options.minibatches * self.options.epochs)
-            return
-        self._epochs(parts)
-
-    def learn_waiting(self, waiting: tuple[Samples, Fields] | None) -> None:
-        """Train on a rollout that older weights generated; its log-probabilities are computed again first."""
-        if waiting is None:
-            self._idle(self.options.minibatches * self.options.epochs)
-            return
-        samples, fields = waiting
-        self.texts = self._texts(samples.rows)
-        experience = self.module._experience(samples, fields, self.module.rollouts - 1 - len(self.module._waiting))
-        experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
-        part = self._targets(experience)
-        self._pass(*part, self.options.minibatches)
-        self._epochs([part])
-
-    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Ids of the text of each sample's row, int64, for the loss of PPO-ptx; none without it."""
-        if not self.module.ptx_weight or not self.place.trains:
-            return []
-        tokenizer = self.module._tokenizer()
-        if missing := sum(not isinstance(row.get("text"), str) or not row["text"] for row in rows):
-            raise ValueError(
-                f"RLHF: ptx_weight needs a column text in the prompts' rows, which {missing} of {len(rows)} have not: add one, or"
-                " set ptx_weight to 0."
-            )
-        return [torch.tensor([*tokenizer.encode(row["text"]), tokenizer.eos_id], device=self.module.device) for row in rows]
-
-    def _text_loss(self, index_R: Tensor, count: int) -> Tensor:
-        """Cross-entropy of the texts of some samples, divided by the tokens of all texts of the minibatch."""
-        texts = [self.texts[index] for index in index_R.tolist()]
-        ids_RT = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask_RT = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        logp_RT, _ = self.place.network("actor")(ids_RT, mask_RT, ids_RT.shape[1] - 1)
-        return -logp_RT.masked_fill(mask_RT[:, 1:] == 0, 0).sum() / count
-
-    @torch.no_grad()
-    def _logp_now(self, experience: Experience) -> Tensor:
-        ids_RS, mask_RS = experience.ids_and_mask()
-        network, unit = self.place.network("actor"), self.options.unit
-        found_RN = torch.zeros_like(experience.logp)
-        for number in self.place.share("actor", range(len(ids_RS) // unit)):
-            rows = slice(number * unit, (number + 1) * unit)
-            found_RN[rows] = network(ids_RS[rows], mask_RS[rows], experience.tokens.shape[1])[0].float()
-        return self.place.total("actor", found_RN)
-
-    def _targets(self, experience: Experience) -> tuple[Experience, Targets]:
-        module = self.module
-        targets = module.algorithm.targets(experience, self.options.samples_per_prompt, module._kl.coefficient)
-        kl, _ = kl_sums(targets.kl, experience.mask)
-        self._add(
-            samples=len(experience), score=experience.score.sum(), kl=kl, length=experience.length.sum(),
-            ended=experience.ended.sum(), reward=targets.reward.sum(),
-        )  # fmt: skip
-        return experience, targets
-
-    def _epochs(self, parts: list[tuple[Experience, Targets]]) -> None:
-        """Later passes over a rollout, in an order of their own; then the KL coefficient follows."""
-        rows = sum(len(experience) for experience, _ in parts)
-        if self.options.epochs > 1:
-            experience, targets = _joined(parts)
-            for epoch in range(1, self.options.epochs):
-                generator = torch.Generator().manual_seed(hash((self.module.random_seed, self.module.rollouts, epoch)) % 2**63)
-                order = torch.randperm(rows, generator=generator).to(experience.tokens.device)
-                self._pass(experience.select(order), targets.select(order), self.options.minibatches)
-        measure = self.module.algorithm.kl.measure
-        divisor = self.sums["samples"] if measure == "sequence" else self.sums["length"]
-        self.module._kl.update(float(self.sums["kl"] / divisor), rows)
-
-    def _pass(self, experience: Experience, targets: Targets, minibatches: int) -> None:
-        """One step of each model on each minibatch, in order."""
-        rows = len(experience) // minibatches
-        for number in range(minibatches):
-            part = slice(number * rows, (number + 1) * rows)
-            self._step(experience.select(part), targets.select(part))
-
-    def _step(self, experience: Experience, targets: Targets) -> None:
-        algorithm, unit = self.module.algorithm, self.options.unit
-        mask_RN = algorithm.action_mask(experience)
-        advantage_RN = algorithm.minibatch_advantage(targets, mask_RN)
-        ids_RS, mask_RS = experience.ids_and_mask()
-        num_tokens, with_entropy = experience.tokens.shape[1], bool(algorithm.entropy_weight)
-        text_tokens = sum(len(self.texts[index]) - 1 for index in experience.index.tolist()) if self.texts else 0
-
-        def actor_loss(rows: slice) -> Tensor:
-            logp_RN, entropy_RN = self.place.network("actor")(ids_RS[rows], mask_RS[rows], num_tokens, with_entropy)
-            loss, sums = algorithm.policy_loss(
-                logp_RN, entropy_RN if with_entropy else None, experience.select(rows), advantage_RN[rows], mask_RN.sum(),
-                len(experience), self.module._kl.coefficient,
-            )  # fmt: skip
-            self._add(loss=loss.detach(), **{f"actor/{name}": value for name, value in sums.items()})
-            if self.texts:
-                text_loss = self._text_loss(experience.index[rows], text_tokens)
-                self._add(**{"actor/text": text_loss.detach()})
-                loss = loss + self.module.ptx_weight * text_loss
-            return loss
-
-        def critic_loss(rows: slice) -> Tensor:
-            assert targets.returns is not None
-            value_RN = self.place.network("critic")(ids_RS[rows], mask_RS[rows], num_tokens)
-            count = algorithm.value_mask(experience).sum()
-            loss, _ = algorithm.value_loss(value_RN, experience.select(rows), targets.returns[rows], count)
-            self._add(value_loss=loss.detach())
-            return loss
-
-        units = range(len(experience) // unit)
-        for place, (role, loss_of) in enumerate({"actor": actor_loss, "critic": critic_loss}.items()):
-            if role not in self.place.roles:
-                continue
-            optimizer = self._optimizers()[place]
-            optimizer.zero_grad()
-            mine = self.place.share(role, units)
-            for number in mine:
-                with self.place.accumulate(role, last=number == mine[-1]):
-                    loss = loss_of(slice(number * unit, (number + 1) * unit))
-                    self.module.manual_backward(loss * self.place.replicas(role))
-            if mine and self.module.max_grad_norm:
-                parameters = [each for group in optimizer.param_groups for each in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.module.max_grad_norm)
-            self._take(place)
-        self._add(steps=1)
-
-    def _idle(self, steps: int) -> None:
-        """As many steps as the ranks take that train."""
-        for _ in range(steps):
-            for place in range(len(self._optimizers())):
-                self._take(place)
-
-    def _take(self, place: int) -> None:
-        """A step; only the actor's counts in ``global_step``."""
-        optimizer = self._optimizers()[place]
-        if place == 0:
-            optimizer.step()
-            self.module.average_actor()
-        else:
-            optimizer.optimizer.step()
-
-    def _optimizers(self) -> list[Any]:
-        found = self.module.optimizers()
-        return found if isinstance(found, list) else [found]
-
-    def _add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.module.device)
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-
-    def summary(self) -> dict[str, float]:
-        """Means of the rollout, the same on all ranks; empty where nothing was trained."""
-        names = ("samples", "score", "kl", "length", "ended", "reward", "steps")
-        sums = ("tokens", "clipped", "old_kl", "ratio", "entropy", "weight", "text")
-        of_actor = ["loss", *(f"actor/{name}" for name in sums)]
-        zero = torch.zeros((), dtype=torch.float64, device=self.module.device)
-        known = torch.stack([self.sums.get(name, zero) for name in names])
-        actor = self.place.total("actor", torch.stack([self.sums.get(name, zero) for name in of_actor]))
-        critic = self.place.total("critic", self.sums.get("value_loss", zero)[None].clone())
-        if "critic" in self.place.roles and not self.place.holds("critic"):
-            critic = critic * torch.nan
-        everything = self.place.to_all(torch.cat([known, actor, critic])).tolist()
-        found = dict(zip((*names, *of_actor, "value_loss"), everything, strict=True))
-        if not found["samples"]:
-            return {}
-        steps, tokens = max(found["steps"], 1), max(found["actor/tokens"], 1)
-        values = {name: found[name] / found["samples"] for name in ("score", "kl", "length", "ended", "reward")}
-        values |= {"loss": found["loss"] / steps, "kl_coefficient": self.module._kl.coefficient}
-        values |= {name: found[f"actor/{name}"] / tokens for name in ("clipped", "old_kl", "ratio")}
-        if self.module.algorithm.entropy_weight:
-            values["entropy"] = found["actor/entropy"] / tokens
-        if self.module.ptx_weight:
-            values["text_loss"] = found["actor/text"] / steps
-        if found["actor/weight"]:
-            values["importance_weight"] = found["actor/weight"] / tokens
-        if "critic" in self.place.roles and found["value_loss"] == found["value_loss"]:
-            values["value_loss"] = found["value_loss"] / steps
-        return values
-
-
-def _joined(parts: list[tuple[Experience, Targets]]) -> tuple[Experience, Targets]:
-    """Several chunks as one."""
-    experience = copy.copy(parts[0][0])
-    targets = copy.copy(parts[0][1])
-    for whole, number in ((experience, 0), (targets, 1)):
-        for name, value in vars(whole).items():
-            if isinstance(value, Tensor):
-                setattr(whole, name, torch.cat([getattr(part[number], name) for part in parts]))
-    return experience, targets
 
 
 def _check_numbers(max_grad_norm: float, ema_decay: float, ptx_weight: float) -> None:
