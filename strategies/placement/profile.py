@@ -1,5 +1,6 @@
-"""Sizes and times of a module's models, measured on this machine, for the planner; kept as YAML."""
+"""Sizes and times of a module's models, measured on this machine, for the planner; kept as JSON."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -8,7 +9,6 @@ from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from strategies.placement.cost_model import RoleCost, Workload
@@ -135,8 +135,10 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
 def _passes(name: str, network: nn.Module, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
     """One pass of scoring or training, in whatever form a role has it."""
     if name == "reward":
-        texts, rows = [""] * len(ids), [{} for _ in ids]
-        return torch.stack([ids[:, 0].float(), *(part.score(ids, mask, texts, texts, rows) for part in network)])  # type: ignore
+        texts: list[str] = [""] * len(ids)
+        rows: list[dict[str, Any]] = [{} for _ in texts]
+        scorers: Any = network
+        return torch.stack([ids[:, 0].float(), *(part.score(ids, mask, texts, texts, rows) for part in scorers)])
     found = network(ids, mask, new_tokens)
     return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
@@ -158,8 +160,8 @@ def _generate(
 
 
 def write_roles(roles: Mapping[str, RoleCost], path: str | Path) -> None:
-    """Write sizes and times as YAML, as ``zoo plan rlhf -c`` reads them."""
-    Path(path).write_text(yaml.safe_dump({"roles": {name: asdict(role) for name, role in roles.items()}}, sort_keys=False))
+    """Write sizes and times as JSON, which ``zoo plan rlhf -c`` reads."""
+    Path(path).write_text(json.dumps({"roles": {name: asdict(role) for name, role in roles.items()}}, indent=1))
 
 
 def read_roles(path: str | Path) -> dict[str, RoleCost]:
@@ -169,8 +171,12 @@ def read_roles(path: str | Path) -> dict[str, RoleCost]:
         ValueError: If it is something else.
     """
     try:
-        return {name: RoleCost(**entries) for name, entries in yaml.safe_load(Path(path).read_text())["roles"].items()}
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        found = json.loads(Path(path).read_text())["roles"]
+        for entries in found.values():
+            for name in ("prefill", "decode", "score", "train"):
+                entries[name] = {int(size): seconds for size, seconds in entries[name].items()}
+        return {name: RoleCost(**entries) for name, entries in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} holds no sizes and times of roles ({str(error).splitlines()[0][:120]}): write_roles makes it."
+            f"{path} holds no sizes and times of roles ({str(error)[:120]}): write_roles makes such a file."
         ) from error

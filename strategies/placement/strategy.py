@@ -137,7 +137,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     def _choose_plan(self, roles: dict[str, Role]) -> PlacementPlan:
         """The plan with the least predicted time; all ranks measure at the same time, as they work, and take rank 0's choice."""
         module = self.lightning_module
-        job = workload_of(module, module.trainer.datamodule)  # type: ignore[union-attr, attr-defined]
+        job = workload_of(module, module.trainer.datamodule)  # type: ignore[union-attr]
         on_gpu = self.root_device.type == "cuda"
         memory = float(torch.cuda.get_device_properties(self.root_device).total_memory) if on_gpu else None
         cluster = Cluster(1, 1, LinkSpeed(1e12), LinkSpeed(1e12), memory=memory)

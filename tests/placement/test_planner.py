@@ -196,7 +196,7 @@ def test_auto_is_one_plan_on_all_ranks_and_changes_no_run(pool: RankPool, tmp_pa
     assert all(equal and same for _, equal, same in ranks)
 
 
-def test_measuring_changes_nothing_and_is_kept_as_yaml(tmp_path: Path) -> None:
+def test_measuring_changes_nothing_and_is_kept_as_json(tmp_path: Path) -> None:
     model = module_of()
     roles, before, state = model.roles(), [value.clone() for value in model.parameters()], torch.get_rng_state()
     found = measure_roles(roles, Workload(16, 8, 6, 2, 1, 2), torch.device("cpu"), ranks=2, repetitions=1)
@@ -208,11 +208,11 @@ def test_measuring_changes_nothing_and_is_kept_as_yaml(tmp_path: Path) -> None:
     assert actor.parameters == sum(value.numel() for value in model.actor.parameters()) and not found["reward"].trained
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     assert all(value.grad is None for value in model.parameters()) and torch.equal(state, torch.get_rng_state())
-    write_roles(found, tmp_path / "roles.yaml")
-    assert read_roles(tmp_path / "roles.yaml") == found
-    (tmp_path / "roles.yaml").write_text("actor: 1")
+    write_roles(found, tmp_path / "roles.json")
+    assert read_roles(tmp_path / "roles.json") == found
+    (tmp_path / "roles.json").write_text("actor: 1")
     with pytest.raises(ValueError, match="no sizes and times"):
-        read_roles(tmp_path / "roles.yaml")
+        read_roles(tmp_path / "roles.json")
 
 
 def test_zoo_plan_rlhf_writes_a_plan_that_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +223,7 @@ def test_zoo_plan_rlhf_writes_a_plan_that_can_be_read(tmp_path: Path, capsys: py
     plan.validate(16, ["actor", "critic", "reference", "reward"])
     assert name_of(plan, 16) == "separation 8+8" and (tmp_path / "plans.png").stat().st_size > 1000
     assert (
-        main(["plan", "rlhf", "-c", "rlhf/plan_llama_7b", "-c", str(tmp_path / "roles.yaml"), "--cluster.memory_gb", "20"]) == 0
+        main(["plan", "rlhf", "-c", "rlhf/plan_llama_7b", "-c", str(tmp_path / "roles.json"), "--cluster.memory_gb", "20"]) == 0
     )
     assert "None fits into 90 % of 20 GB" in capsys.readouterr().out
 

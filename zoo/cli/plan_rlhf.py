@@ -64,9 +64,9 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         ranked[0].plan.write(options.out / "plan.yaml")
-        write_roles(roles, options.out / "roles.yaml")
+        write_roles(roles, options.out / "roles.json")
         _save_plot(ranked, cluster.world_size, options.out / "plans.png")
-        print(f"wrote plan.yaml (--trainer.strategy.plan), roles.yaml (-c) and plans.png to {options.out}")
+        print(f"wrote plan.yaml (--trainer.strategy.plan), roles.json (-c) and plans.png to {options.out}")
 
 
 def _measured(entry: dict[str, Any], job: Workload, ranks: int) -> dict[str, RoleCost]:
