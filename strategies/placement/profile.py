@@ -140,7 +140,7 @@ def _passes(name: str, network: nn.Module, ids: Tensor, mask: Tensor, new_tokens
         scorers: Any = network
         return torch.stack([ids[:, 0].float(), *(part.score(ids, mask, texts, texts, rows) for part in scorers)])
     found = network(ids, mask, new_tokens)
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _generate(
