@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from zoo.__main__ import main
-from zoo.cli.plan import JobPlan, ModelPlan
+from zoo.cli.plan_paro import JobPlan, ModelPlan
 
 PAPER = """
 cluster: {num_groups: 4, group_size: 8, inter_gbps: 80, intra_gbps: 2000, memory_gb: 80}

@@ -84,7 +84,7 @@ def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("verb", ["list", "assets", "convert", "plan", "plan paro", "simulate", "serve-data"])
+@pytest.mark.parametrize("verb", ["list", "assets", "convert", "plan", "plan paro", "plan rlhf", "simulate", "serve-data"])
 def test_every_verb_explains_itself(capsys, verb, option):
     with pytest.raises(SystemExit) as end:
         main([*verb.split(), option])
@@ -95,9 +95,10 @@ def test_every_verb_explains_itself(capsys, verb, option):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("plan foo", "error: zoo plan foo: what can be planned is `paro`"),
+    [("plan foo", "error: zoo plan foo: what can be planned is `paro`, `rlhf`"),
      ("plan", "error: zoo plan: what can be planned"),
      ("plan paro", "error: --cluster.num_groups and --cluster.group_size and"),
+     ("plan rlhf -c rlhf/plan_llama", "did you mean rlhf/plan_llama_7b"),
      ("plan paro --cluster.num_group 1", "error: unknown option --cluster.num_group; did you mean cluster.num_groups"),
      ("simulate --arm 1", "error: unknown option --arm; did you mean arms?"),
      ("simulate antdt/simulate_1000", "did you mean -c antdt/simulate_1000?"),

@@ -11,15 +11,21 @@ import yaml
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from strategies.paro.cost_model import Cluster, LinkSpeed
+from strategies.paro.grid import RankGrid
+from strategies.paro.probe import measure_cluster
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
+from strategies.placement.planner import explain, rank_plans
+from strategies.placement.profile import measure_roles, workload_of
 from strategies.placement.roles import RankPlacement
 from strategies.placement.state import divided_like, divided_state, from_rank, whole
 from strategies.placement.timeline import chrome_trace
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
-from zoo.role_placement import HasRoles
+from zoo.role_placement import HasRoles, Role
 from zoo.strategy_contract import StrategyContract
 
 __all__ = ["FlatteningStrategy", "InterleavingStrategy", "PlacementStrategy", "SeparationStrategy", "read_plan", "write_plan"]
@@ -52,24 +58,39 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     Source: Xiao et al., arXiv 2312.11819.
 
     Args:
-        plan: The plan, or a file with one.
+        plan: The plan, a file with one, or ``auto``: that with the least predicted time, of models and links as measured when
+            the run begins.
         timeout_minutes: Longest wait for another rank.
         trace: File for the timeline of all ranks, as a trace for Perfetto; None: none is written.
+        auto_lag: Most rollouts by which ``auto`` may let generation be ahead of training.
         **kwargs: As for Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: If the plan does not fit the run, or the module has no roles.
     """
 
-    def __init__(self, plan: PlacementPlan | str, timeout_minutes: float = 30.0, trace: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        plan: PlacementPlan | str,
+        timeout_minutes: float = 30.0,
+        trace: str | None = None,
+        auto_lag: int = 0,
+        **kwargs: Any,
+    ) -> None:
         refuse_ddp_hooks(self, kwargs)
+        if auto_lag and plan != "auto":
+            raise ValueError(f"{type(self).__name__}: auto_lag={auto_lag} is for plan=auto: set max_lag of the plan instead.")
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
-        self._given = read_plan(plan) if isinstance(plan, str) else plan
+        self._auto_lag = auto_lag
+        self._given: PlacementPlan | None = None
+        if plan != "auto":
+            self._given = read_plan(plan) if isinstance(plan, str) else plan
         self._placement: RankPlacement | None = None
         self.trace = trace
 
     def plan(self, world: int) -> PlacementPlan:
-        """The plan for a number of ranks."""
+        """The plan for a number of ranks; that of ``auto`` once the run has begun."""
+        assert self._given is not None
         return self._given
 
     def places_roles(self) -> bool:
@@ -105,7 +126,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 f"{type(self).__name__} places the models of a module with roles, such as RLHF, which {type(module).__name__} has"
                 " not: take ddp."
             )
-        if self._places:
+        if self._places and self._given is not None:
             self.plan(self.world_size).validate(self.world_size, [])
 
     @override
@@ -121,6 +142,8 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         roles = module.roles()
         for role in roles.values():
             _sync_module_states(role.network)
+        if self._given is None:
+            self._given = self._choose_plan(roles)
         self._placement = placement = RankPlacement(self.plan(self.world_size), roles, self.root_device, self._timeout)
         for name in list(roles):
             if placement.keeps(name):
@@ -131,6 +154,24 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 module.drop_role(name)
         module.use_placement(placement)
         super().model_to_device()
+
+    def _choose_plan(self, roles: dict[str, Role]) -> PlacementPlan:
+        """The plan with the least predicted time; all ranks measure at the same time, as they work, and take rank 0's choice."""
+        module = self.lightning_module
+        job = workload_of(module, module.trainer.datamodule)  # type: ignore[union-attr]
+        on_gpu = self.root_device.type == "cuda"
+        memory = float(torch.cuda.get_device_properties(self.root_device).total_memory) if on_gpu else None
+        cluster = Cluster(1, 1, LinkSpeed(1e12), LinkSpeed(1e12), memory=memory)
+        if self.world_size > 1:
+            cluster = measure_cluster(RankGrid(self.num_processes, self.root_device.type), memory=memory)
+        ranked = rank_plans(cluster, job, measure_roles(roles, job, self.root_device, self.world_size), self._auto_lag)
+        rank_zero_info(f"PlacementStrategy: {explain(ranked, self.world_size)}")
+        if not ranked[0].fits:
+            raise ValueError(
+                f"plan=auto: no plan fits; the least memory is {min(each.memory for each in ranked) / 1e9:.3g} GB a device: take"
+                " more devices, or train adapters (tuning)."
+            )
+        return self.broadcast(ranked[0].plan)
 
     @override
     def configure_ddp(self) -> None:
