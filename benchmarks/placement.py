@@ -25,7 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,15 @@ from benchmarks.record import RESULTS, TRIALS, Record
 from benchmarks.slow_link import SlowLinks, sent_bytes, unavailable
 from benchmarks.tables import Table
 from strategies import FlatteningStrategy, InterleavingStrategy, PlacementStrategy, SeparationStrategy
+from strategies.paro import RankGrid
+from strategies.paro.probe import measure_cluster
 from strategies.placement import Span, idle_share
+from strategies.placement.cost_model import Workload, predict
+from strategies.placement.profile import measure_roles
 from strategies.traffic import Traffic, Transfer
 from zoo.ling import LingBackbone, LingConfig
 from zoo.rlhf import RLHF, Reward, Rollout
-from zoo.rlhf.rewards import last_values
+from zoo.rlhf.reward_loss import last_values
 
 FLAT, INTER, SEP, LAG = "flattening", "interleaving", "separation, lag 0", "separation, lag 1"
 TOKEN, ONCE, WHOLE = "flattening, gather per token", "flattening, gather once", "flattening, whole copies"
@@ -139,13 +143,35 @@ class Watch(Callback):
         self.seconds.append(taken.item())
 
 
+def rollout_of(config: LingConfig, rows: int, world_size: int) -> Rollout:
+    """A rollout whose units divide over all ranks."""
+    minibatches = min(MINIBATCHES, rows // world_size)
+    return Rollout(max_new_tokens=new_tokens(config), minibatches=minibatches, unit=rows // minibatches // world_size)
+
+
+def module_of(config: LingConfig, rollout: Rollout) -> RLHF:
+    """Actor, critic and reward model; the reference is a copy of the actor."""
+    return RLHF(LingBackbone(config), Judge(config), LingBackbone(config, scalar_head=True), rollout=rollout)
+
+
+def predicted(arms: dict[str, Any], config: LingConfig, rows: int, group_size: int) -> dict[str, float]:
+    """Seconds of a step that the planner predicts for each arm, from passes and links that all ranks measure at the same time."""
+    world_size = dist.get_world_size()
+    options = rollout_of(config, rows, world_size)
+    job = Workload(rows, PROMPT, options.max_new_tokens, options.minibatches, options.epochs, options.unit)
+    costs = measure_roles(module_of(config, options).roles(), job, torch.device("cpu"), world_size)
+    costs = {"reference": replace(costs["actor"], trained=0.0), **costs}
+    grid = RankGrid(group_size, "cpu")
+    cluster = measure_cluster(grid)
+    grid.close()
+    return {arm: predict(make().plan(world_size), cluster, job, costs).seconds for arm, make in arms.items()}
+
+
 def run(arm: str, strategy: PlacementStrategy, config: LingConfig, rows: int, steps: int, group_size: int) -> dict[str, Any]:
     """Train an arm; what all ranks measured, on rank 0."""
     seed_everything(0, verbose=False)
     world_size = dist.get_world_size()
-    minibatches = min(MINIBATCHES, rows // world_size)
-    rollout = Rollout(max_new_tokens=new_tokens(config), minibatches=minibatches, unit=rows // minibatches // world_size)
-    module = RLHF(LingBackbone(config), Judge(config), LingBackbone(config, scalar_head=True), rollout=rollout)
+    module = module_of(config, rollout_of(config, rows, world_size))
     watch = Watch()
     trainer = Trainer(
         accelerator="cpu", devices=group_size, num_nodes=world_size // group_size, strategy=strategy, max_epochs=1,
@@ -178,9 +204,11 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
     arms: dict[str, Any] = SLOW_ARMS if slow else ARMS
     found: list[dict[str, Any]] = []
     weights: dict[str, dict[str, Tensor]] = {}
+    config = SMOKE if smoke else CONFIG
+    said = predicted(arms, config, rows, group_size)
     for number, turn in itertools.product(range(rounds), range(len(arms))):
         arm = list(arms)[(turn + number) % len(arms)]
-        one = run(arm, arms[arm](), SMOKE if smoke else CONFIG, rows, steps, group_size)
+        one = run(arm, arms[arm](), config, rows, steps, group_size)
         weights[arm] = one.pop("weights")
         found.append(one | {"round": number})
     if dist.get_rank():
@@ -188,7 +216,7 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
     first = weights[next(iter(arms))]
     apart = {arm: max(float((value - first[name]).abs().max()) for name, value in held.items()) for arm, held in weights.items()}
     trained = sum(value.numel() * value.element_size() for value in first.values())
-    return {"runs": found, "apart": apart, "trained_bytes": trained}
+    return {"runs": found, "apart": apart, "trained_bytes": trained, "predicted": said}
 
 
 def as_rank(smoke: bool, rows: int, rounds: int, steps: int) -> None:
@@ -200,16 +228,6 @@ def as_rank(smoke: bool, rows: int, rounds: int, steps: int) -> None:
         print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def predicted(arms: Sequence[str], slow: bool) -> dict[str, float]:
-    """Seconds of a step that the planner predicts for each arm; empty where it says nothing.
-
-    Args:
-        arms: Names.
-        slow: Whether groups are connected by the slow link.
-    """
-    return {}
 
 
 def of_stages(ranks: Sequence[dict[str, Any]], stages: Sequence[str], steps: int) -> float:
@@ -326,7 +344,7 @@ def judge(record: Record, found: dict[str, Any], slow: bool, rows: int, config: 
             off_bytes += [abs(sent[name] / expected[name] - 1) for name in expected]
     for arm, apart in found["apart"].items():
         record.row(compared=arm, largest_difference=apart)
-    said = predicted(list(seconds), slow)
+    said: dict[str, float] = found["predicted"]
     for arm, value in said.items():
         record.row(predicted_of=arm, predicted_ms=1000 * value, measured_ms=1000 * statistics.median(seconds[arm]))
     values: dict[str, float] = {"pairs_right": pairs_right(seconds, said)}
