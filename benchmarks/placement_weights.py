@@ -1,8 +1,8 @@
 """The weights that PPO trains under every placement, by the commands of the card: ``python -m benchmarks.placement_weights``.
 
-``torchrun --nproc-per-node N -m zoo fit -c rlhf/ppo_vader -c strategies/...`` trains six rollouts from the shipped weights on one, two
-and four processes; in the last rows a run is saved under one plan after three rollouts and continued under another. Checkpoints hold
-whole models, which are compared. That rollouts are equal is seen from their logged lengths, ends and scores.
+``torchrun --nproc-per-node N -m zoo fit -c rlhf/ppo_vader -c strategies/...`` trains six rollouts from the shipped weights on one,
+two and four processes; in the last rows a run is saved under one plan after three rollouts and continued under another.
+Checkpoints hold whole models, which are compared. Whether rollouts are equal is seen from their logged lengths, ends and scores.
 """
 
 from __future__ import annotations
@@ -95,13 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for arm, (weights, values) in found.items():
         flat = found.get(f"flattening,{arm.rpartition(',')[2]}")
         from_flat = None if flat is None else apart(weights, flat[0])
-        same = logged[: len(values)] == values if "then" not in arm else None
-        record.row(
-            plan=arm,
-            from_one_process=apart(weights, one),
-            from_flattening=from_flat,
-            rollouts_equal=None if same is None else int(same),
-        )
+        row = {"plan": arm, "from_one_process": apart(weights, one), "from_flattening": from_flat}
+        record.row(**row, rollouts_equal=None if "then" in arm else int(logged[: len(values)] == values))
         if from_flat is not None and arm.startswith("interleaving"):
             inter.append(from_flat)
         others.append(apart(weights, one))
