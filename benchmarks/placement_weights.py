@@ -1,7 +1,7 @@
 """The weights that PPO trains under every placement, by the commands of the card: ``python -m benchmarks.placement_weights``.
 
-``torchrun --nproc-per-node N -m zoo fit -c rlhf/ppo_vader -c strategies/...`` trains six rollouts from the shipped weights on one,
-two and four processes; in the last rows a run is saved under one plan after three rollouts and continued under another.
+``torchrun --nproc-per-node N -m zoo fit -c rlhf/ppo_vader -c strategies/...`` trains six rollouts from the shipped weights on
+one, two and four processes; in the last rows a run is saved under one plan after three rollouts and continued under another.
 Checkpoints hold whole models, which are compared. Whether rollouts are equal is seen from their logged lengths, ends and scores.
 """
 

@@ -13,6 +13,7 @@ from sweep import sweep
 from torch import Tensor
 
 from datamodules import RolloutPrompts
+from datamodules.text.tokenizer import ByteTokenizer
 from zoo.base.checkpoint import read_checkpoint
 from zoo.callbacks import EMA, BatchSizeWarmup, RunCheckpoint, SpikeGuard
 from zoo.ling import LingBackbone, LingConfig
@@ -167,7 +168,7 @@ def test_validate_and_predict(tmp_path: Path) -> None:
     assert all(score == pytest.approx(sum(c < "a" for c in text) / 8) for _, text, score in rows)
 
 
-def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(match: str, call: Any) -> None:
         with pytest.raises(ValueError, match=match) as caught:
             call()
@@ -183,3 +184,5 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for callback in (EMA(), SpikeGuard(), BatchSizeWarmup(2, 4, 10)):
         with pytest.raises((ValueError, TypeError), match=type(callback).__name__):
             fit(module(), tmp_path, 1, callbacks=[callback])
+    monkeypatch.setattr(ByteTokenizer, "pad_id", ByteTokenizer().eos_id)
+    refused("pads with its eos", lambda: fit(module(), tmp_path, 1))
