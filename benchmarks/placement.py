@@ -192,7 +192,6 @@ def run(arm: str, strategy: PlacementStrategy, config: LingConfig, rows: int, st
     }  # fmt: skip
     ranks: list[Any] = [None] * world_size
     dist.all_gather_object(ranks, own)
-    strategy.placement.close()
     trained = {name: value for name, value in state.items() if name.startswith(("actor.", "critic."))}
     return {"arm": arm, "seconds": watch.seconds[SKIPPED:], "ranks": ranks, "weights": trained}
 

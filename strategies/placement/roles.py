@@ -135,12 +135,6 @@ class RankPlacement(Placement):
                 work.wait()
         self._sent.clear()
 
-    def close(self) -> None:
-        """Free the groups, which this placement cannot use from here on."""
-        for group in self._groups.values():
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-
     @override
     def begin(self) -> None:
         self.finish_sends()
