@@ -77,7 +77,7 @@ def module_of(llama: bool = False, unit: int = 2, actor: dict[str, Any] | None =
 
 @dataclass
 class Seen:
-    """What a rank saw of a run.
+    """View that a rank has of a run.
 
     Attributes:
         tokens: Of each rollout.

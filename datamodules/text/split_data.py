@@ -27,7 +27,7 @@ class SplitData(LanguageData):
     @property
     @abstractmethod
     def source(self) -> str:
-        """Where the samples come from."""
+        """Origin of the samples."""
 
     @property
     @abstractmethod
