@@ -59,7 +59,7 @@ def runs(folder: Path, calls: list[tuple[Any, dict[str, Any]]]) -> list[Seen]:
 
 
 def of_ranks(pool: RankPool, world: int, folder: Path, *calls: tuple[Any, dict[str, Any]]) -> list[list[Seen]]:
-    """What all ranks saw of each run."""
+    """The views of all ranks of each run."""
     return [list(each) for each in zip(*pool.run(runs, folder, list(calls), world_size=world), strict=True)]
 
 
