@@ -24,7 +24,7 @@ from zoo.rlhf.experience import Experience, answer_mask
 from zoo.rlhf.learner import Learner
 from zoo.rlhf.networks import PolicyNetwork, ValueNetwork
 from zoo.rlhf.rewards import Reward
-from zoo.rlhf.rollout import Rollout, RolloutEngine, Samples, greedy, samples_of
+from zoo.rlhf.rollout import Rollout, RolloutEngine, Samples, samples_of
 from zoo.role_placement import Fields, FieldSpec, Placement, PlacesRoles, Role
 
 __all__ = ["RLHF"]
@@ -265,19 +265,18 @@ class RLHF(ZooModule):
         return found
 
     @torch.no_grad()
-    def collect(self, samples: Samples, rollout: int, greedily: bool = False) -> Fields:
+    def collect(self, samples: Samples, rollout: int) -> Fields:
         """Answer prompts and score the answers, on the ranks that infer.
 
         Args:
             samples: The same on all of these ranks.
             rollout: Number that names the draws.
-            greedily: Take the most probable tokens.
 
         Returns:
             Fields of all samples: ``tokens``, ``logp``, ``score``, and ``reference_logp`` and ``value`` where needed.
         """
         place, count, unit = self.placement, len(samples.ids), self.rollout.unit
-        generation = greedy(self._generation()) if greedily else self._generation()
+        generation = self._generation()
         num_tokens, spec = generation.max_new_tokens, self._fields(generation.max_new_tokens)
         self.eval()
 

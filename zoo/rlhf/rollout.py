@@ -4,7 +4,7 @@ Shape suffixes: R samples, P prompt ids, N answer tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,8 +154,3 @@ class RolloutEngine(Configurable):
             missing = generation.max_new_tokens - found.shape[1]
             parts.append(torch.nn.functional.pad(found, (0, missing), value=generation.pad_token_id or 0))
         return torch.cat(parts)
-
-
-def greedy(generation: Generation) -> Generation:
-    """The same options without draws."""
-    return replace(generation, temperature=0.0)
