@@ -8,12 +8,14 @@ placement, so that neither do results.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from zoo.base.gradient_sums import GradientSums
 
 __all__ = ["FieldSpec", "Fields", "HasRoles", "Pending", "Placement", "PlacesRoles", "Role"]
 
@@ -106,6 +108,7 @@ class Placement:
 
     def __init__(self, roles: dict[str, Role]) -> None:
         self.roles = roles
+        self._sums: dict[str, GradientSums] = {}
 
     def holds(self, role: str) -> bool:
         """Whether this rank has a role's model."""
@@ -211,12 +214,21 @@ class Placement:
         return list(units)
 
     def replicas(self, role: str) -> int:
-        """Number of ranks over which the gradients of a role are averaged."""
+        """Number of ranks over which the back end of a role averages gradients; 1 where they are added."""
         return 1
 
-    def accumulate(self, role: str, last: bool) -> AbstractContextManager[Any]:
-        """Context of one forward and backward pass; gradients are averaged in the last of a minibatch."""
-        return nullcontext()
+    @contextmanager
+    def accumulate(self, role: str, last: bool) -> Iterator[None]:
+        """Context of one forward and backward pass; the last of a minibatch gives the gradients of all."""
+        yield
+        if role not in self._sums:
+            self._sums[role] = GradientSums(self.roles[role].network.parameters())
+        self._sums[role].add()
+        if last:
+            self._sums[role].give(lambda total: self._add_up(role, total))
+
+    def _add_up(self, role: str, total: Tensor) -> None:
+        """Add sums of gradients over the ranks that train a role, in place."""
 
     def total(self, role: str, values: Tensor) -> Tensor:
         """Sum over the ranks that train a role."""

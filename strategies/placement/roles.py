@@ -91,7 +91,7 @@ class RankPlacement(Placement):
                     self._copies[name] = copy.deepcopy(role.network).requires_grad_(False)
                 self._divide(role, DeviceMesh.from_group(self._group(ranks), self.device.type))
                 self._wrapped[name] = role.network
-            elif len(ranks) > 1:
+            elif self.plan.roles[name].backend == "ddp":
                 self._wrapped[name] = DistributedDataParallel(
                     role.network, process_group=self._group(ranks), broadcast_buffers=False
                 )
@@ -262,7 +262,7 @@ class RankPlacement(Placement):
 
     @override
     def replicas(self, role: str) -> int:
-        return len(self.plan.members(role, self.world))
+        return len(self.plan.members(role, self.world)) if role in self._wrapped else 1
 
     @override
     @contextmanager
@@ -270,9 +270,17 @@ class RankPlacement(Placement):
         network = self.network(role)
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
-        alone = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
-        with self.timeline(role, "train"), waiting(f"{role}, gradients", self.plan.members(role, self.world)), alone:
+        context: AbstractContextManager[Any] = nullcontext() if role in self._wrapped else super().accumulate(role, last)
+        if isinstance(network, DistributedDataParallel) and not last:
+            context = network.no_sync()
+        with self.timeline(role, "train"), waiting(f"{role}, gradients", self.plan.members(role, self.world)), context:
             yield
+
+    @override
+    def _add_up(self, role: str, total: Tensor) -> None:
+        ranks = self.plan.members(role, self.world)
+        if len(ranks) > 1:
+            dist.all_reduce(total, group=self._group(ranks))
 
     @override
     def total(self, role: str, values: Tensor) -> Tensor:
