@@ -1,7 +1,8 @@
 """Placements of the four models of PPO: times of their steps, idle shares, bytes, and that the weights are the same.
 
 ``python -m benchmarks.placement`` trains on two processes of one core each, through Lightning's Trainer: flattening,
-interleaving, and separation (one rank trains, one generates) with lag 0 and 1. A step is one rollout: 32 prompts of 16 tokens, 48
+interleaving, and separation (one rank trains, one generates) with lag 0 and 1. Flattening runs twice, with gradients that are
+added in float64 (``replicate``, as in the other arms) and by DDP; lag 1 is compared with the faster one. A step is one rollout: 32 prompts of 16 tokens, 48
 new ones, 4 minibatches; actor, critic, reference and reward are dense Ling networks of 1.4M random weights, float32. All arms run
 in the same processes, several rounds in turns; the first steps of a turn are not counted. Ratios are those of the medians of one
 round, and the median over the rounds is judged. The picture shows what each rank did in one step of each arm.
@@ -12,7 +13,7 @@ round, and the median over the rounds is judged. The picture shows what each ran
 gradients; and separation with lag 0, where they are divided inside the first group, and the second generates. Separation is
 compared with a closed formula: the time of its passes as measured, and the bytes that have to cross the link, over its rate.
 
-Times that the planner predicts, from passes and links as measured in each round, stand beside those that are measured.
+Times that the planner predicts, from passes and links as measured before each turn, stand beside those that are measured.
 """
 
 from __future__ import annotations
@@ -53,14 +54,15 @@ from zoo.ling import LingBackbone, LingConfig
 from zoo.rlhf import RLHF, Reward, Rollout
 from zoo.rlhf.reward_loss import last_values
 
-FLAT, INTER, SEP, LAG = "flattening", "interleaving", "separation, lag 0", "separation, lag 1"
+FLAT, INTER, SEP, LAG, DDP = "flattening", "interleaving", "separation, lag 0", "separation, lag 1", "flattening, ddp"
 TOKEN, ONCE, WHOLE = "flattening, gather per token", "flattening, gather once", "flattening, whole copies"
 ARMS = {
-    FLAT: FlatteningStrategy, INTER: InterleavingStrategy, SEP: SeparationStrategy, LAG: partial(SeparationStrategy, max_lag=1)
+    FLAT: FlatteningStrategy, DDP: partial(FlatteningStrategy, "ddp"), INTER: InterleavingStrategy, SEP: SeparationStrategy,
+    LAG: partial(SeparationStrategy, max_lag=1),
 }  # fmt: skip
 SLOW_ARMS = {
     TOKEN: partial(FlatteningStrategy, "fsdp2", "per_token"), ONCE: partial(FlatteningStrategy, "fsdp2", "once"),
-    WHOLE: FlatteningStrategy, SEP: partial(SeparationStrategy, backend="fsdp2"),
+    WHOLE: partial(FlatteningStrategy, "ddp"), SEP: partial(SeparationStrategy, backend="fsdp2"),
 }  # fmt: skip
 SCENE = (2, 2, 200.0)
 CONFIG = LingConfig(
@@ -154,8 +156,8 @@ def module_of(config: LingConfig, rollout: Rollout) -> RLHF:
     return RLHF(LingBackbone(config), Judge(config), LingBackbone(config, scalar_head=True), rollout=rollout)
 
 
-def predicted(arms: dict[str, Any], config: LingConfig, rows: int, group_size: int) -> dict[str, float]:
-    """Seconds of a step that the planner predicts for each arm, from passes and links that all ranks measure at the same time."""
+def predicted(strategy: PlacementStrategy, config: LingConfig, rows: int, group_size: int) -> float:
+    """Seconds of a step that the planner predicts for an arm, from passes and links that all ranks measure at the same time."""
     world_size = dist.get_world_size()
     options = rollout_of(config, rows, world_size)
     job = Workload(rows, PROMPT, options.max_new_tokens, options.minibatches, options.epochs, options.unit)
@@ -164,7 +166,7 @@ def predicted(arms: dict[str, Any], config: LingConfig, rows: int, group_size: i
     grid = RankGrid(group_size, "cpu")
     cluster = measure_cluster(grid)
     grid.close()
-    return {arm: predict(make().plan(world_size), cluster, job, costs).seconds for arm, make in arms.items()}
+    return predict(strategy.plan(world_size), cluster, job, costs).seconds
 
 
 def run(arm: str, strategy: PlacementStrategy, config: LingConfig, rows: int, steps: int, group_size: int) -> dict[str, Any]:
@@ -204,11 +206,11 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
     found: list[dict[str, Any]] = []
     weights: dict[str, dict[str, Tensor]] = {}
     config = SMOKE if smoke else CONFIG
-    said: list[dict[str, float]] = []
+    said: dict[str, list[float]] = {arm: [] for arm in arms}
     for number, turn in itertools.product(range(rounds), range(len(arms))):
-        if not turn:  # passes and links are measured anew in each round, since the machine's speed changes
-            said.append(predicted(arms, config, rows, group_size))
         arm = list(arms)[(turn + number) % len(arms)]
+        # Passes and links are measured before each turn, since the machine's speed changes.
+        said[arm].append(predicted(arms[arm](), config, rows, group_size))
         one = run(arm, arms[arm](), config, rows, steps, group_size)
         weights[arm] = one.pop("weights")
         found.append(one | {"round": number})
@@ -221,7 +223,7 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
         "runs": found,
         "apart": apart,
         "trained_bytes": trained,
-        "predicted": {arm: statistics.median(each[arm] for each in said) for arm in arms},
+        "predicted": {arm: statistics.median(each) for arm, each in said.items()},
     }
 
 
@@ -367,7 +369,7 @@ def judge(record: Record, found: dict[str, Any], slow: bool, rows: int, config: 
         }  # fmt: skip
     else:
         values |= {
-            "lag_1_over_flattening": ratio(medians, FLAT, LAG), "interleaving_difference": found["apart"][INTER],
+            "lag_1_over_flattening": min(ratio(medians, slow, LAG) for slow in (FLAT, DDP)), "interleaving_difference": found["apart"][INTER],
             "separation_difference": found["apart"][SEP], "frozen_bytes_interleaving": frozen[INTER] / frozen[FLAT],
         }  # fmt: skip
     for bar in record.bars:
@@ -393,7 +395,7 @@ def tables_of(slow: bool) -> list[Table]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.placement", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=4, help=f"steps of a turn that are counted, after {SKIPPED} others")
     parser.add_argument("--scene", choices=["2x2_200"], help="four processes in two groups behind a slow link")
     parser.add_argument("--smoke", action="store_true", help="tiny networks, few steps; the result is not kept")

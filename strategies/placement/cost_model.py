@@ -82,6 +82,7 @@ class RoleCost:
         score: Seconds of a forward pass over prompt and answer, by samples.
         train: Seconds of forward and backward pass, by samples.
         update: Seconds of an optimizer step on all trained parameters.
+        slowest: Time of the slowest of several ranks over that of all on average; those that wait for one another take it.
         repeat: Factor of all times; the number of layers where they are of one.
 
     Raises:
@@ -103,6 +104,7 @@ class RoleCost:
     score: dict[int, float] = field(default_factory=dict)
     train: dict[int, float] = field(default_factory=dict)
     update: float = 0.0
+    slowest: float = 1.0
     repeat: int = 1
 
     def __post_init__(self) -> None:
@@ -113,9 +115,9 @@ class RoleCost:
         if self.layers < 1 or self.repeat < 1:
             raise ValueError(f"RoleCost: layers={self.layers} and repeat={self.repeat} must be at least 1.")
 
-    def seconds(self, operation: str, samples: float) -> float:
-        """Time of ``prefill``, ``decode``, ``score`` or ``train`` for so many samples."""
-        return self.repeat * at(getattr(self, operation), samples)
+    def seconds(self, operation: str, samples: float, ranks: int = 1) -> float:
+        """Time of ``prefill``, ``decode``, ``score`` or ``train`` for so many samples on each of ranks that wait for one another."""
+        return self.repeat * at(getattr(self, operation), samples) * (self.slowest if ranks > 1 else 1.0)
 
     @property
     def weight_bytes(self) -> float:
@@ -186,6 +188,10 @@ class _Costs:
     def divided(self, role: str) -> bool:
         return self.plan.roles[role].backend == "fsdp2" and len(self.plan.members(role, self.world)) > 1
 
+    def sum_bytes(self, role: str) -> float:
+        """Bytes of a parameter's gradient where it is added over passes and ranks, beside the gradient of a pass."""
+        return 8.0 if self.plan.roles[role].backend == "replicate" else self.roles[role].gradient_bytes
+
     def link(self, ranks: Sequence[int]) -> "LinkSpeed":
         inside = len({rank // self.cluster.group_size for rank in ranks}) == 1
         return self.cluster.intra if inside else self.cluster.flat or self.cluster.inter
@@ -217,8 +223,8 @@ class _Costs:
         own, actor = owners_of_rows(rows, unit, self.generators, self.generators), self.roles["actor"]
         sharded = {name: not plan.separates and self.divided(name) for name in self.trained}
         for rank, mine in own.items():
-            decoded = (job.new_tokens - 1) * actor.seconds("decode", len(mine))
-            found[rank]["generate"] += actor.seconds("prefill", len(mine)) + decoded
+            decoded = (job.new_tokens - 1) * actor.seconds("decode", len(mine), len(found))
+            found[rank]["generate"] += actor.seconds("prefill", len(mine), len(found)) + decoded
             if sharded["actor"]:
                 found[rank]["gather"] += self.gather("actor", job.new_tokens if plan.gather == "per_token" else 1)
         self._share(found, own, 8.0 * job.new_tokens)
@@ -226,7 +232,7 @@ class _Costs:
             taken = owners_of_rows(rows, unit, plan.members(place, self.world), self.generators)
             for rank, mine in taken.items():
                 passes = math.ceil(len(mine) / unit)
-                found[rank]["score"] += passes * self.roles[role].seconds("score", unit)
+                found[rank]["score"] += passes * self.roles[role].seconds("score", unit, len(found))
                 if sharded.get(role) and not (role == "actor" and plan.gather == "resident"):
                     found[rank]["gather"] += self.gather(role, passes)
             self._share(found, taken, row_bytes)
@@ -250,10 +256,11 @@ class _Costs:
         for role in self.trained:
             cost, ranks, divided = self.roles[role], self.plan.members(role, self.world), self.divided(role)
             passes = job.samples / job.minibatches / job.unit / len(ranks)
-            gradients = self.ring(ranks, cost.trained * cost.gradient_bytes * (1 if divided else 2), cost.layers)
+            sums = cost.trained * (cost.gradient_bytes if divided else 2 * self.sum_bytes(role))
+            gradients = self.ring(ranks, sums, cost.layers if divided else 1)
             for rank in ranks:
                 update = cost.repeat * cost.update / (len(ranks) if divided else 1)
-                found[rank]["train"] += job.minibatches * (passes * cost.seconds("train", job.unit) + update)
+                found[rank]["train"] += job.minibatches * (passes * cost.seconds("train", job.unit, len(ranks)) + update)
                 found[rank]["gradients"] += job.minibatches * gradients
                 if divided:
                     found[rank]["gather"] += job.minibatches * self.gather(role, passes, train=True)
@@ -265,7 +272,7 @@ class _Costs:
         passes = job.samples / job.unit / len(ranks)
         gathered = self.gather("actor", passes) if self.divided("actor") else 0.0
         summed = self.ring(ranks, 2 * 4.0 * job.samples * job.new_tokens)
-        return passes * self.roles["actor"].seconds("score", job.unit) + gathered + summed
+        return passes * self.roles["actor"].seconds("score", job.unit, len(ranks)) + gathered + summed
 
     def sync(self) -> float:
         """Trained weights to the ranks that generate, or to the resident copy."""
@@ -295,7 +302,8 @@ class _Costs:
                 kept += kept_bytes(cost, len(ranks) if divided else 1)
             if name in self.trained and rank in ranks:
                 activations = job.unit * tokens * cost.hidden * cost.layers * width
-                beside = cost.trained * cost.gradient_bytes if len(ranks) > 1 else 0.0  # buckets, or gradients before they divide
+                # Float64 sums, buckets of DDP, or gradients before they divide.
+                beside = cost.trained * self.sum_bytes(name)
                 train = max(train, activations + logits + beside + (block if divided else 0.0))
             if name in self.trained and plan.separates and rank in plan.members(f"rollout_{name}", self.world):
                 kept += cost.weight_bytes

@@ -28,7 +28,7 @@ def plans(world: int, job: Workload, max_lag: int = 0) -> Iterator[PlacementPlan
             if world % 2 == 0:
                 yield PlacementPlan.interleaving(world, backend, gather)
         for train in (count for count in range(1, world) if units % count == 0):
-            if backend == "fsdp2" and train == 1:
+            if backend != "replicate" and train == 1:
                 continue
             for chunks in (count for count in range(1, job.minibatches + 1) if job.minibatches % count == 0):
                 yield PlacementPlan.separation(world, train, chunks, 0, backend)

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.placement.cost_model import RoleCost, Workload
+from zoo.base.gradient_sums import GradientSums
 from zoo.base.random import SampleRandom
 from zoo.lm.backbone import Backbone
 from zoo.lm.generation import Generation, continue_prompts
@@ -56,9 +57,9 @@ def workload_of(module: Any, datamodule: Any) -> Workload:
 
 
 def measure_roles(
-    roles: Mapping[str, Role], job: Workload, device: torch.device, ranks: int = 1, repetitions: int = 3
+    roles: Mapping[str, Role], job: Workload, device: torch.device, ranks: int = 1, repetitions: int = 8
 ) -> dict[str, RoleCost]:
-    """Time the passes of each model; no weight, gradient or random state is changed.
+    """Time the passes of each model, on all ranks at once; no weight, gradient or random state is changed.
 
     Each model has to fit on the device with gradients and the states of Adam, one at a time.
 
@@ -67,7 +68,7 @@ def measure_roles(
         job: The rollout: prompts and answers have its lengths, passes its unit.
         device: Where.
         ranks: Number of ranks for which plans are made; generation is timed for the samples of one rank and of half of them.
-        repetitions: Runs of each pass, of which the median counts.
+        repetitions: Runs of each pass, of which the mean counts, since a step is the sum of many.
     """
     found = {}
     for name, role in roles.items():
@@ -95,40 +96,38 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
     ids = torch.arange(job.unit * tokens, device=device).remainder(vocabulary).view(job.unit, tokens)
     mask = torch.ones_like(ids)
 
-    def timed(function: Callable[[], Any], runs: int = repetitions) -> float:
-        taken = []
-        for _ in range(runs + 1):  # the first one warms up
-            begin = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - begin)
-        return median(taken[1:])
-
-    prefill, decode, train, update = {}, {}, {}, 0.0
-    with torch.no_grad():
-        score = timed(lambda: _passes(name, role.network, ids, mask, job.new_tokens))
-        if name == "actor":
-            per_rank = max(1, job.samples // max(1, ranks))
-            for size in sorted({per_rank, max(1, per_rank // 2), min(job.samples, 2 * per_rank)}):
-                prefill[size], decode[size] = _generate(backbones[0], size, job, device, timed)
+    sizes = _sizes(job, ranks) if name == "actor" else []
+    passes: dict[tuple[str, int], Callable[[], Any]] = {}
+    for size in sizes:
+        passes["prefill", size], passes["whole", size] = _generate(backbones[0], size, job, device)
+    passes["score", job.unit] = torch.no_grad()(lambda: _passes(name, role.network, ids, mask, job.new_tokens))
+    gradients = [parameter.grad for parameter in parameters]
     if trained:
-        gradients = [parameter.grad for parameter in parameters]
+        sums, optimizer = GradientSums(trained), torch.optim.AdamW(trained, lr=0.0)
 
-        def step() -> None:
+        def train() -> None:
             _passes(name, role.network, ids, mask, job.new_tokens).sum().backward()
+            sums.add()
 
-        train[job.unit] = timed(step)
-        optimizer = torch.optim.AdamW(trained, lr=0.0)
-        update = timed(lambda: (nn.utils.clip_grad_norm_(trained, 1.0), optimizer.step(), optimizer.zero_grad(False)))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        def update() -> None:
+            sums.give(_nothing)
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        passes["train", job.unit], passes["update", 1] = train, update
+    times, slowest = _times(passes, device, repetitions)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    decode = {size: max(0.0, times["whole", size] - times["prefill", size]) / max(1, job.new_tokens - 1) for size in sizes}
     return RoleCost(
         count, sum(parameter.numel() for parameter in trained), max(1, len(blocks)), max(0, count - inside),
         max((backbone.hidden_size for backbone in backbones), default=0),
         vocabulary=vocabulary if name in ("actor", "reference") else 0,
         parameter_bytes=width, gradient_bytes=width, state_bytes=2 * width,
-        prefill=prefill, decode=decode, score={job.unit: score}, train=train, update=update,
+        prefill={size: times["prefill", size] for size in sizes}, decode=decode, score={job.unit: times["score", job.unit]},
+        train={job.unit: times["train", job.unit]} if trained else {}, update=times.get(("update", 1), 0.0),
+        slowest=slowest,
     )  # fmt: skip
 
 
@@ -143,20 +142,58 @@ def _passes(name: str, network: nn.Module, ids: Tensor, mask: Tensor, new_tokens
     return found[0] if isinstance(found, tuple) else found
 
 
+def _sizes(job: Workload, ranks: int) -> list[int]:
+    """Samples for which generation is timed: of one rank, of half of them, and of twice as many."""
+    each = max(1, job.samples // max(1, ranks))
+    return sorted({each, max(1, each // 2), min(job.samples, 2 * each)})
+
+
+def _times(
+    passes: Mapping[tuple[str, int], Callable[[], Any]], device: torch.device, repetitions: int
+) -> tuple[dict[tuple[str, int], float], float]:
+    """Mean seconds of each pass over all ranks, and how much longer the slowest rank takes.
+
+    Passes take turns, as in a run, where none finds its weights in the caches.
+    """
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    taken: list[list[float]] = []
+    for _ in range(repetitions + 1):  # the first one warms up
+        taken.append([])
+        for function in passes.values():
+            if not alone:
+                dist.barrier()
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken[-1].append(time.perf_counter() - begin)
+    own = torch.tensor(taken[1:], dtype=torch.float64, device=device)
+    mean, most = own.clone(), own
+    if not alone:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return dict(zip(passes, mean.mean(0).tolist(), strict=True)), float(most.sum() / mean.sum())
+
+
 def _generate(
-    backbone: Backbone, size: int, job: Workload, device: torch.device, timed: Callable[..., float]
-) -> tuple[float, float]:
-    """Seconds of prompts with the first token, and of each further one."""
+    backbone: Backbone, size: int, job: Workload, device: torch.device
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Generation of the first token of prompts, and of all."""
     ids = torch.arange(size * job.prompt_tokens, device=device).remainder(backbone.vocab_size).view(size, job.prompt_tokens)
     index = torch.arange(size, device=device)
 
     def run(new_tokens: int) -> Callable[[], Any]:
-        options = Generation(new_tokens, eos_token_id=[], pad_token_id=0)
-        model = backbone.decodes()
-        return lambda: continue_prompts(model, ids, torch.ones_like(ids), options, random=SampleRandom(0, index))
+        options = Generation(new_tokens, temperature=1.0, eos_token_id=[], pad_token_id=0)
+        return lambda: continue_prompts(
+            backbone.decodes(), ids, torch.ones_like(ids), options, random=SampleRandom(0, index)
+        )
 
-    first, whole = timed(run(1)), timed(run(job.new_tokens))
-    return first, max(0.0, whole - first) / max(1, job.new_tokens - 1)
+    return run(1), run(job.new_tokens)
+
+
+def _nothing(total: Tensor) -> None:
+    pass
 
 
 def write_roles(roles: Mapping[str, RoleCost], path: str | Path) -> None:
