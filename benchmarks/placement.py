@@ -395,7 +395,7 @@ def tables_of(slow: bool) -> list[Table]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """The command line; returns the path of the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.placement", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each arm")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each arm")
     parser.add_argument("--steps", type=int, default=4, help=f"steps of a turn that are counted, after {SKIPPED} others")
     parser.add_argument("--scene", choices=["2x2_200"], help="four processes in two groups behind a slow link")
     parser.add_argument("--smoke", action="store_true", help="tiny networks, few steps; the result is not kept")
