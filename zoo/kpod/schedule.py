@@ -73,9 +73,9 @@ class ProgressiveSchedule:
         stages: T; one stage is one epoch.
         p: Growth of the budget: 0 is linear, more is slower at first.
         c0: Share of the whole difficulty that the student writes at the start.
-        beta: Weight of diversity. It is not free of scale: one more question of a cluster adds about ``beta / (2 sqrt(m))`` to the
-            m selected before, so that for thousands of questions it decides over a stage's first hundreds only.
-        delta_s: Steps by which a question gets harder at a stage; ``auto``: the longest rationale's steps divided by T, rounded up.
+        beta: Weight of diversity. It is not free of scale: a question of a cluster with m selected ones adds about
+            ``beta / (2 sqrt(m))``, which for thousands of questions matters to a stage's first hundreds only.
+        delta_s: Steps by which a question gets harder at a stage; ``auto``: the most steps of a rationale over T, rounded up.
         init: Start: ``greedy`` selects within C0, from nothing to write, until nothing fits; ``proportional`` takes the longest
             tail of each question within c0 of its own difficulty; ``last_step`` takes one step of each, whatever c0 is.
 
@@ -219,8 +219,8 @@ def select(cost_N: Tensor, label_N: Tensor, budget: float, beta: float, augment:
     The density of one more question of a cluster with m selected ones, ``1 + beta (sqrt(m + 1) - sqrt(m)) / delta``, is greatest
     for the cluster's cheapest, so a question's m is its rank in its cluster, and one sort finds the greedy order. Equal densities
     (all of them for ``beta = 0``): the smaller delta first, then the smaller index. What does not fit is passed over, and the
-    costlier rest of its cluster with it. At every prefix, the empty one included, the best single addition that fits is tried, the
-    dearest of a cluster; the best set seen wins, the greedy one if equal. Sorting, and K bisections a prefix.
+    costlier rest of its cluster with it. At every prefix, the empty one included, the best single addition that fits is tried,
+    the dearest of a cluster; the best set seen wins, the greedy one if equal. Sorting, and K bisections a prefix.
 
     Args:
         cost_N: delta, float64, not negative.
