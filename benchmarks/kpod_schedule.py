@@ -99,8 +99,8 @@ def measure_schedules(record: Record, seeds: Sequence[int], questions: int) -> N
             gaps.append(float(gap_T1[:-1].max()))
             setting = f"T {stages}, delta_s {delta_s}"
             record.row(setting=setting, seed=seed, ms_per_stage=1000 * seconds[-1], gap_before_T_ppm=1e6 * gaps[-1],
-                       gap_at_T=float(gap_T1[-1]), steps_left=schedule.steps_left,
-                       questions_left=schedule.questions_left)  # fmt: skip
+                       gap_at_T=float(gap_T1[-1]))  # fmt: skip
+            record.row(left_of=setting, seed=seed, steps_left=schedule.steps_left, questions_left=schedule.questions_left)
             for t, given_N in enumerate(schedule.given):
                 record.row(mean_c_of=setting, seed=seed, stage_over_T=t / stages, mean_c=float(given_N.double().mean()))
                 for curve, values in (("D, budget", schedule.budget), (f"H, {setting}", schedule.reached)):
@@ -123,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Table(f"Selected over best set, {problems} problems of at most {LARGEST} questions a seed", "solver",
               ["worst", "mean", "best_found"], digits=3),
         Table(f"Schedules of {questions:,} questions, synthetic difficulties; gap: (D - H) / B, millionths before stage T",
-              "setting", ["ms_per_stage", "gap_before_T_ppm", "gap_at_T", "steps_left", "questions_left"], digits=3),
+              "setting", ["ms_per_stage", "gap_before_T_ppm", "gap_at_T"], digits=3),
+        Table("Left after stage T, to be taken on at once", "left_of", ["steps_left", "questions_left"], digits=0),
     ]  # fmt: skip
     x = "stage_over_T"
     plots = [

@@ -75,10 +75,10 @@ def test_means_of_word_vectors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"400000 50\nhow 1 2\n", "line 1: 1 numbers behind the word instead of 2: .* without a header"),
-        (b"how 1 2 3\nmany 1 2\n", "line 2: 2 numbers behind the word instead of 3: give a GloVe text file, complete"),
-        (b"how 1 2 3\nmany 1 x 3\n", "line 2: what follows the word is not all numbers"),
-        (b"how 1 2 3\n\xff\xfe 1 2 3\n", "not UTF-8"),
+        (b"400000 50\nhow 1 2\n", "txt, line 1: 1 numbers behind the word instead of 2: .* without a header"),
+        (b"how 1 2 3\nmany 1 2\n", "txt, line 2: 2 numbers behind the word instead of 3: give a GloVe text file, complete"),
+        (b"how 1 2 3\nmany 1 x 3\n", "txt, line 2: could not convert string to float: 'x': give a GloVe text file"),
+        (b"how 1 2 3\n\xff\xfe 1 2 3\n", "txt, line 1: 'utf-8' codec can't decode byte 0xff .* unpacked"),
         (b"much 1 2 3\n", "a vector for no word of the questions"),
         (b"", "a vector for no word of the questions"),
     ],

@@ -59,5 +59,5 @@ def test_rows_are_packed_behind_each_other() -> None:
 def test_gaps_and_losses_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="step 1 of row 1 has no token"):
         step_difficulties(losses(), STEPS.where(STEPS != 1, -1).where(STEPS != 2, 2))
-    with pytest.raises(ValueError, match="step 0 of row 0 .* not finite"):
+    with pytest.raises(ValueError, match=r"step 0 of row 0 .* not finite"):
         step_difficulties(losses().masked_fill(STEPS == 0, torch.inf), STEPS)

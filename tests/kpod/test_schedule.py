@@ -1,7 +1,9 @@
 """The budget, the selection against enumeration, and curricula that keep both."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import kpod_schedule
 from zoo.kpod.difficulty import Difficulties
-from zoo.kpod.schedule import Init, ProgressiveSchedule, budget_curve, objective, select
+from zoo.kpod.schedule import ProgressiveSchedule, budget_curve, objective, select
 
 # Multiples of 1/16: sums are exact. Equal costs and costs of 0 occur.
 COSTS = st.lists(st.integers(0, 64).map(lambda number: number / 16), min_size=1, max_size=8)
@@ -58,7 +61,9 @@ def by_definition(cost: torch.Tensor, label: torch.Tensor, budget: float, beta: 
     best = prefixes[-1]
     for prefix in prefixes if augment else []:
         for i in set(range(len(cost))) - set(prefix):
-            if float(cost[[*prefix, i]].sum()) <= budget and value(cost, label, [*prefix, i], beta) > value(cost, label, best, beta):
+            if float(cost[[*prefix, i]].sum()) <= budget and value(cost, label, [*prefix, i], beta) > value(
+                cost, label, best, beta
+            ):
                 best = [*prefix, i]
     return sorted(best)
 
@@ -151,20 +156,28 @@ def test_budget_grows_from_its_share_to_everything(total: float, stages: int, p:
 
 def questions(seed: int, count: int = 40) -> tuple[list[list[float]], list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 8, (count,), generator=generator).tolist()
+    lengths = [7, *torch.randint(1, 8, (count - 1,), generator=generator).tolist()]
     rows = [torch.rand(length, generator=generator, dtype=torch.float64).mul(2).tolist() for length in lengths]
     return rows, torch.randint(4, (count,), generator=generator).tolist()
 
 
+PLANNERS = st.builds(
+    ProgressiveSchedule,
+    stages=st.integers(1, 9),
+    p=st.floats(0, 2),
+    c0=st.floats(0, 1),
+    beta=st.sampled_from([0.0, 12.0]),
+    delta_s=st.sampled_from([1, 2, 3, "auto"]),
+    init=st.sampled_from(["greedy", "proportional"]),
+)
+
+
 @settings(deadline=None, max_examples=40)
-@given(
-    seed=st.integers(0, 10**6), stages=st.integers(1, 9), delta_s=st.sampled_from([1, 2, 3, "auto"]), beta=st.sampled_from([0.0, 12.0]),
-    init=st.sampled_from(["greedy", "proportional"]), p=st.floats(0, 2), c0=st.floats(0, 1),
-)  # fmt: skip
-def test_curriculum_keeps_to_its_budget(seed: int, stages: int, delta_s: Any, beta: float, init: Init, p: float, c0: float) -> None:
+@given(st.integers(0, 10**6), PLANNERS)
+def test_curriculum_keeps_to_its_budget(seed: int, planner: ProgressiveSchedule) -> None:
     rows, labels = questions(seed)
-    schedule = ProgressiveSchedule(stages, p, c0, beta, delta_s, init).plan(rows, labels)
-    given_, most = schedule.given.long(), math.ceil(max(map(len, rows)) / stages) if delta_s == "auto" else delta_s
+    schedule, stages = planner.plan(rows, labels), planner.stages
+    given_, most = schedule.given.long(), planner.delta_s if planner.delta_s != "auto" else math.ceil(7 / stages)
     assert given_.shape == (stages + 1, len(rows)) and (given_ >= 0).all()
     assert (given_[0] <= torch.tensor([len(row) for row in rows])).all()
     change = -given_.diff(dim=0)
@@ -174,10 +187,10 @@ def test_curriculum_keeps_to_its_budget(seed: int, stages: int, delta_s: Any, be
     reached = torch.tensor([sum(sum(row[c:]) for row, c in zip(rows, stage, strict=True)) for stage in given_.tolist()])
     torch.testing.assert_close(schedule.reached, reached.double(), rtol=1e-5, atol=1e-5)
     assert (schedule.reached <= schedule.budget + 1e-9).all()
-    torch.testing.assert_close(schedule.budget, budget_curve(float(schedule.total), stages, p, c0))
+    torch.testing.assert_close(schedule.budget, budget_curve(float(schedule.total), stages, planner.p, planner.c0))
     torch.testing.assert_close(schedule.budget_term, schedule.reached[1:] - schedule.budget[1:])
     spread = [sum(math.sqrt(n) for n in torch.tensor(labels)[row > 0].bincount().tolist()) for row in change]
-    torch.testing.assert_close(schedule.diversity_term, beta * torch.tensor(spread, dtype=torch.float64))
+    torch.testing.assert_close(schedule.diversity_term, planner.beta * torch.tensor(spread, dtype=torch.float64))
     assert schedule.steps_left == int(given_[-1].sum()) and schedule.questions_left == int((given_[-1] > 0).sum())
 
 
@@ -250,3 +263,13 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_questions_that_have_no_curriculum_are_refused(rows: list[list[float]], labels: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProgressiveSchedule(2).plan(rows, labels)
+
+
+def test_benchmark_compares_with_the_best_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    problem = torch.tensor([0.25, 1.0], dtype=torch.float64), torch.tensor([0, 0]), 1.0, 0.0
+    assert [kpod_schedule.over_best(problem, augment) for augment in (False, True)] == [0.25, 1.0]
+    rows = json.loads(kpod_schedule.main(["--smoke"]).read_text())["rows"]
+    assert {row["left_of"]: row["steps_left"] > 0 for row in rows if "left_of" in row} == dict.fromkeys(
+        ["T 10, delta_s 1", "T 10, delta_s 2", "T 4, delta_s 1", "T 4, delta_s 2"], True
+    )

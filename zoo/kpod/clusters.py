@@ -95,7 +95,7 @@ def mean_word_vectors(questions: Sequence[str], glove: str | Path) -> Tensor:
     words_N = [_WORD.findall(question) for question in questions]
     vectors = read_glove(glove, {form for words in words_N for word in words for form in (word, word.lower())})
     if not vectors:
-        raise ValueError(f"{glove} has a vector for no word of the questions: give GloVe vectors of the questions' language.")
+        raise ValueError(f"{Path(glove).name} has a vector for no word of the questions: give vectors of their language.")
     zero = torch.zeros_like(next(iter(vectors.values())))
     found_N = [[v for word in words if (v := vectors.get(word, vectors.get(word.lower()))) is not None] for words in words_N]
     return torch.stack([torch.stack(found).mean(0) if found else zero for found in found_N])
@@ -114,27 +114,18 @@ def read_glove(path: str | Path, words: Collection[str]) -> dict[str, Tensor]:
         ValueError: If a line is malformed.
     """
     vectors: dict[str, Tensor] = {}
-    width = number = 0
+    width = last = 0
     try:
         with Path(path).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for last, line in enumerate(lines, start=1):
                 word, *numbers = line.rstrip("\n").split(" ") if line.partition(" ")[0] in words else [""]
                 found = line.count(" ")
                 width = width or found
                 if width < 2 or found < width:
-                    raise ValueError(
-                        f"{path}, line {number}: {found} numbers behind the word instead of {max(width, 2)}: give a GloVe text"
-                        " file, complete and without a header."
-                    )
+                    raise ValueError(f"{found} numbers behind the word instead of {max(width, 2)}")
                 if len(numbers) == width:
-                    vectors[word] = _vector(numbers, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 behind line {number}: give a GloVe text file, unpacked.") from error
+                    vectors[word] = torch.tensor([float(text) for text in numbers], dtype=torch.float64)
+    except ValueError as error:  # of the encoding, too
+        where = f"{Path(path).name}, line {last or 1}: {str(error)[:120]}"
+        raise ValueError(f"{where}: give a GloVe text file, complete, unpacked and without a header.") from error
     return vectors
-
-
-def _vector(numbers: list[str], where: str) -> Tensor:
-    try:
-        return torch.tensor([float(text) for text in numbers], dtype=torch.float64)
-    except ValueError as error:
-        raise ValueError(f"{where}: what follows the word is not all numbers: give a GloVe text file.") from error

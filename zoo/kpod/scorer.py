@@ -6,12 +6,11 @@ them, since accuracies in the literature were measured so.
 
 import math
 import re
-from collections.abc import Iterable
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Literal, NamedTuple, get_args
 
-__all__ = ["CONNECTOR", "Accuracy", "Scorer", "Verdict", "accuracy", "score", "wilson_interval"]
+__all__ = ["CONNECTOR", "Scorer", "Verdict", "score", "wilson_interval"]
 
 Scorer = Literal["strict", "choice", "mcc_kd"]
 
@@ -35,30 +34,12 @@ class Verdict(NamedTuple):
     Attributes:
         answer: The answer that was found, None if there is none.
         correct: Whether it equals the label.
-        counted: Whether the accuracy counts it; only ``mcc_kd`` leaves misses out.
+        counted: Whether an accuracy's denominator counts it; only ``mcc_kd`` leaves misses out.
     """
 
     answer: str | None
     correct: bool
     counted: bool = True
-
-
-class Accuracy(NamedTuple):
-    """Share of correct answers.
-
-    Attributes:
-        value: Correct over counted answers; 0 if none is counted.
-        low: Lower end of its Wilson interval.
-        high: Upper end.
-        correct: Number of correct answers.
-        counted: Number of counted answers.
-    """
-
-    value: float
-    low: float
-    high: float
-    correct: int
-    counted: int
 
 
 def score(output: str, label: str, scorer: Scorer = "strict") -> Verdict:
@@ -138,18 +119,6 @@ def _mcc_numbers(texts: list[str]) -> list[str]:
 
 def _mcc_plain(number: str) -> str:
     return re.sub(r",|\.0+$", "", number)
-
-
-def accuracy(verdicts: Iterable[Verdict], level: float = 0.95) -> Accuracy:
-    """Share of correct answers with its Wilson interval.
-
-    Args:
-        verdicts: As from `score`.
-        level: Probability that the interval covers the true share.
-    """
-    counted = [verdict.correct for verdict in verdicts if verdict.counted]
-    low, high = wilson_interval(sum(counted), len(counted), level)
-    return Accuracy(sum(counted) / max(len(counted), 1), low, high, sum(counted), len(counted))
 
 
 def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:
