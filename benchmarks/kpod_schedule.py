@@ -100,7 +100,9 @@ def measure_schedules(record: Record, seeds: Sequence[int], questions: int) -> N
             setting = f"T {stages}, delta_s {delta_s}"
             record.row(setting=setting, seed=seed, ms_per_stage=1000 * seconds[-1], gap_before_T_ppm=1e6 * gaps[-1],
                        gap_at_T=float(gap_T1[-1]))  # fmt: skip
-            record.row(left_of=setting, seed=seed, steps_left=schedule.steps_left, questions_left=schedule.questions_left)
+            record.row(
+                left_of=setting, seed=seed, steps_left=schedule.steps_left, questions_left=int((schedule.given[-1] > 0).sum())
+            )
             for t, given_N in enumerate(schedule.given):
                 record.row(mean_c_of=setting, seed=seed, stage_over_T=t / stages, mean_c=float(given_N.double().mean()))
                 for curve, values in (("D, budget", schedule.budget), (f"H, {setting}", schedule.reached)):

@@ -25,6 +25,8 @@ from zoo.kpod.scorer import CONNECTOR, Verdict, score, wilson_interval
         ("\n18\nQ: 5 more? Therefore, the answer is 99.", "18"),
         (" x = 9 (as = means)", "9"),
         (" 1,2 and 3", "1"),
+        (" 10/4", "2.5"),
+        (f" 1{'0' * 5000}.0", f"1{'0' * 5000}"),
     ],
 )
 def test_number_behind_the_connector_is_compared_as_a_number(answer: str, label: str) -> None:

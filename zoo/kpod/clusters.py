@@ -68,11 +68,11 @@ def _spread_centres(x_ND: Tensor, clusters: int, generator: torch.Generator) -> 
 
 def _lloyd(x_ND: Tensor, centre_KD: Tensor) -> tuple[float, Tensor]:
     """Sum of squared distances and labels (N,) once labels no longer change; a cluster that loses all keeps its centre."""
-    label_N = None
+    label_N = torch.full((len(x_ND),), -1)
     for _ in range(_MAX_ITERATIONS):
         distance_NK = centre_KD.square().sum(1) - x_ND @ (2 * centre_KD.T)  # squared, less that of the row to 0
         last_N, label_N = label_N, distance_NK.argmin(1)
-        if last_N is not None and torch.equal(label_N, last_N):
+        if torch.equal(label_N, last_N):
             break
         member_NK = F.one_hot(label_N, len(centre_KD)).double()
         count_K1 = member_NK.sum(0)[:, None]
@@ -114,10 +114,11 @@ def read_glove(path: str | Path, words: Collection[str]) -> dict[str, Tensor]:
         ValueError: If a line is malformed.
     """
     vectors: dict[str, Tensor] = {}
-    width = last = 0
+    width, where = 0, "line 1"
     try:
         with Path(path).open(encoding="utf-8") as lines:
-            for last, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines, start=1):
+                where = f"line {number}"
                 word, *numbers = line.rstrip("\n").split(" ") if line.partition(" ")[0] in words else [""]
                 found = line.count(" ")
                 width = width or found
@@ -126,6 +127,6 @@ def read_glove(path: str | Path, words: Collection[str]) -> dict[str, Tensor]:
                 if len(numbers) == width:
                     vectors[word] = torch.tensor([float(text) for text in numbers], dtype=torch.float64)
     except ValueError as error:  # of the encoding, too
-        where = f"{Path(path).name}, line {last or 1}: {str(error)[:120]}"
-        raise ValueError(f"{where}: give a GloVe text file, complete, unpacked and without a header.") from error
+        problem = f"{Path(path).name}, {where}: {str(error)[:120]}"
+        raise ValueError(f"{problem}: give a GloVe text file, complete, unpacked and without a header.") from error
     return vectors

@@ -59,11 +59,6 @@ class Schedule(NamedTuple):
         """Steps still given at the last stage, all of which the student takes on after it."""
         return int(self.given[-1].sum())
 
-    @property
-    def questions_left(self) -> int:
-        """Questions that still give steps at the last stage."""
-        return int((self.given[-1] > 0).sum())
-
 
 @dataclass(frozen=True)
 class ProgressiveSchedule:
@@ -119,9 +114,8 @@ class ProgressiveSchedule:
         Raises:
             ValueError: If a question has no step, a difficulty is negative or not finite, or labels do not fit.
         """
-        packed = difficulties if isinstance(difficulties, Difficulties) else Difficulties.of_rows(difficulties)
         label_N = torch.as_tensor(labels, device="cpu")
-        steps = _Steps(packed)
+        steps = _Steps(difficulties if isinstance(difficulties, Difficulties) else Difficulties.of_rows(difficulties))
         if label_N.shape != steps.count_N.shape or label_N.is_floating_point():
             raise ValueError(
                 f"ProgressiveSchedule: {tuple(label_N.shape)} labels of {label_N.dtype} for {len(steps.count_N)} questions:"
@@ -129,14 +123,14 @@ class ProgressiveSchedule:
             )
         delta_s = math.ceil(int(steps.count_N.max()) / self.stages) if self.delta_s == "auto" else self.delta_s
         budget = budget_curve(steps.total, self.stages, self.p, self.c0)
-        given_N = self._start(steps, label_N, delta_s)
-        given, reached, terms, num_selected = [given_N], [steps.harder(given_N)], [], []
+        given_N = self._start(steps, label_N, float(budget[0]), delta_s)
+        given, reached, terms, num_selected = [given_N], [steps.difficulty(given_N)], [], []
         for target in budget.tolist()[1:]:
-            chosen, cost = self._harder(steps, given_N, label_N, target - reached[-1], delta_s)
-            terms.append(objective(cost[chosen], label_N[chosen], target - reached[-1], self.beta))
-            given_N = given_N.index_add(0, chosen, torch.full_like(chosen, -delta_s)).clamp(min=0)
+            room = target - reached[-1]
+            given_N, chosen, cost = self._harder(steps, given_N, label_N, room, delta_s)
             given.append(given_N)
-            reached.append(steps.harder(given_N))
+            reached.append(steps.difficulty(given_N))
+            terms.append(objective(cost, label_N[chosen], room, self.beta))
             num_selected.append(len(chosen))
         budget_term, diversity_term = torch.tensor(terms, dtype=torch.float64).T
         return Schedule(
@@ -149,24 +143,25 @@ class ProgressiveSchedule:
             diversity_term=diversity_term.contiguous(),
         )
 
-    def _harder(self, steps: "_Steps", given_N: Tensor, label_N: Tensor, budget: float, delta_s: int) -> tuple[Tensor, Tensor]:
-        """Questions that take on ``delta_s`` more steps within the budget, and the cost (N,) of doing so for all questions."""
-        cost_N = steps.tail(given_N - delta_s) - steps.tail(given_N)
+    def _harder(
+        self, steps: "_Steps", given_N: Tensor, label_N: Tensor, budget: float, delta_s: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Given steps (N,) once the selected questions take on ``delta_s`` more; these questions, and the cost of each."""
+        harder_N = (given_N - delta_s).clamp(min=0)
+        cost_N = steps.tail(harder_N) - steps.tail(given_N)
         candidates = given_N.nonzero().squeeze(1)
-        return candidates[select(cost_N[candidates], label_N[candidates], budget, self.beta)], cost_N
+        chosen = candidates[select(cost_N[candidates], label_N[candidates], budget, self.beta)]
+        return given_N.index_copy(0, chosen, harder_N[chosen]), chosen, cost_N[chosen]
 
-    def _start(self, steps: "_Steps", label_N: Tensor, delta_s: int) -> Tensor:
+    def _start(self, steps: "_Steps", label_N: Tensor, budget: float, delta_s: int) -> Tensor:
         if self.init == "last_step":
             return steps.count_N - 1
         if self.init == "proportional":
             return steps.shortest_head(self.c0)
-        given_N = steps.count_N
-        while True:
-            budget = self.c0 * steps.total - steps.harder(given_N)
-            chosen, _ = self._harder(steps, given_N, label_N, budget, delta_s)
-            if not len(chosen):
-                return given_N
-            given_N = given_N.index_add(0, chosen, torch.full_like(chosen, -delta_s)).clamp(min=0)
+        given_N, chosen = steps.count_N, steps.count_N
+        while len(chosen):
+            given_N, chosen, _ = self._harder(steps, given_N, label_N, budget - steps.difficulty(given_N), delta_s)
+        return given_N
 
 
 class _Steps:
@@ -187,9 +182,9 @@ class _Steps:
 
     def tail(self, given_N: Tensor) -> Tensor:
         """Difficulty (N,) of the steps behind the given ones."""
-        return self._end_N - self._sum_M1[self._first_N + given_N.clamp(min=0)]
+        return self._end_N - self._sum_M1[self._first_N + given_N]
 
-    def harder(self, given_N: Tensor) -> float:
+    def difficulty(self, given_N: Tensor) -> float:
         """H, the sum of `tail`."""
         return float(self.tail(given_N).sum())
 

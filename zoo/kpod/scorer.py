@@ -6,6 +6,7 @@ them, since accuracies in the literature were measured so.
 
 import math
 import re
+from decimal import Decimal
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Literal, NamedTuple, get_args
@@ -88,7 +89,7 @@ def _number(text: str) -> tuple[str, Fraction] | None:
     match = _NUMBER.search(line.rpartition("=")[2]) or _NUMBER.search(line)
     if match is None:
         return None
-    value = Fraction(match["digits"].replace(",", "")) / (int(match["under"] or 1) or 1)
+    value = Fraction(Decimal(match["digits"].replace(",", ""))) / (Fraction(Decimal(match["under"] or 1)) or 1)
     return match[0].strip(), -value if match["sign"].strip("$ ") else value
 
 
