@@ -27,18 +27,7 @@ from datamodules.text.split_data import SplitData
 from datamodules.text.text import check_val_fraction
 from datamodules.text.tokenizer import Tokenizer
 
-__all__ = [
-    "Example",
-    "QuestionBatch",
-    "Questions",
-    "RationaleBatch",
-    "RationaleRows",
-    "Rationales",
-    "encode_rationale",
-    "question_text",
-]
-
-Group = Literal["items", "templates"]
+__all__ = ["Example", "QuestionBatch", "Questions", "RationaleBatch", "RationaleRows", "Rationales", "encode_rationale"]
 
 
 def question_text(question: str) -> str:
@@ -61,7 +50,7 @@ class Example(NamedTuple):
     ids: np.ndarray
     step_ids: np.ndarray
     num_question: int
-    group: Group = "items"
+    group: str = "items"
 
 
 def encode_rationale(text: Rationale, tokenizer: Tokenizer, splitter: StepSplitter) -> Example:
@@ -363,14 +352,6 @@ class Rationales(SplitData):
         whole = [example for example in val if example.text.rationale]
         loaders = [self.eval_loader(self.batches(whole))] if whole else []
         return [*loaders, self.eval_loader(Questions(val, self.tokenizer.pad_id))] if val and self.ask_questions else loaders
-
-    @override
-    def setup(self, stage: str) -> None:
-        """Read the examples, or the questions."""
-        if stage == "predict" and self.predict_on == "train":
-            _ = self.splits
-        else:
-            super().setup(stage)
 
     @override
     def predict_dataloader(self) -> ResumableLoader[Any]:
