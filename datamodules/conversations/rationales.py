@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -65,9 +65,8 @@ def encode_rationale(text: Rationale, tokenizer: Tokenizer, splitter: StepSplitt
     question = question_text(text.question)
     question_ids = tokenizer.encode(question)
     if not text.rationale:
-        return Example(
-            text, np.array(question_ids, dtype=np.int32), np.full(len(question_ids), -1, dtype=np.int32), len(question_ids)
-        )
+        ids_N = np.array(question_ids, dtype=np.int32)
+        return Example(text, ids_N, np.full_like(ids_N, -1), len(ids_N))
     rationale = f" {text.rationale}"
     ids, spans_N2 = tokenizer.encode_with_spans(f"{question}{rationale} {CONNECTOR} {text.answer}")
     start, stop = np.searchsorted(spans_N2[:, 0], [len(question), len(question) + len(rationale)])
@@ -102,7 +101,7 @@ class RationaleBatch(TypedDict, total=False):
     retried: Tensor
 
 
-class RationaleRows(Dataset[RationaleBatch]):
+class RationaleRows(Dataset[Any]):
     """Examples as rows of batches.
 
     Args:
@@ -118,7 +117,7 @@ class RationaleRows(Dataset[RationaleBatch]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.batch([index]).items()}  # type: ignore[index]
+        return {name: value[0] for name, value in cast(dict[str, Tensor], self.batch([index])).items()}
 
     def batch(self, indices: list[int]) -> RationaleBatch:
         """A whole batch."""
@@ -285,7 +284,8 @@ class Rationales(SplitData):
                 f"{without} of {len(rows)} rows of {self.source} have no rationale: give one to each, or to none for a source to"
                 " evaluate on."
             )
-        items, templates = (rows, []) if without else ([], [])
+        items: list[Rationale] = rows if without else []
+        templates: list[Rationale] = []
         if self.val_source is not None:
             items = read_rationales(source_path(self.val_source), self.on_error, self.filter_wrong)
         elif not without:

@@ -121,7 +121,7 @@ def test_a_compressed_file_is_read_as_it_is(tmp_path):
     file.write_bytes(lzma.compress(lines({"question": "Q?", "rationale": "One.", "answer": "one"}).encode()))
     assert read_rationales(file) == [Rationale("Q?", "One.", "one")]
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="rows.jsonl.xz cannot be read"):
+    with pytest.raises(ValueError, match=r"rows.jsonl.xz cannot be read"):
         read_rationales(file)
 
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(read, content, message):
 def test_a_declaration_in_another_encoding_hides_no_doctype(tmp_path):
     file = tmp_path / "bomb.xml"
     file.write_bytes('<!DOCTYPE a [<!ENTITY x "xxx">]><a>&x;</a>'.encode("utf-16"))
-    with pytest.raises(ValueError, match="bomb.xml cannot be read as JSON, JSON lines or XML in UTF-8"):
+    with pytest.raises(ValueError, match=r"bomb.xml cannot be read as JSON, JSON lines or XML in UTF-8"):
         read_rationales(file)
     with pytest.raises(FileNotFoundError, match="give gsm-symbolic, asdiv, commonsenseqa, or a file"):
         read_rationales(tmp_path / "none.jsonl")

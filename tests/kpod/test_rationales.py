@@ -112,7 +112,7 @@ def test_a_tokenizer_that_joins_question_and_rationale_is_refused(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({piece: n for n, piece in enumerate([*alphabet, "pĠ"])}, [("p", "Ġ")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    with pytest.raises(ValueError, match="joins the end of a question with its rationale.*do not reach over spaces"):
+    with pytest.raises(ValueError, match=r"joins the end of a question with its rationale.*do not reach over spaces"):
         encode_rationale(ROWS[0], saved(backend, tmp_path / "joins", {"eos": "</s>"}), StepSplitter())
 
 
@@ -211,7 +211,7 @@ def test_another_source_is_for_validation(file, tmp_path):
     (questions,) = only.test_dataloader()
     assert len(questions.dataset) == 1
     for loader in (only.train_dataloader, only.ordered_train_dataloader):
-        with pytest.raises(ValueError, match="No example of .* is left to train on.*no rationales, give it as val_source"):
+        with pytest.raises(ValueError, match=r"No example of .* is left to train on.*no rationales, give it as val_source"):
             loader()
 
 
@@ -301,8 +301,8 @@ def test_numbers_out_of_range_are_refused_at_once(options, message):
 def test_mixed_files_and_missing_templates_are_refused(tmp_path):
     rows = [{"question": "1?", "rationale": "It is 1.", "answer": "1"}, {"question": "2?", "answer": "2"}]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="1 of 2 rows of .* have no rationale: give one to each, or to none"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows of .* have no rationale: give one to each, or to none"):
         Rationales(source=str(tmp_path / "mixed.jsonl")).setup("fit")
     (tmp_path / "plain.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ValueError, match="names no templates.*set it to 0"):
+    with pytest.raises(ValueError, match=r"names no templates.*set it to 0"):
         Rationales(source=str(tmp_path / "plain.jsonl"), template_fraction=0.1).setup("fit")

@@ -1,5 +1,7 @@
 """Steps of rationales: they are the text again, and each token belongs to the step of its first visible character."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,7 +46,7 @@ def test_joined_steps_are_the_text_and_each_has_something_visible(text, rule):
 @given(st.data(), st.text("ab.1 \n=,!é", max_size=40), st.sampled_from(RULES))
 def test_tokens_are_of_the_step_of_their_first_visible_character(data, text, rule):
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)))) | {0, len(text)})
-    spans = list(zip(cuts[:-1], cuts[1:], strict=True)) if text else []
+    spans = list(pairwise(cuts)) if text else []
     splitter = StepSplitter(rule)
     step_of = [number for number, step in enumerate(splitter.split(text)) for _ in step]
     expected: list[int] = []
