@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import numpy as np
@@ -165,7 +166,7 @@ class QuestionBatch(PromptBatch):
 
 
 class Questions(Prompts):
-    """Questions of examples, each once, in their order.
+    """Questions of examples in their order; rationales that follow one another with the same question give one.
 
     Args:
         examples: The examples.
@@ -173,7 +174,8 @@ class Questions(Prompts):
     """
 
     def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
-        self.examples = list({example.text.question: example for example in reversed(examples)}.values())[::-1]
+        again = [bool(one.text.rationale) and one.text.question == two.text.question for one, two in pairwise(examples)]
+        self.examples = [example for example, known in zip(examples, [False, *again], strict=True) if not known]
         prompts = [Prompt(question_text(each.text.question), each.ids[: each.num_question].tolist()) for each in self.examples]
         super().__init__(prompts, pad_id)
 
@@ -371,7 +373,7 @@ class Rationales(SplitData):
             rows = read_rationales(path, self.on_error, filter_wrong=False)
         if not rows:
             raise ValueError(f"{path} holds no question.")
-        return Questions(self.encode([row._replace(rationale="") for row in rows], str(path)), self.tokenizer.pad_id)
+        return Questions(self.encode(rows, str(path)), self.tokenizer.pad_id)
 
     @override
     def batches(self, samples: list[Example], training: bool = False) -> RationaleRows:

@@ -200,16 +200,15 @@ def test_fewer_examples_are_evenly_spaced(file):
 
 
 def test_another_source_is_for_validation(file, tmp_path):
-    (tmp_path / "asdiv.jsonl").write_text(
-        json.dumps({"passage": "He has 2.", "question": "How many?", "answer": "2 balls"}) + "\n"
-    )
+    row = {"passage": "He has 2.", "question": "How many?", "answer": "2 balls"}
+    (tmp_path / "asdiv.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     data = Rationales(source=str(file), val_source=str(tmp_path / "asdiv.jsonl"))
     (questions,) = data.val_dataloader()
     (batch,) = questions
-    assert len(data.splits[0]) == 40 and batch["answer"] == ["2"] and batch["group"] == ["items"]
+    assert len(data.splits[0]) == 40 and batch["answer"] == ["2", "2"] and batch["group"] == ["items"] * 2
     only = Rationales(source=str(tmp_path / "asdiv.jsonl"))
     (questions,) = only.test_dataloader()
-    assert len(questions.dataset) == 1
+    assert len(questions.dataset) == 2
     for loader in (only.train_dataloader, only.ordered_train_dataloader):
         with pytest.raises(ValueError, match=r"No example of .* is left to train on.*no rationales, give it as val_source"):
             loader()
