@@ -7,6 +7,7 @@ from datamodules.clicks.criteo import Criteo
 from datamodules.clicks.flights import Flights
 from datamodules.conversations.preferences import Preferences
 from datamodules.conversations.rated_snippets import RatedSnippets
+from datamodules.conversations.rationales import Rationales
 from datamodules.conversations.rollout_prompts import RolloutPrompts
 from datamodules.conversations.sft import SFT
 from datamodules.conversations.sft import ConversationData as ConversationData
@@ -35,6 +36,7 @@ __all__ = [
     "ImageNet",
     "Preferences",
     "RatedSnippets",
+    "Rationales",
     "RolloutPrompts",
     "Shakespeare",
     "Text",

