@@ -1,0 +1,1 @@
+"""Distillation of chains of thought with keypoint weights and a curriculum inside the rationale."""
