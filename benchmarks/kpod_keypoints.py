@@ -81,22 +81,23 @@ def planted(index: Tensor, seed: int) -> Batch:
 
 
 def sums(index: Tensor, seed: int) -> Batch:
-    """Two sums modulo ten: digits are ids 0 to 9, ``+`` 10, ``=`` 11, words 12 to 31."""
+    """Two sums, differences or products modulo ten: digits are ids 0 to 9, operators 10 to 12, ``=`` 13, words 14 to 31."""
     random = SampleRandom(seed, index, epoch=-2)
     a, b, d = random.integers("numbers", 10, (3,)).unbind(1)
-    c = (a + b) % 10
-    e = (c + d) % 10
-    plus, equals = torch.full_like(a, 10), torch.full_like(a, 11)
-    words = 12 + random.integers("words", 20, (6,))
-    parts = [words[:, 0], words[:, 1], a, plus, b, equals, c, words[:, 2], words[:, 3], c, plus, d, equals, e,
+    one, two = random.integers("operators", 3, (2,)).unbind(1)
+    c = torch.stack([a + b, a - b, a * b]).gather(0, one[None])[0] % 10
+    e = torch.stack([c + d, c - d, c * d]).gather(0, two[None])[0] % 10
+    words = 14 + random.integers("words", 18, (6,))
+    one, two, equals = 10 + one, 10 + two, torch.full_like(a, 13)
+    parts = [words[:, 0], words[:, 1], a, one, b, equals, c, words[:, 2], words[:, 3], c, two, d, equals, e,
              words[:, 4], words[:, 5]]  # fmt: skip
     kinds = torch.tensor([5, 5, 0, 1, 2, 3, 4, 5, 5, 0, 1, 2, 3, 4, 5, 5]).expand(len(index), -1)
-    return rows(torch.stack([a, b, d], 1), torch.stack(parts, 1), e[:, None], kinds)
+    return rows(torch.stack([a, one, b, two, d], 1), torch.stack(parts, 1), e[:, None], kinds)
 
 
 TASKS = {
-    "planted": Task(planted, ("key", "filler"), 32, 32, 1, 200, 200, 1200, 0.5, 3e-3, 3e-3),
-    "sums": Task(sums, ("left", "operator", "right", "equals", "result", "filler"), 32, 48, 2, 700, 0, 1200, 0.1, 3e-3, 3e-3),
+    "planted": Task(planted, ("key", "filler"), 32, 32, 1, 200, 200, 1200, 0.5, 3e-3, 1e-3),
+    "sums": Task(sums, ("left", "operator", "right", "equals", "result", "filler"), 32, 48, 2, 700, 0, 1200, 0.1, 1e-3, 1e-3),
 }
 
 
