@@ -161,7 +161,9 @@ def test_tokens_behind_the_prefix_and_padding_are_not_read() -> None:
     losses = [own.answer_loss(each, torch.ones(2, 6), prefix, weight) for each in (divided, divided._replace(ids_BP=ids))]
     assert torch.equal(*losses)
     narrow = DividedRows(*(part[1:] for part in divided))
-    narrow = narrow._replace(ids_BP=narrow.ids_BP[:, :4], rationale_BP=narrow.rationale_BP[:, :4], answer_BA=narrow.answer_BA[:, :2])
+    narrow = narrow._replace(
+        ids_BP=narrow.ids_BP[:, :4], rationale_BP=narrow.rationale_BP[:, :4], answer_BA=narrow.answer_BA[:, :2]
+    )
     alone = own.answer_loss(narrow, torch.ones(1, 4), prefix[1:], weight[1:])
     torch.testing.assert_close(alone, losses[0][1:], rtol=1e-6, atol=0)
 
