@@ -83,7 +83,7 @@ def test_sums_over_disjoint_steps_add_up() -> None:
     answer, _ = nll(logits, ALL, weights())
     parts = torch.zeros(())
     for step in range(3):
-        only, _ = nll(logits, NONE, weights(), labels=LABELS.where(STEPS == step, -100))
+        only, _ = nll(logits, NONE, weights(), labels=LABELS.where(step == STEPS, -100))
         parts = parts + only
     torch.testing.assert_close(parts + answer, nll(logits, NONE, weights())[0])
 

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from zoo.base.random import SampleRandom
 from zoo.kpod.token_weighter import (
-    DividedRows, MaskLearner, WeightHead, area_under_curve, divide_rows, draw_prefixes, relaxed_mask,
+    DividedRows,
+    MaskLearner,
+    WeightHead,
+    area_under_curve,
+    divide_rows,
+    draw_prefixes,
+    relaxed_mask,
 )  # fmt: skip
 from zoo.ling import LingBackbone
 from zoo.ling.config import LingConfig

@@ -6,6 +6,7 @@ row. Fingerprints of tokenizer and data stand in the metadata.
 Shape suffixes: B examples, S places of a row.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class TokenWeights:
         rows: dict[int, list[float]] = {}
         for path, part in zip(files, parts, strict=True):
             bounds = part.offsets.tolist()
-            new = {i: part.values[a:b].tolist() for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a}
+            new = {i: part.values[a:b].tolist() for i, (a, b) in enumerate(itertools.pairwise(bounds)) if b > a}
             if twice := rows.keys() & new.keys():
                 raise ValueError(f"{path.name} has weights of example {min(twice)}, as a file before it: give each fold once.")
             rows |= new
@@ -103,7 +104,7 @@ class TokenWeights:
             first = int(wrong_B.nonzero()[0, 0])
             raise ValueError(
                 f"Example {int(index_B[first])} has {int(of_rationale_BS[first].sum())} tokens in its rationale and"
-                f" {int(size_B[first])} weights: write weights for these data, all folds of them (zoo predict of the TokenWeighter)."
+                f" {int(size_B[first])} weights: write weights for these data, of all folds (zoo predict of the TokenWeighter)."
             )
         place_BS = self.offsets[row_B][:, None] + of_rationale_BS.long().cumsum(1) - 1
         found_BS = torch.zeros(step_BS.shape)

@@ -65,13 +65,13 @@ def divide_rows(batch: Mapping[str, Tensor]) -> DividedRows:
     """Take rows apart.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels`` and ``step_ids`` (B, S), int64: labels are -100 on the question and on
+        batch: ``input_ids``, ``attention_mask``, ``labels`` and ``step_ids`` (B, S), int64: labels are -100 on question and
             padding, numbers of steps are at least 0 on the rationale alone; the answer is what remains, the end of the row.
     """
     step_BS, label_BS = batch["step_ids"], batch["labels"]
     is_answer_BS = (label_BS != IGNORED) & (step_BS < 0)
     length_B = (batch["attention_mask"].bool() & ~is_answer_BS).sum(1)
-    P, A = int(length_B.max()), int(is_answer_BS.sum(1).max())
+    P, A = int(length_B.max()), max(1, int(is_answer_BS.sum(1).max()))
     answer_BS, there_BS = pad_right(label_BS, is_answer_BS)
     rationale_BP = step_BS[:, :P] >= 0
     return DividedRows(
