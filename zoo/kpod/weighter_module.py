@@ -45,7 +45,7 @@ class TokenWeighter(ZooModule):
 
     Args:
         student: Model whose input embedding is read, which stays as it is.
-        predictor: Predicts the answers; None: a copy of the student. If it has a tokenizer of its own, answers are written in that.
+        predictor: Predicts the answers, written by its own tokenizer if it has one; None: a copy of the student.
         alpha: Price of a kept token.
         tau: Temperature of the masks.
         hard: Straight-through masks, which collapse (`benchmarks/kpod_keypoints.py`).
@@ -168,7 +168,7 @@ class TokenWeighter(ZooModule):
         found: MaskLoss = self.learner(rows, random, self.prefix_samples, masked=after >= 0)
         trained_B = torch.ones_like(index_B) if self.fold is None else (index_B % self.folds != self.fold).long()
         answer, kept = ((part * trained_B).sum() / trained_B.sum().clamp(min=1) for part in (found.answer_B, found.kept_B))
-        self.log_dict({"train/answer_loss": answer.detach(), "train/kept": kept.detach()}, prog_bar=True)
+        self.log_dict({"train/answer_loss": answer.detach(), "train/kept": kept.detach()}, prog_bar=True, batch_size=len(index_B))
         if self.multiplier is not None and self.keep_ratio is not None:
             excess = (kept - self.keep_ratio) * float(after >= 0)
             return answer + self.multiplier.detach() * excess - self.multiplier * excess.detach()  # ascends in the multiplier
