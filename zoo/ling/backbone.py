@@ -59,19 +59,29 @@ class LingBackbone(Backbone):
     @override
     def forward(
         self,
-        ids_BT: Tensor,
+        ids_BT: Tensor | None,
         mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         decoder_ids_BT: Tensor | None = None,
         decoder_mask_BT: Tensor | None = None,
+        embeddings_BTE: Tensor | None = None,
     ) -> Tensor:
+        given = ids_BT if embeddings_BTE is None else embeddings_BTE
+        assert given is not None
+        if position_ids_BT is not None and mask_BT is not None and mask_BT.dim() == 4:
+            return self.network.model(ids_BT, position_ids_BT, mask_BT, inputs_embeds=embeddings_BTE)[0]
         documents_BT = None if position_ids_BT is None else (position_ids_BT == 0).cumsum(1)
-        positions, mask = positions_and_mask(ids_BT, 0, mask_BT, position_ids_BT, documents_BT)
-        return self.network.model(ids_BT, positions, mask)[0]
+        positions, mask = positions_and_mask(given, 0, mask_BT, position_ids_BT, documents_BT)
+        return self.network.model(ids_BT, positions, mask, inputs_embeds=embeddings_BTE)[0]
 
     @override
     def logits(self, hidden: Tensor) -> Tensor:
         return self.network.lm_head(hidden)
+
+    @property
+    @override
+    def input_embedding(self) -> nn.Embedding:
+        return self.network.model.word_embeddings
 
     @property
     @override

@@ -1,6 +1,6 @@
 """Language models as one component of a module: the interface that Hugging Face's and Ling's share.
 
-Shape suffixes: B texts, T tokens of a text, D width, V vocabulary.
+Shape suffixes: B texts, T tokens of a text, D width, E width of the embedding, V vocabulary.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -52,21 +52,24 @@ class Backbone(Configurable, nn.Module):
 
     def forward(
         self,
-        ids_BT: Tensor,
+        ids_BT: Tensor | None,
         mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         decoder_ids_BT: Tensor | None = None,
         decoder_mask_BT: Tensor | None = None,
+        embeddings_BTE: Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids to (B, T, D), the input of the output head.
 
         Args:
-            ids_BT: Ids of tokens.
-            mask_BT: 1 for tokens, 0 for padding; None: no padding.
+            ids_BT: Ids of tokens; None where their embeddings are given.
+            mask_BT: 1 for tokens, 0 for padding; None: no padding. Or, for a causal model and with position_ids_BT, bool
+                (B, 1, T, T), true where a query (rows) sees a key.
             position_ids_BT: Positions that start at 0 with each document, whose tokens do not see those of others; None: each
                 text is one document.
             decoder_ids_BT: Ids that the decoder of an encoder-decoder model reads; None: its encoder's vectors are returned.
             decoder_mask_BT: 1 for tokens of the decoder, 0 for padding.
+            embeddings_BTE: Vectors in the place of ``input_embedding(ids_BT)``.
 
         Raises:
             ValueError: If the model has positions of its own and padding on the left would shift them.
@@ -79,6 +82,11 @@ class Backbone(Configurable, nn.Module):
         Raises:
             ValueError: If the model is an encoder, or has no output head.
         """
+        raise NotImplementedError
+
+    @property
+    def input_embedding(self) -> nn.Embedding:
+        """Table of the vectors of ids, (V, E); E is D but for models that map them."""
         raise NotImplementedError
 
     @property

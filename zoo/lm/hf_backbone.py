@@ -1,6 +1,6 @@
 """Any language model of transformers as a backbone.
 
-Shape suffixes: B texts, T tokens of a text, D width, V vocabulary.
+Shape suffixes: B texts, T tokens of a text, D width, E width of the embedding, V vocabulary.
 """
 
 import copy
@@ -138,14 +138,16 @@ class HFBackbone(Backbone):
     @override
     def forward(
         self,
-        ids_BT: Tensor,
+        ids_BT: Tensor | None,
         mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         decoder_ids_BT: Tensor | None = None,
         decoder_mask_BT: Tensor | None = None,
+        embeddings_BTE: Tensor | None = None,
     ) -> Tensor:
+        given = {"input_ids": ids_BT} if embeddings_BTE is None else {"inputs_embeds": embeddings_BTE}
         if self.kind == "encoder_decoder":
-            memory_BTD = self._hf.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+            memory_BTD = self._hf.get_encoder()(**given, attention_mask=mask_BT).last_hidden_state
             if decoder_ids_BT is None:
                 return memory_BTD
             return self._hf.get_decoder()(
@@ -155,8 +157,10 @@ class HFBackbone(Backbone):
                 encoder_attention_mask=mask_BT,
                 use_cache=False,
             ).last_hidden_state
-        inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-        if position_ids_BT is not None:
+        inputs: dict[str, Any] = {**given, "attention_mask": mask_BT, "use_cache": False}
+        if position_ids_BT is not None and mask_BT is not None and mask_BT.dim() == 4:
+            inputs["position_ids"] = position_ids_BT
+        elif position_ids_BT is not None:
             # The library divides rows by positions itself where it gets no mask; padding then is a document of its own.
             divides = self.kind == "causal" and self._hf.config.model_type != "opt"
             mask = None if divides else document_mask(position_ids_BT, mask_BT, self.kind)
@@ -184,6 +188,11 @@ class HFBackbone(Backbone):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    @override
+    def input_embedding(self) -> nn.Embedding:
+        return self._hf.get_input_embeddings()
 
     @property
     @override
