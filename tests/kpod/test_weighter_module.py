@@ -109,9 +109,13 @@ def test_fold_is_not_trained_on(tmp_path: Path) -> None:
         data = Sums()
         batch = data.batch
         if change:  # other answers in the fold that is left out
-            data.batch = lambda i, batch=batch: {  # type: ignore[method-assign]
-                **(made := batch(i)), "labels": made["labels"].where((made["step_ids"] >= 0) | (made["labels"] < 0), 99 - i % 2 * 0)
-            } if i % 2 else batch(i)  # fmt: skip
+
+            def changed(i: int, batch: Any = batch) -> Any:
+                made = batch(i)
+                of_answer = (made["step_ids"] < 0) & (made["labels"] >= 0)
+                return made | {"labels": made["labels"].masked_fill(of_answer, 99)} if i % 2 else made
+
+            data.batch = changed  # type: ignore[method-assign]
         module = weighter(fold=1, folds=2)
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, data)
         modules.append(module.state_dict())
