@@ -3,7 +3,6 @@
 Shape suffixes: B examples, P places of question and rationale, A tokens of an answer, N tokens of rationales, V vocabulary.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from zoo.base.random import SampleRandom
+from zoo.kpod.arithmetic_tokens import arithmetic_tokens
 from zoo.kpod.token_weighter import (
     DividedRows,
     MaskLearner,
@@ -32,7 +32,6 @@ from zoo.module import ZooModule
 
 __all__ = ["TokenWeighter"]
 
-_ARITHMETIC = re.compile(r".*\d.*|[-+*/=<>%^×÷]+")
 _COLLAPSED, _POOR_CURVE = (0.02, 0.98), 0.6
 
 
@@ -240,10 +239,7 @@ class TokenWeighter(ZooModule):
     def _arithmetic(self, ids_N: Tensor) -> Tensor:
         """Whether tokens hold a digit or are operators, bool (N,)."""
         if self._arithmetic_V is None:
-            size, tokenizer = self.learner.embedding.num_embeddings, self._tokenizer
-            known = range(0 if tokenizer is None else min(size, tokenizer.vocab_size))
-            texts = [tokenizer.decode([number]).strip() for number in known] + [""] * (size - len(known))
-            self._arithmetic_V = torch.tensor([_ARITHMETIC.fullmatch(text) is not None for text in texts])
+            self._arithmetic_V = arithmetic_tokens(self._tokenizer, self.learner.embedding.num_embeddings)
         self._arithmetic_V = self._arithmetic_V.to(ids_N.device)
         return self._arithmetic_V[ids_N]
 
