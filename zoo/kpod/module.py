@@ -65,7 +65,7 @@ class KPOD(TunedBackbone, LanguageModule):
         super().__init__(optimizer=optimizer, **kwargs)
         if student.kind == "encoder":
             raise ValueError(
-                "KPOD: the student is an encoder: take a causal or an encoder-decoder model, which writes rationales."
+                "KPOD: the student is an encoder, which writes no rationales: take a causal or an encoder-decoder model."
             )
         if not 0 <= weight_floor <= 1 or answer_weight < 0:
             raise ValueError(
@@ -81,8 +81,8 @@ class KPOD(TunedBackbone, LanguageModule):
         self.given_steps: Tensor | None = None
         self._weights: TokenWeights | None = None
         self._arithmetic_V: Tensor | None = None
-        self.accuracy = nn.ModuleDict({group: _Accuracy() for group in ("items", "templates")})
-        self.class_losses = nn.ModuleDict({name: Mean() for name in ("arithmetic", "words")})
+        self.accuracy: Any = nn.ModuleDict({group: _Accuracy() for group in ("items", "templates")})
+        self.class_losses: Any = nn.ModuleDict({name: Mean() for name in ("arithmetic", "words")})
 
     @property
     @override
@@ -223,7 +223,7 @@ class KPOD(TunedBackbone, LanguageModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Answer questions: ``index``, ``question``, ``rationale``, ``answer`` and ``correct`` (None: no true answer is known)."""
+        """Answer questions: ``index``, ``question``, ``rationale``, ``answer``, and ``correct`` (None where no answer is known)."""
         texts = self._answers(batch)
         if not texts:
             return {"index": batch["index"][:0], "question": [], "rationale": [], "answer": [], "correct": []}

@@ -100,7 +100,7 @@ class TokenWeighter(ZooModule):
         self.warmup_steps, self.ramp_steps, self.head_lr = warmup_steps, ramp_steps, head_lr
         self.fold, self.folds, self.on_collapse = fold, folds, on_collapse
         self.own_predictor = predictor is not None
-        self.metrics = nn.ModuleDict({name: Mean() for name in ("kept", "masked", "hard")})
+        self.metrics: Any = nn.ModuleDict({name: Mean() for name in ("kept", "masked", "hard")})
         self.held_out = _Weights()
         self._arithmetic_V: Tensor | None = None
 
@@ -280,5 +280,6 @@ class _Weights(Metric):
         self.kinds.append(kind_N)  # type: ignore[operator,union-attr]
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        weights, kinds = (torch.cat(part) if isinstance(part, list) else part for part in (self.weights, self.kinds))
-        return weights.double().mean().float(), area_under_curve(weights, kinds.bool()).float()  # type: ignore[union-attr]
+        found: list[Any] = [self.weights, self.kinds]
+        weights, kinds = (torch.cat(part) if isinstance(part, list) else part for part in found)
+        return weights.double().mean().float(), area_under_curve(weights, kinds.bool()).float()

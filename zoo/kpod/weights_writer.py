@@ -40,7 +40,8 @@ class TokenWeightsWriter(LineMergingWriter):
     def merge(self, trainer: Trainer, parts: list[Path]) -> list[Path]:
         module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
         assert isinstance(module, TokenWeighter)
-        rows, shown = {}, []
+        rows: dict[int, list[float]] = {}
+        shown: list[tuple[str, list[str], list[float]]] = []
         for index, line in self.merged(parts):
             rows[index], tokens = json.loads(line)
             if len(shown) < self.rows:
