@@ -208,7 +208,9 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             )  # fmt: skip
             trainer.fit(copy.deepcopy(module), datamodule=data)
         if len(watch.seconds) <= skipped:
-            raise ValueError(f"trial_steps needs more than {skipped} rollouts in an epoch, not {len(watch.seconds)}: set it to 0.")
+            raise ValueError(
+                f"trial_steps needs more than {skipped} rollouts in an epoch, not {len(watch.seconds)}: set it to 0."
+            )
         return float(median(watch.seconds[skipped:]))
 
     @override
