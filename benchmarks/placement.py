@@ -370,7 +370,8 @@ def judge(record: Record, found: dict[str, Any], slow: bool, rows: int, config: 
         }  # fmt: skip
     else:
         values |= {
-            "lag_1_over_flattening": min(ratio(medians, slow, LAG) for slow in (FLAT, DDP)), "interleaving_difference": found["apart"][INTER],
+            "lag_1_over_flattening": min(ratio(medians, one, LAG) for one in (FLAT, DDP)),
+            "interleaving_difference": found["apart"][INTER],
             "separation_difference": found["apart"][SEP], "frozen_bytes_interleaving": frozen[INTER] / frozen[FLAT],
         }  # fmt: skip
     for bar in record.bars:

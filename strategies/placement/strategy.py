@@ -201,16 +201,14 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         skipped = 1 + plan.max_lag
         with torch.random.fork_rng():
             trainer = Trainer(
-                accelerator=self.root_device.type, devices=outer.num_devices, num_nodes=outer.num_nodes, precision=outer.precision,
-                strategy=PlacementStrategy(plan), max_epochs=1, limit_train_batches=skipped + self._trial_steps,
+                accelerator=self.root_device.type, devices=outer.num_devices, num_nodes=outer.num_nodes,
+                precision=outer.precision, strategy=PlacementStrategy(plan), max_epochs=1, limit_train_batches=skipped + self._trial_steps,
                 limit_val_batches=0, num_sanity_val_steps=0, callbacks=[watch], logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             )  # fmt: skip
             trainer.fit(copy.deepcopy(module), datamodule=data)
         if len(watch.seconds) <= skipped:
-            raise ValueError(
-                f"trial_steps needs more than {skipped} rollouts in an epoch, not {len(watch.seconds)}: set it to 0."
-            )
+            raise ValueError(f"trial_steps: an epoch of {len(watch.seconds)} rollouts is too short for a trial: set it to 0.")
         return float(median(watch.seconds[skipped:]))
 
     @override
