@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.placement`` trains on two processes of one core each, through Lightning's Trainer: flattening,
 interleaving, and separation (one rank trains, one generates) with lag 0 and 1. Flattening runs twice, with gradients that are
-added in float64 (``replicate``, as in the other arms) and by DDP; lag 1 is compared with the faster one. A step is one rollout: 32 prompts of 16 tokens, 48
-new ones, 4 minibatches; actor, critic, reference and reward are dense Ling networks of 1.4M random weights, float32. All arms run
-in the same processes, several rounds in turns; the first steps of a turn are not counted. Ratios are those of the medians of one
-round, and the median over the rounds is judged. The picture shows what each rank did in one step of each arm.
+added in float64 (``replicate``, as in the other arms) and by DDP; lag 1 is compared with the faster one. A step is one rollout:
+32 prompts of 16 tokens, 48 new ones, 4 minibatches; actor, critic, reference and reward are dense Ling networks of 1.4M random
+weights, float32. All arms run in the same processes, several rounds in turns; the first steps of a turn are not counted. Ratios
+are those of the medians of one round, and the median over the rounds is judged. The picture shows what each rank did in one step
+of each arm.
 
 ``python -m benchmarks.placement --scene 2x2_200`` makes 2 groups of 2 processes, connected at 200 Mbit/s
 (`benchmarks.slow_link`; needs root), with rollouts of 16 prompts: flattening with actor and critic divided over all ranks
@@ -156,8 +157,8 @@ def module_of(config: LingConfig, rollout: Rollout) -> RLHF:
     return RLHF(LingBackbone(config), Judge(config), LingBackbone(config, scalar_head=True), rollout=rollout)
 
 
-def predicted(strategy: PlacementStrategy, config: LingConfig, rows: int, group_size: int) -> float:
-    """Seconds of a step that the planner predicts for an arm, from passes and links that all ranks measure at the same time."""
+def predicted(arms: dict[str, Any], config: LingConfig, rows: int, group_size: int) -> dict[str, float]:
+    """Seconds of a step that the planner predicts for each arm, from passes and links that all ranks measure at the same time."""
     world_size = dist.get_world_size()
     options = rollout_of(config, rows, world_size)
     job = Workload(rows, PROMPT, options.max_new_tokens, options.minibatches, options.epochs, options.unit)
@@ -166,7 +167,7 @@ def predicted(strategy: PlacementStrategy, config: LingConfig, rows: int, group_
     grid = RankGrid(group_size, "cpu")
     cluster = measure_cluster(grid)
     grid.close()
-    return predict(strategy.plan(world_size), cluster, job, costs).seconds
+    return {arm: predict(make().plan(world_size), cluster, job, costs).seconds for arm, make in arms.items()}
 
 
 def run(arm: str, strategy: PlacementStrategy, config: LingConfig, rows: int, steps: int, group_size: int) -> dict[str, Any]:
@@ -206,11 +207,11 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
     found: list[dict[str, Any]] = []
     weights: dict[str, dict[str, Tensor]] = {}
     config = SMOKE if smoke else CONFIG
-    said: dict[str, list[float]] = {arm: [] for arm in arms}
+    said: list[dict[str, float]] = []
     for number, turn in itertools.product(range(rounds), range(len(arms))):
         arm = list(arms)[(turn + number) % len(arms)]
         # Passes and links are measured before each turn, since the machine's speed changes.
-        said[arm].append(predicted(arms[arm](), config, rows, group_size))
+        said.append(predicted(arms, config, rows, group_size))
         one = run(arm, arms[arm](), config, rows, steps, group_size)
         weights[arm] = one.pop("weights")
         found.append(one | {"round": number})
@@ -223,7 +224,7 @@ def body(folder: str, slow: bool, smoke: bool, rows: int, rounds: int, steps: in
         "runs": found,
         "apart": apart,
         "trained_bytes": trained,
-        "predicted": {arm: statistics.median(each) for arm, each in said.items()},
+        "predicted": {arm: statistics.median(each[arm] for each in said) for arm in arms},
     }
 
 
@@ -369,7 +370,8 @@ def judge(record: Record, found: dict[str, Any], slow: bool, rows: int, config: 
         }  # fmt: skip
     else:
         values |= {
-            "lag_1_over_flattening": min(ratio(medians, slow, LAG) for slow in (FLAT, DDP)), "interleaving_difference": found["apart"][INTER],
+            "lag_1_over_flattening": min(ratio(medians, one, LAG) for one in (FLAT, DDP)),
+            "interleaving_difference": found["apart"][INTER],
             "separation_difference": found["apart"][SEP], "frozen_bytes_interleaving": frozen[INTER] / frozen[FLAT],
         }  # fmt: skip
     for bar in record.bars:

@@ -116,7 +116,7 @@ class RoleCost:
             raise ValueError(f"RoleCost: layers={self.layers} and repeat={self.repeat} must be at least 1.")
 
     def seconds(self, operation: str, samples: float, ranks: int = 1) -> float:
-        """Time of ``prefill``, ``decode``, ``score`` or ``train`` for so many samples on each of ranks that wait for one another."""
+        """Time of ``prefill``, ``decode``, ``score`` or ``train``, for samples of each of ranks that wait for one another."""
         return self.repeat * at(getattr(self, operation), samples) * (self.slowest if ranks > 1 else 1.0)
 
     @property

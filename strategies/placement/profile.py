@@ -176,18 +176,14 @@ def _times(
     return dict(zip(passes, mean.mean(0).tolist(), strict=True)), float(most.sum() / mean.sum())
 
 
-def _generate(
-    backbone: Backbone, size: int, job: Workload, device: torch.device
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _generate(backbone: Backbone, size: int, job: Workload, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Generation of the first token of prompts, and of all."""
     ids = torch.arange(size * job.prompt_tokens, device=device).remainder(backbone.vocab_size).view(size, job.prompt_tokens)
     index = torch.arange(size, device=device)
 
     def run(new_tokens: int) -> Callable[[], Any]:
         options = Generation(new_tokens, temperature=1.0, eos_token_id=[], pad_token_id=0)
-        return lambda: continue_prompts(
-            backbone.decodes(), ids, torch.ones_like(ids), options, random=SampleRandom(0, index)
-        )
+        return lambda: continue_prompts(backbone.decodes(), ids, torch.ones_like(ids), options, random=SampleRandom(0, index))
 
     return run(1), run(job.new_tokens)
 

@@ -1,13 +1,17 @@
 """Placement of several models as a strategy of Lightning."""
 
+import copy
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +23,7 @@ from strategies.paro.cost_model import Cluster, LinkSpeed
 from strategies.paro.grid import RankGrid
 from strategies.paro.probe import measure_cluster
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
-from strategies.placement.planner import explain, rank_plans
+from strategies.placement.planner import explain, name_of, rank_plans
 from strategies.placement.profile import measure_roles, workload_of
 from strategies.placement.roles import RankPlacement
 from strategies.placement.state import divided_like, divided_state, from_rank, whole
@@ -63,6 +67,8 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         timeout_minutes: Longest wait for another rank.
         trace: File for the timeline of all ranks, as a trace for Perfetto; None: none is written.
         auto_lag: Most rollouts by which ``auto`` may let generation be ahead of training.
+        trial_steps: Rollouts on which ``auto`` tries each of the three plans with the least predicted time, by a copy of the
+            module that is thrown away, to take the fastest; 0: the prediction decides.
         **kwargs: As for Lightning's ``DDPStrategy``.
 
     Raises:
@@ -75,13 +81,16 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         timeout_minutes: float = 30.0,
         trace: str | None = None,
         auto_lag: int = 0,
+        trial_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         refuse_ddp_hooks(self, kwargs)
         if auto_lag and plan != "auto":
             raise ValueError(f"{type(self).__name__}: auto_lag={auto_lag} is for plan=auto: set max_lag of the plan instead.")
+        if trial_steps < 0 or (trial_steps and plan != "auto"):
+            raise ValueError(f"{type(self).__name__}: trial_steps={trial_steps} must be 0, or with plan=auto 1 or more.")
         super().__init__(timeout=timedelta(minutes=timeout_minutes), **kwargs)
-        self._auto_lag = auto_lag
+        self._auto_lag, self._trial_steps = auto_lag, trial_steps
         self._given: PlacementPlan | None = None
         if plan != "auto":
             self._given = read_plan(plan) if isinstance(plan, str) else plan
@@ -171,7 +180,36 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 f"plan=auto: no plan fits; the least memory is {min(each.memory for each in ranked) / 1e9:.3g} GB a device: take"
                 " more devices, or train adapters (tuning)."
             )
-        return self.broadcast(ranked[0].plan)
+        plans = self.broadcast([each.plan for each in ranked if each.fits][:3])
+        if self._trial_steps and len(plans) > 1:
+            seconds = [self._try(plan) for plan in plans]
+            said = "; ".join(
+                f"{name_of(plan, self.world_size)} ({each.seconds:.3g} s predicted) took {taken:.3g} s"
+                for plan, each, taken in zip(plans, ranked, seconds, strict=False)
+            )
+            rank_zero_info(f"PlacementStrategy: {said}.")
+            return plans[self.broadcast(seconds.index(min(seconds)))]
+        return plans[0]
+
+    def _try(self, plan: PlacementPlan) -> float:
+        """Median seconds of a rollout under a plan, of a copy of the module; the run does not change."""
+        module = self.lightning_module
+        assert module is not None
+        outer, watch = module.trainer, _RolloutTimes()
+        data = copy.copy(outer.datamodule)  # type: ignore[attr-defined]
+        data.trainer = None
+        skipped = 1 + plan.max_lag
+        with torch.random.fork_rng():
+            trainer = Trainer(
+                accelerator=self.root_device.type, devices=outer.num_devices, num_nodes=outer.num_nodes,
+                precision=outer.precision, strategy=PlacementStrategy(plan), max_epochs=1, limit_train_batches=skipped + self._trial_steps,
+                limit_val_batches=0, num_sanity_val_steps=0, callbacks=[watch], logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            )  # fmt: skip
+            trainer.fit(copy.deepcopy(module), datamodule=data)
+        if len(watch.seconds) <= skipped:
+            raise ValueError(f"trial_steps: an epoch of {len(watch.seconds)} rollouts is too short for a trial: set it to 0.")
+        return float(median(watch.seconds[skipped:]))
 
     @override
     def configure_ddp(self) -> None:
@@ -276,6 +314,23 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     def gradient_norm(self) -> None:
         """Each role clips by itself."""
         return
+
+
+class _RolloutTimes(Callback):
+    """Seconds of each training step, from the time at which all ranks begin to that at which the last one ends."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        dist.barrier()
+        self._begin = time.perf_counter()
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        dist.barrier()
+        self.seconds.append(time.perf_counter() - self._begin)
 
 
 class FlatteningStrategy(PlacementStrategy):

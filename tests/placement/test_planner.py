@@ -169,7 +169,7 @@ def automatic(folder: Path) -> tuple[dict[str, Any], bool, bool]:
     """The chosen plan, and whether the run is that of this plan given in words, in weights and random state."""
     weights, states, chosen = [], [], None
     for plan in ("auto", None):
-        strategy = PlacementStrategy(plan or chosen, process_group_backend="gloo")
+        strategy = PlacementStrategy(plan or chosen, process_group_backend="gloo", trial_steps=int(plan == "auto"))
         model = module_of()
         trainer = Trainer(
             max_steps=4, devices=dist.get_world_size(), strategy=strategy, limit_val_batches=0, default_root_dir=folder,
