@@ -1,6 +1,7 @@
 """A student without weights and curriculum is fine-tuned as usual; with them it is resumed exactly and divided over processes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def data_of(folder: Path, **options: Any) -> Rationales:
 
 def student(config: dict[str, Any] = LLAMA, **options: Any) -> KPOD:
     seed_everything(0, verbose=False)
-    return KPOD(HFBackbone(dict(config)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options)
+    return KPOD(HFBackbone(dict(config)), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
 
 
 def fit(module: Any, folder: Path, callbacks: Any = (), data: dict[str, Any] | None = None, **options: Any) -> Trainer:
@@ -59,7 +60,7 @@ def test_without_weights_and_steps_it_is_fine_tuning(tmp_path: Path) -> None:
     source(tmp_path)
     plain = student()
     seed_everything(0, verbose=False)
-    usual = CausalLM(HFBackbone(dict(LLAMA)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    usual = CausalLM(HFBackbone(dict(LLAMA)), optimizer=partial(torch.optim.SGD, lr=0.1))
     fit(plain, tmp_path, max_epochs=1)
     fit(usual, tmp_path, max_epochs=1, data={"ask_questions": False})
     expected = usual.state_dict()

@@ -81,7 +81,7 @@ class KPOD(TunedBackbone, LanguageModule):
         self.given_steps: Tensor | None = None
         self._weights: TokenWeights | None = None
         self._arithmetic_V: Tensor | None = None
-        self.accuracy: Any = nn.ModuleDict({group: _Accuracy() for group in ("items", "templates")})
+        self.accuracy: Any = nn.ModuleDict({f"of_{group}": _Accuracy() for group in ("items", "templates")})
         self.class_losses: Any = nn.ModuleDict({name: Mean() for name in ("arithmetic", "words")})
 
     @property
@@ -186,7 +186,7 @@ class KPOD(TunedBackbone, LanguageModule):
         if "answer" in batch:
             for text, answer, group in zip(self._answers(batch), batch["answer"], batch["group"], strict=False):
                 verdict = score(text, answer, self.scorer)
-                self.accuracy[group].update(verdict.correct, verdict.counted)
+                self.accuracy[f"of_{group}"].update(verdict.correct, verdict.counted)
             return
         loss_N, label_N, counted_BS = self._losses(batch)
         each_BS = loss_N.new_zeros(counted_BS.shape).masked_scatter(counted_BS, loss_N)
@@ -205,7 +205,8 @@ class KPOD(TunedBackbone, LanguageModule):
             if metric.update_called:
                 self.log(f"{stage}/loss_{name}", metric.compute())
             metric.reset()
-        for group, accuracy in self.accuracy.items():
+        for name, accuracy in self.accuracy.items():
+            group = name.removeprefix("of_")
             if accuracy.update_called:
                 correct, count = accuracy.compute().tolist()
                 low, high = wilson_interval(int(correct), int(count))
