@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from small_llama import LLAMA, QUIET
 
 from datamodules import Rationales
@@ -27,7 +27,9 @@ def source(folder: Path) -> Path:
     for i in range(44):
         a, b, c = i % 7, i % 5 + 1, i % 3 + 2
         steps = [f"{a} + {b} = {a + b}.", f"{a + b} + {c} = {a + b + c}."][: 1 + i % 2]
-        rows.append({"question": f"Sum {i}: {a}, {b}, {c}?", "rationale": " ".join(steps), "answer": str([a + b, a + b + c][i % 2])})
+        rows.append(
+            {"question": f"Sum {i}: {a}, {b}, {c}?", "rationale": " ".join(steps), "answer": str([a + b, a + b + c][i % 2])}
+        )
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -73,7 +75,7 @@ def test_loss_equals_the_librarys(tmp_path: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     logits, labels, weights, _ = module.scored(batch, torch.zeros_like(batch["index"]))
     loss = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
-    theirs = module.backbone.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    theirs = module.backbone.network(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
     torch.testing.assert_close(loss, theirs, atol=1e-6, rtol=0)
     for one, other in zip(*(torch.autograd.grad(each, list(module.parameters())) for each in (loss, theirs)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
@@ -83,18 +85,20 @@ def test_curriculum_gives_fewer_steps_and_continues_exactly(tmp_path: Path) -> N
     source(tmp_path)
     weights = write_weights(tmp_path)
 
-    def run(folder: Path, **options: Any) -> tuple[KPOD, InRationaleCurriculum]:
+    def run(folder: Path, *callbacks: Callback) -> tuple[KPOD, InRationaleCurriculum]:
         module, curriculum = student(token_weights=weights), InRationaleCurriculum(2, clusters=2)
-        fit(module, tmp_path, [curriculum], default_root_dir=folder, **options)
+        fit(module, tmp_path, [curriculum, *callbacks], default_root_dir=folder)
         return module, curriculum
 
-    whole, curriculum = run(tmp_path / "whole")
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    whole, curriculum = run(tmp_path / "whole", Save())
     assert curriculum.given is not None and curriculum.given.shape[0] == 3
     assert (curriculum.given[1:] <= curriculum.given[:-1]).all() and int(curriculum.given[0].sum()) > 0
     assert (tmp_path / "whole" / "schedule.png").stat().st_size > 1000
-    half, curriculum = student(token_weights=weights), InRationaleCurriculum(2, clusters=2)
-    trainer = fit(half, tmp_path, [curriculum], max_steps=7, default_root_dir=tmp_path / "half")
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
     continued = student(token_weights=weights)
     again = Trainer(**{**QUIET, "max_epochs": 3, "limit_val_batches": 0}, callbacks=[InRationaleCurriculum(2, clusters=2)])
     again.fit(continued, data_of(tmp_path), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
@@ -120,8 +124,8 @@ def test_two_processes_equal_one(pool: RankPool, tmp_path: Path) -> None:
 def test_an_encoder_decoder_reads_given_steps(tmp_path: Path) -> None:
     source(tmp_path)
     module = student(T5, generation=Generation(4))
-    trainer = fit(module, tmp_path, [InRationaleCurriculum(2, clusters=2)], max_epochs=2)
-    found = trainer.validate(module, data_of(tmp_path), verbose=False)[0]
+    fit(module, tmp_path, [InRationaleCurriculum(2, clusters=2)], max_epochs=2)
+    found = Trainer(**QUIET).validate(module, data_of(tmp_path), verbose=False)[0]
     assert found["val/items/accuracy"] == 0.0 and found["val/items/accuracy_high"] > 0 and found["val/loss_words"] > 0
 
 
