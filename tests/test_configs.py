@@ -59,16 +59,23 @@ NEEDS_WEIGHTS = {
 
 
 #: Those that tune a model on a file that the user brings.
-NEEDS_A_FILE = ("lm/qwen2_lora", "lm/smollm2_dpo", "lm/smollm2_full", "lm/smollm2_sft", "rlhf/llama_7b")
+NEEDS_A_FILE = (
+    "kpod/distill_gsm_symbolic",
+    "lm/qwen2_lora",
+    "lm/smollm2_dpo",
+    "lm/smollm2_full",
+    "lm/smollm2_sft",
+    "rlhf/llama_7b",
+)
 #: Two whose strategies have long tests of their own.
 BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
 #: Those that differ from another in a few numbers: read here, trained by `make test-all`.
 LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "emigm/digits_mdm",
-                "ling/tiny_long", "rlhf/grpo_vader", "rlhf/sft_vader")  # fmt: skip
+                "kpod/sft_gsm_symbolic", "ling/tiny_long", "rlhf/grpo_vader", "rlhf/sft_vader")  # fmt: skip
 #: Those that train longer than the others, on data that a method of FIRST reads as well.
 LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")
 #: One of each method.
-FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "ling/tiny", "lm/tiny", "rlhf/ppo_vader")
+FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "lm/tiny", "rlhf/ppo_vader")
 #: Of the published ones one of each kind of network; the others differ in sizes.
 BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
          "ling/lite_pretrain")  # fmt: skip

@@ -132,9 +132,9 @@ def test_an_encoder_decoder_reads_given_steps(tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     source(tmp_path)
     path = write_weights(tmp_path)
-    with pytest.raises(ValueError, match="stages=4 are more than trainer.max_epochs=3"):
+    with pytest.raises(ValueError, match=r"stages=4 are more than trainer.max_epochs=3"):
         fit(student(), tmp_path, [InRationaleCurriculum(4)])
-    with pytest.raises(ValueError, match="another tokenizer|another data"):
+    with pytest.raises(ValueError, match=r"another tokenizer|another data"):
         fit(student(token_weights=path), tmp_path, data={"val_fraction": 0.3})
     with pytest.raises(ValueError, match="weight_floor=2"):
         student(weight_floor=2.0)

@@ -199,8 +199,7 @@ class KPOD(TunedBackbone, LanguageModule):
 
     @override
     def _log_evaluation(self, stage: str, metrics: Any, calls: Any) -> None:
-        if metrics.update_called:
-            super()._log_evaluation(stage, metrics, calls)
+        super()._log_evaluation(stage, metrics, calls)
         for name, metric in self.class_losses.items():
             if metric.update_called:
                 self.log(f"{stage}/loss_{name}", metric.compute())
@@ -224,7 +223,7 @@ class KPOD(TunedBackbone, LanguageModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Answer questions: ``index``, ``question``, ``rationale``, ``answer``, and ``correct`` (None where no answer is known)."""
+        """Answer questions: ``index``, ``question``, ``rationale``, ``answer``, and ``correct`` (None: not known)."""
         texts = self._answers(batch)
         if not texts:
             return {"index": batch["index"][:0], "question": [], "rationale": [], "answer": [], "correct": []}
