@@ -202,9 +202,10 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         with torch.random.fork_rng():
             trainer = Trainer(
                 accelerator=self.root_device.type, devices=outer.num_devices, num_nodes=outer.num_nodes,
-                precision=outer.precision, strategy=PlacementStrategy(plan), max_epochs=1, limit_train_batches=skipped + self._trial_steps,
-                limit_val_batches=0, num_sanity_val_steps=0, callbacks=[watch], logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+                precision=outer.precision, strategy=PlacementStrategy(plan), max_epochs=1,
+                limit_train_batches=skipped + self._trial_steps, limit_val_batches=0, num_sanity_val_steps=0, callbacks=[watch],
+                logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                use_distributed_sampler=False,
             )  # fmt: skip
             trainer.fit(copy.deepcopy(module), datamodule=data)
         if len(watch.seconds) <= skipped:
