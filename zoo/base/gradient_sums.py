@@ -42,6 +42,6 @@ class GradientSums:
         add_up(self.total)
         for number in self._found:
             parameter = self.parameters[number]
-            parameter.grad = self._parts[number].view_as(parameter).to(parameter.dtype)
+            parameter.grad = self._parts[number].view_as(parameter).to(parameter.dtype, copy=True)
         self.total.zero_()
         self._found.clear()
