@@ -31,3 +31,13 @@ def test_order_and_division_do_not_matter() -> None:
 def test_gradients_stay_when_the_sum_begins_again() -> None:
     double, frozen, unused = summed([*range(8)], torch.float64)
     assert double is not None and double.abs().max() > 0 and frozen is None and unused is None
+
+
+def test_a_parameter_that_another_process_used_has_its_gradient() -> None:
+    one, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    here, there = GradientSums([one]), GradientSums([other])
+    (3 * other).sum().backward()
+    here.add()
+    there.add()
+    here.give(lambda total: total.add_(there.total))
+    assert one.grad is not None and one.grad.tolist() == [3.0, 3.0]
