@@ -20,10 +20,10 @@ class GradientSums:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         device = self.parameters[0].device if self.parameters else None
-        #: All gradients one after the other, float64.
-        self.total = torch.zeros(sum(each.numel() for each in self.parameters), dtype=torch.float64, device=device)
-        self._parts = self.total.split([each.numel() for each in self.parameters])
-        self._found: set[int] = set()
+        sizes = [each.numel() for each in self.parameters]
+        #: All gradients one after the other, and for each parameter the number of passes that gave it one, float64.
+        self.total = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float64, device=device)
+        *self._parts, self._passes = self.total.split([*sizes, len(sizes)])
 
     def add(self) -> None:
         """Add the gradients of a pass, and forget them."""
@@ -31,17 +31,16 @@ class GradientSums:
             if parameter.grad is not None:
                 part += parameter.grad.flatten()
                 parameter.grad = None
-                self._found.add(number)
+                self._passes[number] += 1
 
     def give(self, add_up: Callable[[Tensor], object]) -> None:
-        """Make the sum the parameters' gradient, and begin again.
+        """Make the sum the gradient of the parameters that any process found one for, and begin again.
 
         Args:
             add_up: Adds the totals of all processes, in place.
         """
         add_up(self.total)
-        for number in self._found:
-            parameter = self.parameters[number]
-            parameter.grad = self._parts[number].view_as(parameter).to(parameter.dtype)
+        for passes, part, parameter in zip(self._passes.tolist(), self._parts, self.parameters, strict=True):
+            if passes:  # an expert may have tokens on one process alone
+                parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
         self.total.zero_()
-        self._found.clear()

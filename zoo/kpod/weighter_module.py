@@ -197,18 +197,29 @@ class TokenWeighter(ZooModule):
         self.held_out.update(weight_BP[of_rationale_BP], self._arithmetic(rows.ids_BP[of_rationale_BP]))
 
     @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    @override
     def on_validation_epoch_end(self) -> None:
-        found = {f"val/answer_loss_{name}": metric.compute() for name, metric in self.metrics.items()}
-        found["val/gap"] = found["val/answer_loss_masked"] - found["val/answer_loss_kept"]
-        found["val/mean_weight"], curve = self.held_out.compute()
+        self._log_evaluation("val")
+
+    def _log_evaluation(self, stage: str) -> None:
+        found = {f"{stage}/answer_loss_{name}": metric.compute() for name, metric in self.metrics.items()}
+        found[f"{stage}/gap"] = found[f"{stage}/answer_loss_masked"] - found[f"{stage}/answer_loss_kept"]
+        mean, curve = self.held_out.compute()
         for metric in (*self.metrics.values(), self.held_out):
             metric.reset()
-        self.log_dict(found, prog_bar=True, sync_dist=False)
+        self.log_dict({**found, f"{stage}/mean_weight": mean}, prog_bar=True, sync_dist=False)
         if not curve.isnan():
-            self.log("val/auc", curve, prog_bar=True, sync_dist=False)
-        if self.applied_steps < self.warmup_steps + max(1, self.ramp_steps):
+            self.log(f"{stage}/auc", curve, prog_bar=True, sync_dist=False)
+        if stage == "val" and self.applied_steps < self.warmup_steps + max(1, self.ramp_steps):
             return
-        self.is_collapsed(float(found["val/mean_weight"]))
+        self.is_collapsed(float(mean))
         if curve < _POOR_CURVE:
             rank_zero_warn(
                 f"Weights tell digits and operators from other tokens with an area under the curve of {float(curve):.2f}, below"
