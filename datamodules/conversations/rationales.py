@@ -91,6 +91,7 @@ class RationaleBatch(TypedDict, total=False):
         step_ids: int64 (B, S), the step of each id of the rationale, from 0; -1 elsewhere.
         index: int64 (B,), number of the example in its split; -1 for one that does not count, which in evaluation is given to a
             process with one batch fewer than others.
+        new_template: bool (B,), whether training has nothing of the example's template.
         retried: bool (B,), whether the example had been put back; in training.
     """
 
@@ -99,6 +100,7 @@ class RationaleBatch(TypedDict, total=False):
     labels: Tensor
     step_ids: Tensor
     index: Tensor
+    new_template: Tensor
     retried: Tensor
 
 
@@ -138,6 +140,7 @@ class RationaleRows(Dataset[Any]):
             "labels": labels_BS,
             "step_ids": step_BS,
             "index": torch.tensor(indices),
+            "new_template": torch.tensor([example.group == "templates" for example in chosen]),
         }
 
     def blank(self) -> RationaleBatch:

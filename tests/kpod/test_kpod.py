@@ -126,7 +126,7 @@ def test_an_encoder_decoder_reads_given_steps(tmp_path: Path) -> None:
     module = student(T5, generation=Generation(4))
     fit(module, tmp_path, [InRationaleCurriculum(2, clusters=2)], max_epochs=2)
     found = Trainer(**QUIET).validate(module, data_of(tmp_path), verbose=False)[0]
-    assert found["val/items/accuracy"] == 0.0 and found["val/items/accuracy_high"] > 0 and found["val/loss_words"] > 0
+    assert found["val/items/accuracy"] == 0.0 and found["val/items/accuracy_high"] > 0 and found["val/items/loss_words"] > 0
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class TokenWeights:
             ValueError: If it is damaged, has weights for another tokenizer or other data, or two files have the same example.
         """
         files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-        parts = [_read(path) for path in files]
+        parts = [read_weights(path) for path in files]
         for path, part in zip(files, parts, strict=True):
             for name, wanted in (("tokenizer", tokenizer), ("data", data)):
                 if part.metadata.get(name) != wanted:
@@ -112,7 +112,7 @@ class TokenWeights:
         return found_BS.to(step_BS.device)
 
 
-def _read(path: Path) -> TokenWeights:
+def read_weights(path: Path) -> TokenWeights:
     if not path.is_file():
         raise FileNotFoundError(f"There are no token weights at {path}: write them with zoo predict of a TokenWeighter.")
     try:

@@ -44,7 +44,6 @@ class InRationaleCurriculum(Callback):
         difficulty_weights: Whether weights of tokens count in the difficulties.
         embedder: Vectors of questions: a model such as MiniLM, which reads them, or a file of GloVe vectors; None: means of the
             student's input embedding.
-        backwards: Give the last stages first, as a baseline.
 
     Raises:
         ValueError: If there are more stages than epochs, or a checkpoint has the table of other data.
@@ -61,10 +60,9 @@ class InRationaleCurriculum(Callback):
         init: Init = "greedy",
         difficulty_weights: bool = True,
         embedder: Backbone | Path | None = None,
-        backwards: bool = False,
     ) -> None:
         self.schedule = ProgressiveSchedule(stages, p, c0, beta, delta_s, init)
-        self.clusters, self.difficulty_weights, self.embedder, self.backwards = clusters, difficulty_weights, embedder, backwards
+        self.clusters, self.difficulty_weights, self.embedder = clusters, difficulty_weights, embedder
         #: Leading steps given at each stage, int16 (T + 1, N).
         self.given: Tensor | None = None
         self._stage: int | None = None
@@ -148,10 +146,8 @@ class InRationaleCurriculum(Callback):
         if stage == self._stage:
             return
         assert isinstance(pl_module, KPOD) and self.given is not None
-        self._stage, last = stage, len(self.given) - 1
-        row = self.given[stage] if stage <= last else torch.zeros_like(self.given[0])
-        if self.backwards and stage <= last:
-            row = self.given[last + 1 - stage]
+        self._stage = stage
+        row = self.given[stage] if stage < len(self.given) else torch.zeros_like(self.given[0])
         pl_module.given_steps = row.long()
         pl_module.log("train/given_steps", float(row.float().mean()))
 

@@ -34,8 +34,8 @@ class KPOD(TunedBackbone, LanguageModule):
 
     Batches are those of the DataModule Rationales. The steps that are given come from the callback `InRationaleCurriculum`;
     without it all are learned, and without weights as well this is ordinary fine-tuning. Validation answers questions greedily,
-    and logs accuracies with intervals of 95 % by group of questions, and losses (nats a token) of digits and operators and of
-    other tokens. Source: Feng et al., ICML 2024, arXiv 2405.16064.
+    and logs accuracies with intervals of 95 % and losses (nats a token) of digits and operators and of other tokens, by group of
+    questions. Source: Feng et al., ICML 2024, arXiv 2405.16064.
 
     Args:
         student: A causal or encoder-decoder model; what of it is trained is its ``tuning``.
@@ -82,7 +82,9 @@ class KPOD(TunedBackbone, LanguageModule):
         self._weights: TokenWeights | None = None
         self._arithmetic_V: Tensor | None = None
         self.accuracy: Any = nn.ModuleDict({f"of_{group}": _Accuracy() for group in ("items", "templates")})
-        self.class_losses: Any = nn.ModuleDict({name: Mean() for name in ("arithmetic", "words")})
+        self.class_losses: Any = nn.ModuleDict(
+            {f"{group}_{kind}": Mean() for group in ("items", "templates") for kind in ("arithmetic", "words")}
+        )
 
     @property
     @override
@@ -194,15 +196,18 @@ class KPOD(TunedBackbone, LanguageModule):
         if self._arithmetic_V is None:
             self._arithmetic_V = arithmetic_tokens(self._tokenizer(), self.vocab_size)
         arithmetic_N = self._arithmetic_V.to(label_N.device)[label_N]
-        self.class_losses["arithmetic"].update(loss_N[arithmetic_N])
-        self.class_losses["words"].update(loss_N[~arithmetic_N])
+        new_N = batch["new_template"][:, None].expand(counted_BS.shape)[counted_BS]
+        for group, of_group_N in (("items", ~new_N), ("templates", new_N)):
+            self.class_losses[f"{group}_arithmetic"].update(loss_N[of_group_N & arithmetic_N])
+            self.class_losses[f"{group}_words"].update(loss_N[of_group_N & ~arithmetic_N])
 
     @override
     def _log_evaluation(self, stage: str, metrics: Any, calls: Any) -> None:
         super()._log_evaluation(stage, metrics, calls)
         for name, metric in self.class_losses.items():
-            if metric.update_called:
-                self.log(f"{stage}/loss_{name}", metric.compute())
+            group, _, kind = name.partition("_")
+            if metric.update_called and not (loss := metric.compute()).isnan():
+                self.log(f"{stage}/{group}/loss_{kind}", loss)
             metric.reset()
         for name, accuracy in self.accuracy.items():
             group = name.removeprefix("of_")

@@ -16,8 +16,8 @@ from zoo.lm.backbone import Backbone
 __all__ = ["trained_backbone"]
 
 B = TypeVar("B", bound=Backbone)
-#: Arguments of modules that are backbones, the first that is there is taken.
-_NAMES = ("backbone", "actor")
+#: Arguments of modules that are backbones, the first that is there is taken, and the names of their weights.
+_NAMES = {"backbone": "backbone", "actor": "actor", "student": "backbone"}
 
 
 def trained_backbone(source: str | Path, base: type[B]) -> tuple[B, dict[str, Tensor]] | None:
@@ -39,8 +39,8 @@ def trained_backbone(source: str | Path, base: type[B]) -> tuple[B, dict[str, Te
     if found is None:
         return None
     hyperparameters, checkpoint = found
-    name = next((name for name in _NAMES if isinstance(hyperparameters.get(name), Mapping)), "backbone")
-    config = hyperparameters.get(name)
+    argument = next((name for name in _NAMES if isinstance(hyperparameters.get(name), Mapping)), "backbone")
+    config, name = hyperparameters.get(argument), _NAMES[argument]
     if not isinstance(config, Mapping) or not issubclass(find_class(config["class_path"], Backbone), base):
         has = config["class_path"] if isinstance(config, Mapping) else "no backbone"
         raise ValueError(
