@@ -183,7 +183,11 @@ def report(record: Record, found: Mapping[tuple[str, int], dict[str, float]], qu
             cells |= {f"{name}: accuracy": correct / (questions * len(runs)), f"{name}: low": low, f"{name}: high": high}
         record.row(arm=arm, **cells)
         for seed, run in runs.items():
-            losses = {f"{name}: {kind}": run[f"{group}/loss_{kind}"] for group, name in GROUPS.items() for kind in ("arithmetic", "words")}
+            losses = {
+                f"{name}: {kind}": run[f"{group}/loss_{kind}"]
+                for group, name in GROUPS.items()
+                for kind in ("arithmetic", "words")
+            }
             record.row(arm_losses=arm, seed=seed, **losses)
             record.row(arm_training=arm, seed=seed, updates=run["updates"], tokens_thousands=run["tokens"] / 1000,
                        loss=losses["new items: arithmetic"])  # fmt: skip

@@ -227,6 +227,10 @@ class Placement:
         if last:
             self._sums[role].give(lambda total: self._add_up(role, total))
 
+    def clip(self, role: str, parameters: Sequence[Tensor], max_norm: float) -> None:
+        """Scale the gradient of a role's trained parameters down to a largest norm."""
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
     def _add_up(self, role: str, total: Tensor) -> None:
         """Add sums of gradients over the ranks that train a role, in place."""
 

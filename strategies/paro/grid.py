@@ -102,6 +102,11 @@ class RankGrid:
         """Number of groups, n / m."""
         return self.ng
 
+    @property
+    def num_process_groups(self) -> int:
+        """Process groups that this rank has made for the grid."""
+        return len(self._groups)
+
     def block_of(self, rank: int) -> int:
         """Index of the block that a rank holds at granularity G."""
         i, j = divmod(rank, self.m)

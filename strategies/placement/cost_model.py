@@ -184,6 +184,8 @@ class _Costs:
         self.trained = [name for name in TRAINED if name in roles]
         self.generators = plan.members("rollout_actor", self.world)
         self.inferring, self.training = plan.inferring(self.world), plan.training(self.world)
+        if any(plan.roles[name].backend == "paro" for name in self.trained):
+            raise ValueError("The planner predicts no plan with PaRO: compare its codes for one model with zoo plan paro.")
 
     def divided(self, role: str) -> bool:
         return self.plan.roles[role].backend == "fsdp2" and len(self.plan.members(role, self.world)) > 1

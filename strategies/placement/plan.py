@@ -6,9 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from strategies.paro.partition import Partition
+
 __all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots", "ranks_text"]
 
-BackEnd = Literal["replicate", "ddp", "fsdp2"]
+BackEnd = Literal["replicate", "ddp", "fsdp2", "paro"]
 Gather = Literal["per_token", "once", "resident"]
 
 ROLES = ("actor", "critic", "reference", "reward", "rollout_actor", "rollout_critic")
@@ -24,11 +26,16 @@ class RolePlan:
         ranks: ``all``, or numbers and ranges such as ``0-3`` or ``0,2,4-7``.
         backend: Of a trained role. ``replicate``: each rank has the whole model, and gradients are added in float64, so that the
             weights do not depend on the number of ranks; ``ddp``: the same by torch's DistributedDataParallel, which takes 4
-            bytes a parameter less and half the traffic; ``fsdp2``: the ranks divide the model.
+            bytes a parameter less and half the traffic; ``fsdp2``: the ranks divide the model; ``paro``: they divide it by a
+            code of PaRO.
+        partition: The code, see `strategies.paro.PaROStrategy`.
+        group_size: Ranks of a group of PaRO, consecutive ones of the role; 0: all.
     """
 
     ranks: str = "all"
     backend: BackEnd = "replicate"
+    partition: str = "IIG"
+    group_size: int = 0
 
     def members(self, world: int, name: str = "role") -> list[int]:
         """Global ranks, increasing.
@@ -167,6 +174,12 @@ class PlacementPlan:
                 raise ValueError(f"{name}: backend={plan.backend!r} must be one of {', '.join(get_args(BackEnd))}.")
             if plan.backend != "replicate" and name not in _TRAINED:
                 raise ValueError(f"{name}: backend={plan.backend} is for actor and critic where they are trained: leave it out.")
+            if plan.backend == "paro":
+                Partition.of(plan.partition)
+                if plan.group_size < 0 or (plan.group_size and len(self.members(name, world)) % plan.group_size):
+                    raise ValueError(
+                        f"{name}: group_size={plan.group_size} must divide its {len(self.members(name, world))} ranks, or be 0."
+                    )
         if self.gather not in get_args(Gather):
             raise ValueError(f"The plan: gather={self.gather!r} must be one of {', '.join(get_args(Gather))}.")
         inferring, training = set(self.inferring(world)), set(self.training(world))
@@ -202,7 +215,9 @@ class PlacementPlan:
         try:
             roles = {name: RolePlan(**entries) for name, entries in data["roles"].items()}
         except TypeError as error:
-            raise ValueError(f"{source}: each role has ranks and backend, and nothing else ({error}).") from error
+            raise ValueError(
+                f"{source}: each role has ranks and backend, with paro also partition and group_size ({error})."
+            ) from error
         return cls(**{**data, "roles": roles})
 
     def as_dict(self) -> dict[str, Any]:

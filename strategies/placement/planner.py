@@ -13,7 +13,7 @@ __all__ = ["explain", "name_of", "plans", "rank_plans"]
 
 
 def plans(world: int, job: Workload, max_lag: int = 0) -> Iterator[PlacementPlan]:
-    """Plans that fit a number of ranks and a rollout.
+    """Plans that fit a number of ranks and a rollout; none with PaRO, whose codes ``zoo plan paro`` compares.
 
     Args:
         world: Number of ranks.
@@ -21,7 +21,8 @@ def plans(world: int, job: Workload, max_lag: int = 0) -> Iterator[PlacementPlan
         max_lag: Rollouts by which generation may be ahead of training; what is trained then differs from that of lag 0.
     """
     units = job.samples // job.minibatches // job.unit
-    for backend in get_args(BackEnd) if world > 1 else ("replicate",):
+    backends: Sequence[BackEnd] = ("replicate", "ddp", "fsdp2") if world > 1 else ("replicate",)
+    for backend in backends:
         gathers: Sequence[Gather] = get_args(Gather) if backend == "fsdp2" else ("once",)
         for gather in gathers if units % world == 0 else ():
             yield PlacementPlan.flattening(backend, gather)

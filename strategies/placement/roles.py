@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
+from strategies.placement.paro_role import PaRORole
 from strategies.placement.plan import PlacementPlan
 from strategies.placement.state import divided_like, whole
 from strategies.placement.sync import copy_weights, trained_weights
@@ -53,6 +56,9 @@ class RankPlacement(Placement):
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
         self._copies: dict[str, nn.Module] = {}
+        self._timeout = timeout
+        #: Roles that PaRO divides, and that this rank holds.
+        self.paro: dict[str, PaRORole] = {}
         self._form_groups(timeout)
 
     def _form_groups(self, timeout: timedelta | None) -> None:
@@ -85,16 +91,38 @@ class RankPlacement(Placement):
         for name, role in self.roles.items():
             if not role.trained or not self.holds(name):
                 continue
-            ranks = self.plan.members(name, self.world)
-            if self.plan.roles[name].backend == "fsdp2":
-                if name == "actor" and self.plan.gather == "resident" and not self.plan.separates:
-                    self._copies[name] = copy.deepcopy(role.network).requires_grad_(False)
+            ranks, backend = self.plan.members(name, self.world), self.plan.roles[name].backend
+            divides = backend in ("fsdp2", "paro")
+            if divides and name == "actor" and self.plan.gather == "resident" and not self.plan.separates:
+                self._copies[name] = copy.deepcopy(role.network).requires_grad_(False)
+            if backend == "fsdp2":
                 self._divide(role, DeviceMesh.from_group(self._group(ranks), self.device.type))
                 self._wrapped[name] = role.network
-            elif self.plan.roles[name].backend == "ddp":
+            elif backend == "ddp":
                 self._wrapped[name] = DistributedDataParallel(
                     role.network, process_group=self._group(ranks), broadcast_buffers=False
                 )
+
+    def divide_states(self, optimizers: dict[str, Optimizer]) -> None:
+        """Let PaRO divide the states of its roles, once their optimizers are there; a collective call of all ranks.
+
+        Args:
+            optimizers: By role.
+        """
+        for name, optimizer in optimizers.items():
+            plan = self.plan.roles[name]
+            if plan.backend != "paro":
+                continue
+            made = torch.zeros((), dtype=torch.int64, device=self.device)
+            if self.holds(name):
+                ranks = self.plan.members(name, self.world)
+                self.paro[name] = PaRORole(self.roles[name], plan, optimizer, ranks, self.device, self._timeout)
+                made += self.paro[name].grid.num_process_groups
+            # torch names groups by the number that were made before, which must stay the same on all ranks.
+            most = made.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            for _ in range(int(most - made)):
+                dist.new_group([self.me], self._timeout, use_local_synchronization=True)
 
     @staticmethod
     def _divide(role: Role, mesh: DeviceMesh) -> None:
@@ -139,7 +167,8 @@ class RankPlacement(Placement):
     def begin(self) -> None:
         self.finish_sends()
         for name, resident in self._copies.items():
-            with self.timeline(name, "gather"), torch.no_grad():
+            gathered = self.paro[name].whole() if name in self.paro else nullcontext()
+            with self.timeline(name, "gather"), torch.no_grad(), gathered:
                 for to, weight in zip(resident.parameters(), self.roles[name].network.parameters(), strict=True):
                     to.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
         if not self.plan.separates:
@@ -148,18 +177,23 @@ class RankPlacement(Placement):
             if role.trained and self.keeps(name):
                 source, targets = self.plan.members(name, self.world)[0], self._targets(name)
                 weights, group = trained_weights(role.network), self._group(targets)
-                with self.timeline(name, "sync"):
+                gathered = self.paro[name].whole() if name in self.paro else nullcontext()
+                with self.timeline(name, "sync"), gathered:
                     copy_weights(weights, source, targets, group, self.plan.bucket_mb, f"{name}, weight sync")
 
     @override
     @contextmanager
     def decoding(self, role: str, model: Any) -> Iterator[Any]:
         network = self.inference(role)
+        paro = self._paro(role)
         parts = [part for part in network.modules() if isinstance(part, FSDPModule)]
-        if not parts:
+        if not parts and paro is None:
             yield model
         elif self.plan.gather == "per_token":
-            yield PassByPass(model, network)
+            yield PassByPass(model, network if paro is None else paro)
+        elif paro is not None:
+            with paro.whole():
+                yield model
         else:
             for part in parts:
                 part.unshard()
@@ -173,8 +207,7 @@ class RankPlacement(Placement):
 
     @override
     def agreement(self, role: str) -> Callable[[bool], bool] | None:
-        network = self.inference(role)
-        if self.plan.gather != "per_token" or not isinstance(network, FSDPModule):
+        if self.plan.gather != "per_token" or not self._gathers(role):
             return None
         group = self._group(self.plan.members(role, self.world))
 
@@ -200,8 +233,10 @@ class RankPlacement(Placement):
         taken, size = mine + [rows - 1] * (most - len(mine)), most if whole else unit
         parts = []
         for begin in range(0, most, max(size, 1)):
+            chosen = taken[begin : begin + size]
+            paro = None if whole else self._paro(role)
             with self.timeline(role, "generate" if whole else "score"):
-                parts.append(function(taken[begin : begin + size]))
+                parts.append(function(chosen) if paro is None else paro.run(function, chosen))
         own = {name: torch.cat([part[name] for part in parts])[: len(mine)] for name in spec if parts}
         what = f"{role}, {'tokens' if whole else 'scores'}"
         arrived = share(own, spec, owned, self._group(self.inferring), self.device, what)
@@ -215,7 +250,13 @@ class RankPlacement(Placement):
     def _gathers(self, role: str) -> bool:
         """Whether a pass of a role without gradients gathers divided weights."""
         original = role.removeprefix("rollout_")
-        return original in self.roles and isinstance(self.inference(original), FSDPModule)
+        divided = original in self.roles and isinstance(self.inference(original), FSDPModule)
+        return divided or self._paro(role) is not None
+
+    def _paro(self, role: str) -> PaRORole | None:
+        """PaRO of the weights that a role's passes without gradients use."""
+        original = role.removeprefix("rollout_")
+        return None if original in self._copies else self.paro.get(original)
 
     @override
     def stream(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
@@ -262,7 +303,7 @@ class RankPlacement(Placement):
 
     @override
     def replicas(self, role: str) -> int:
-        return len(self.plan.members(role, self.world)) if role in self._wrapped else 1
+        return len(self.plan.members(role, self.world)) if role in self._wrapped or role in self.paro else 1
 
     @override
     @contextmanager
@@ -273,8 +314,18 @@ class RankPlacement(Placement):
         context: AbstractContextManager[Any] = nullcontext() if role in self._wrapped else super().accumulate(role, last)
         if isinstance(network, DistributedDataParallel) and not last:
             context = network.no_sync()
+        if role in self.paro:
+            context = self.paro[role].pass_of_training(last)
         with self.timeline(role, "train"), waiting(f"{role}, gradients", self.plan.members(role, self.world)), context:
             yield
+
+    @override
+    def clip(self, role: str, parameters: Sequence[Tensor], max_norm: float) -> None:
+        if role not in self.paro:
+            super().clip(role, parameters, max_norm)
+            return
+        norm = self.paro[role].engine.gradient_norm()
+        clip_grads_with_norm_([each for each in parameters if each.grad is not None], max_norm, norm)
 
     @override
     def _add_up(self, role: str, total: Tensor) -> None:
@@ -291,6 +342,18 @@ class RankPlacement(Placement):
         return values
 
     # Checkpoints
+
+    @contextmanager
+    def whole_weights(self, writeback: bool = False) -> Iterator[None]:
+        """Inside, the weights that PaRO divides are whole; a collective call of their ranks.
+
+        Args:
+            writeback: Whether values that they get inside are taken.
+        """
+        with ExitStack() as stack:
+            for each in self.paro.values():
+                stack.enter_context(each.engine.full_parameters(writeback))
+            yield
 
     @override
     def whole(self, value: Tensor) -> Tensor:
@@ -310,7 +373,7 @@ class PassByPass:
 
     Args:
         model: Decodes with the divided network.
-        network: Root of the division.
+        network: Its ``run`` calls a function with gathered weights.
     """
 
     def __init__(self, model: Any, network: Any) -> None:

@@ -14,13 +14,14 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from strategies.paro.cost_model import Cluster, LinkSpeed
 from strategies.paro.grid import RankGrid
+from strategies.paro.optimizer_state import load_optimizer_state, optimizer_state
 from strategies.paro.probe import measure_cluster
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.planner import explain, name_of, rank_plans
@@ -218,6 +219,27 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         assert self._placement is not None
         self._placement.wrap()
 
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizers, and let PaRO divide the states of its roles."""
+        super().setup_optimizers(trainer)
+        if self._placement is not None:
+            self._placement.divide_states(dict(zip(self._roles_of_optimizers(), self.optimizers, strict=True)))
+            if self._placement.paro and bool(getattr(self.lightning_module, "ema_decay", 0)):
+                raise ValueError(
+                    "PlacementStrategy: backend=paro keeps no average of the actor: set ema_decay to 0, or take fsdp2."
+                )
+
+    @override
+    def teardown(self) -> None:
+        """Leave whole weights in the module where PaRO divided them."""
+        if self._placement is not None:
+            trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+            for each in self._placement.paro.values():
+                each.close(restore=trainer.state.status != TrainerStatus.INTERRUPTED)
+            self._placement.paro.clear()
+        super().teardown()
+
     @property
     def placement(self) -> RankPlacement | None:
         """The plan at work; None outside of training."""
@@ -258,7 +280,8 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         if self._placement is None:
             return super().lightning_module_state_dict()
         placement = self._placement
-        state = super().lightning_module_state_dict()
+        with placement.whole_weights():
+            state = super().lightning_module_state_dict()
         found = {name: value for name, value in state.items() if not name.startswith(tuple(self._of_roles()))}
         for prefix, role in self._of_roles().items():
             part: dict[str, Any] = {}
@@ -276,13 +299,14 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             return
         assert self.lightning_module is not None
         absent = tuple(prefix for prefix, role in self._of_roles().items() if not self._placement.keeps(role))
-        own = self.lightning_module.state_dict()
-        state = {
-            name: divided_like(value, own.get(name))
-            for name, value in checkpoint["state_dict"].items()
-            if not (absent and name.startswith(absent))
-        }
-        self.lightning_module.load_state_dict(state, strict=strict)
+        with self._placement.whole_weights(writeback=True):
+            own = self.lightning_module.state_dict()
+            state = {
+                name: divided_like(value, own.get(name))
+                for name, value in checkpoint["state_dict"].items()
+                if not (absent and name.startswith(absent))
+            }
+            self.lightning_module.load_state_dict(state, strict=strict)
 
     def _roles_of_optimizers(self) -> list[str]:
         assert self._placement is not None
@@ -291,13 +315,16 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole state of an optimizer on rank 0; a collective call."""
-        state = super().optimizer_state(optimizer)
         if self._placement is None:
-            return state
+            return super().optimizer_state(optimizer)
         place = next(number for number, each in enumerate(self.optimizers) if each is getattr(optimizer, "optimizer", optimizer))
         role = self._roles_of_optimizers()[place]
         ranks = self._placement.plan.members(role, self._placement.world)
-        state = whole(state) if self._placement.holds(role) else state
+        if role in self._placement.paro:
+            state = optimizer_state(self._placement.paro[role].engine)
+        else:
+            state = super().optimizer_state(optimizer)
+            state = whole(state) if self._placement.holds(role) else state
         return state if 0 in ranks else from_rank(state, ranks[0])
 
     @override
@@ -309,7 +336,9 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         for role, optimizer, state in zip(
             self._roles_of_optimizers(), self.optimizers, checkpoint["optimizer_states"], strict=True
         ):
-            if self._placement.holds(role):
+            if role in self._placement.paro:
+                load_optimizer_state(self._placement.paro[role].engine, state)
+            elif self._placement.holds(role):
                 optimizer.load_state_dict(divided_state(state, optimizer))
 
     def gradient_norm(self) -> None:

@@ -40,6 +40,11 @@ APART = plan_of(actor="0-1", critic="2-3", reference="2", reward="3")
 DIVIDED = plan_of("fsdp2", actor="0,2", critic="0,2", rollout_actor="1", rollout_critic="3", reference="1", reward="3")
 
 
+def paro(partition: str, group_size: int = 0, **options: Any) -> PlacementPlan:
+    role = RolePlan("all", "paro", partition, group_size)
+    return PlacementPlan({"actor": role, "critic": role, "reference": RolePlan(), "reward": RolePlan()}, **options)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("placement")
@@ -112,6 +117,26 @@ def test_four_ranks_train_the_weights_of_one_under_any_plan(pool: RankPool, fold
     for seen in alone:
         assert all(earlier.end <= later.begin for earlier, later in zip(seen.spans, seen.spans[1:], strict=False))
         assert 0 < idle_share(seen.spans) < 1
+
+
+def test_paro_divides_the_states_of_a_role(pool: RankPool, folder: Path, one: Seen, tmp_path: Path) -> None:
+    apart = plan_of("paro", actor="0-1", critic="0-1", rollout_actor="2", rollout_critic="2", reference="3", reward="3")
+    plans = [
+        paro("IIG", 2),
+        paro("NNG", gather="per_token"),
+        paro("GGG", gather="per_token"),
+        paro("GGG", gather="resident"),
+        apart,
+    ]
+    path = tmp_path / "half.ckpt"
+    more = [(paro("IGG", 2), {"save": path, "rollouts": 1}), ("flattening", {"checkpoint": path}),
+            ("flattening", {"save": path, "rollouts": 1}), (paro("GGG"), {"checkpoint": path})]  # fmt: skip
+    found = of_ranks(pool, 4, folder, *((plan, {}) for plan in plans), *more)
+    for plan, ranks in zip([*plans, *more], found, strict=True):
+        if "save" not in plan[1] if isinstance(plan, tuple) else True:
+            assert difference(one, ranks[0]) < 1e-6, plan
+        if not isinstance(plan, tuple):
+            assert same_tokens(one, ranks), plan
 
 
 def test_a_rollout_of_lag_one_is_generated_by_the_weights_before(pool: RankPool, folder: Path, one: Seen, tmp_path: Path) -> None:

@@ -89,9 +89,10 @@ class Learner:
         ids_RS, mask_RS = experience.ids_and_mask()
         network, unit = self.place.network("actor"), self.options.unit
         found_RN = torch.zeros_like(experience.logp)
-        for number in self.place.share("actor", range(len(ids_RS) // unit)):
-            rows = slice(number * unit, (number + 1) * unit)
-            found_RN[rows] = network(ids_RS[rows], mask_RS[rows], experience.tokens.shape[1])[0].float()
+        with self.place.decoding("actor", None):  # whole weights
+            for number in self.place.share("actor", range(len(ids_RS) // unit)):
+                rows = slice(number * unit, (number + 1) * unit)
+                found_RN[rows] = network(ids_RS[rows], mask_RS[rows], experience.tokens.shape[1])[0].float()
         return self.place.total("actor", found_RN)
 
     def _targets(self, experience: Experience) -> tuple[Experience, Targets]:
@@ -166,7 +167,7 @@ class Learner:
                     self.module.manual_backward(loss * self.place.replicas(role))
             if mine and self.module.max_grad_norm:
                 parameters = [each for group in optimizer.param_groups for each in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.module.max_grad_norm)
+                self.place.clip(role, parameters, self.module.max_grad_norm)
             self._take(place)
         self._add(steps=1)
 
