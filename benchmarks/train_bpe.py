@@ -1,8 +1,8 @@
 """Byte-level BPE of the shipped language models: ``rlhf-vader-sft`` (2,048 ids, `RatedSnippets`) and ``kpod-gsm-symbolic`` (1,024
 ids, `Rationales`, each digit by itself).
 
-``python -m benchmarks.train_bpe`` writes ``tokenizer.json`` into the folders of both, the same files each time. Ids 0, 1 and 2 are
-``<pad>``, ``<bos>`` and ``<eos>``; the 256 bytes follow, so that any text has ids, then the merges.
+``python -m benchmarks.train_bpe`` writes ``tokenizer.json`` into the folders of both, the same files each time. Ids 0, 1 and 2
+are ``<pad>``, ``<bos>`` and ``<eos>``; the 256 bytes follow, so that any text has ids, then the merges.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ WIRING = (
     "lm_eval_adapter",
     "hf_decoder",
     "strategy",
+    "paro_role",
     "refusals",
     "data_statistics_writer",
     "latent_cache_writer",

@@ -6,8 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from strategies.paro.partition import Partition
-
 __all__ = ["BackEnd", "Gather", "PlacementPlan", "RolePlan", "place_slots", "ranks_text"]
 
 BackEnd = Literal["replicate", "ddp", "fsdp2", "paro"]
@@ -174,12 +172,10 @@ class PlacementPlan:
                 raise ValueError(f"{name}: backend={plan.backend!r} must be one of {', '.join(get_args(BackEnd))}.")
             if plan.backend != "replicate" and name not in _TRAINED:
                 raise ValueError(f"{name}: backend={plan.backend} is for actor and critic where they are trained: leave it out.")
-            if plan.backend == "paro":
-                Partition.of(plan.partition)
-                if plan.group_size < 0 or (plan.group_size and len(self.members(name, world)) % plan.group_size):
-                    raise ValueError(
-                        f"{name}: group_size={plan.group_size} must divide its {len(self.members(name, world))} ranks, or be 0."
-                    )
+            if plan.group_size < 0 or (plan.group_size and len(self.members(name, world)) % plan.group_size):
+                raise ValueError(
+                    f"{name}: group_size={plan.group_size} must divide its {len(self.members(name, world))} ranks, or be 0."
+                )
         if self.gather not in get_args(Gather):
             raise ValueError(f"The plan: gather={self.gather!r} must be one of {', '.join(get_args(Gather))}.")
         inferring, training = set(self.inferring(world)), set(self.training(world))
@@ -216,7 +212,7 @@ class PlacementPlan:
             roles = {name: RolePlan(**entries) for name, entries in data["roles"].items()}
         except TypeError as error:
             raise ValueError(
-                f"{source}: each role has ranks and backend, with paro also partition and group_size ({error})."
+                f"{source}: each role has ranks, backend, partition and group_size, and nothing else ({error})."
             ) from error
         return cls(**{**data, "roles": roles})
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
-from strategies.placement.paro_role import PaRORole
 from strategies.placement.plan import PlacementPlan
 from strategies.placement.state import divided_like, whole
 from strategies.placement.sync import copy_weights, trained_weights
 from strategies.placement.timeline import Timeline
 from zoo.role_placement import Fields, FieldSpec, Pending, Placement, Role
+
+if TYPE_CHECKING:
+    from strategies.placement.paro_role import PaRORole
 
 __all__ = ["RankPlacement"]
 
@@ -56,8 +57,7 @@ class RankPlacement(Placement):
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
         self._copies: dict[str, nn.Module] = {}
-        self._timeout = timeout
-        #: Roles that PaRO divides, and that this rank holds.
+        #: Roles that PaRO divides, and that this rank holds; the strategy sets them once optimizers are there.
         self.paro: dict[str, PaRORole] = {}
         self._form_groups(timeout)
 
@@ -102,27 +102,6 @@ class RankPlacement(Placement):
                 self._wrapped[name] = DistributedDataParallel(
                     role.network, process_group=self._group(ranks), broadcast_buffers=False
                 )
-
-    def divide_states(self, optimizers: dict[str, Optimizer]) -> None:
-        """Let PaRO divide the states of its roles, once their optimizers are there; a collective call of all ranks.
-
-        Args:
-            optimizers: By role.
-        """
-        for name, optimizer in optimizers.items():
-            plan = self.plan.roles[name]
-            if plan.backend != "paro":
-                continue
-            made = torch.zeros((), dtype=torch.int64, device=self.device)
-            if self.holds(name):
-                ranks = self.plan.members(name, self.world)
-                self.paro[name] = PaRORole(self.roles[name], plan, optimizer, ranks, self.device, self._timeout)
-                made += self.paro[name].grid.num_process_groups
-            # torch names groups by the number that were made before, which must stay the same on all ranks.
-            most = made.clone()
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            for _ in range(int(most - made)):
-                dist.new_group([self.me], self._timeout, use_local_synchronization=True)
 
     @staticmethod
     def _divide(role: Role, mesh: DeviceMesh) -> None:
@@ -253,7 +232,7 @@ class RankPlacement(Placement):
         divided = original in self.roles and isinstance(self.inference(original), FSDPModule)
         return divided or self._paro(role) is not None
 
-    def _paro(self, role: str) -> PaRORole | None:
+    def _paro(self, role: str) -> "PaRORole | None":
         """PaRO of the weights that a role's passes without gradients use."""
         original = role.removeprefix("rollout_")
         return None if original in self._copies else self.paro.get(original)

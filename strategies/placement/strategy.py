@@ -22,7 +22,9 @@ from typing_extensions import override
 from strategies.paro.cost_model import Cluster, LinkSpeed
 from strategies.paro.grid import RankGrid
 from strategies.paro.optimizer_state import load_optimizer_state, optimizer_state
+from strategies.paro.partition import Partition
 from strategies.paro.probe import measure_cluster
+from strategies.placement.paro_role import PaRORole
 from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.planner import explain, name_of, rank_plans
 from strategies.placement.profile import measure_roles, workload_of
@@ -137,7 +139,10 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 " not: take ddp."
             )
         if self._places and self._given is not None:
-            self.plan(self.world_size).validate(self.world_size, [])
+            plan = self.plan(self.world_size)
+            plan.validate(self.world_size, [])
+            for role in plan.roles.values():
+                Partition.of(role.partition)
 
     @override
     def model_to_device(self) -> None:
@@ -224,11 +229,29 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         """Make the optimizers, and let PaRO divide the states of its roles."""
         super().setup_optimizers(trainer)
         if self._placement is not None:
-            self._placement.divide_states(dict(zip(self._roles_of_optimizers(), self.optimizers, strict=True)))
+            for name, optimizer in zip(self._roles_of_optimizers(), self.optimizers, strict=True):
+                if self._placement.plan.roles[name].backend == "paro":
+                    self._divide_states(name, optimizer)
             if self._placement.paro and bool(getattr(self.lightning_module, "ema_decay", 0)):
                 raise ValueError(
                     "PlacementStrategy: backend=paro keeps no average of the actor: set ema_decay to 0, or take fsdp2."
                 )
+
+    def _divide_states(self, name: str, optimizer: Optimizer) -> None:
+        """Let PaRO divide the states of a role; a collective call of all ranks."""
+        placement = self._placement
+        assert placement is not None
+        made = torch.zeros((), dtype=torch.int64, device=self.root_device)
+        if placement.holds(name):
+            ranks = placement.plan.members(name, placement.world)
+            plan, role = placement.plan.roles[name], placement.roles[name]
+            placement.paro[name] = PaRORole(role, plan, optimizer, ranks, self.root_device, self._timeout)
+            made += placement.paro[name].grid.num_process_groups
+        # torch names groups by the number that were made before, which must stay the same on all ranks.
+        most = made.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        for _ in range(int(most - made)):
+            dist.new_group([self.global_rank], self._timeout, use_local_synchronization=True)
 
     @override
     def teardown(self) -> None:

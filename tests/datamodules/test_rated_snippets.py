@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.train_bpe import SHIPPED, train_bpe
+from benchmarks.train_bpe import ZOO, train_bpe
 from datamodules import RatedSnippets
 from datamodules.base.held_out import held_out
 from datamodules.conversations.rated_texts import RatedText, draw_pairs, read_rated_texts
@@ -260,4 +260,4 @@ def test_the_shipped_tokenizer_is_found_by_name_with_its_special_tokens(tokenize
 
 def test_training_again_gives_the_shipped_tokenizer_whatever_the_order(texts):
     again = json.loads(train_bpe(text.text for text in reversed(texts)).to_str())
-    assert again["model"] == json.loads(SHIPPED.read_text())["model"]
+    assert again["model"] == json.loads((ZOO / "rlhf/weights/rlhf-vader-sft/tokenizer.json").read_text())["model"]

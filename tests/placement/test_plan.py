@@ -110,8 +110,8 @@ def test_a_plan_is_its_file(tmp_path: Path) -> None:
     [
         ("- 1", "is no plan: it needs roles, and may have bucket_mb, chunks, gather, max_lag"),
         ("roles: {actor: {ranks: all}}\nsize: 3", "is no plan"),
-        ("roles: {actor: {place: all}}", "each role has ranks and backend, and nothing else"),
-        ("roles: {actor: all}", "each role has ranks and backend, and nothing else"),
+        ("roles: {actor: {place: all}}", "each role has ranks, backend, partition and group_size, and nothing else"),
+        ("roles: {actor: all}", "each role has ranks, backend, partition and group_size, and nothing else"),
         ("roles: [", "is no YAML"),
     ],
 )

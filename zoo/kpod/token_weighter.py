@@ -102,8 +102,9 @@ class WeightHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
-        self.perceptron = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-        nn.init.constant_(self.perceptron[-1].bias, bias)
+        last = nn.Linear(width, 1)
+        nn.init.constant_(last.bias, bias)
+        self.perceptron = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), last)
 
     def forward(self, x_BPE: Tensor, rationale_BP: Tensor) -> Tensor:
         """Logits (B, P) of the probability that a token is kept; of no meaning outside of the rationale.
