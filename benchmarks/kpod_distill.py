@@ -1,7 +1,7 @@
 """Arms of KPOD on GSM-Symbolic: a small student from scratch, by the commands of the card.
 
-``python -m benchmarks.kpod_distill`` types ``zoo fit`` and ``zoo predict`` of ``kpod/weighter_gsm_symbolic`` once, and for each arm
-and seed ``zoo fit`` of ``kpod/sft_gsm_symbolic`` or ``kpod/distill_gsm_symbolic`` and ``zoo test``; data, their order, and the number
+``python -m benchmarks.kpod_distill`` types ``zoo fit`` and ``zoo predict`` of ``kpod/weighter_gsm_symbolic`` once, and for each
+arm and seed ``zoo fit`` of ``kpod/sft_gsm_symbolic`` or ``kpod/distill_gsm_symbolic`` and ``zoo test``; data, order and number
 of updates are the same. *Random weights* are the learned ones, each at the place of another; *first steps first* leaves the last
 steps out where the curriculum gives the first ones; *equal tokens* is plain fine-tuning that ends once it has learned from as
 many tokens as KPOD. Two runs at a time, each with one thread.

@@ -17,11 +17,11 @@ __all__ = ["TokenWeightsWriter"]
 
 
 class TokenWeightsWriter(LineMergingWriter):
-    """Writes the weights that a `TokenWeighter` predicts to ``predictions/<filename>``, and the first as a heat map beside it.
+    """Writes the weights that a `TokenWeighter` predicts to ``predictions/<filename>``, and some as a heat map beside it.
 
     Args:
         filename: Name of the safetensors file; that of the page ends with ``.html``.
-        rows: Rationales on the page.
+        rows: Rationales on the page, evenly spaced.
 
     Raises:
         ValueError: If the masks have collapsed and ``on_collapse`` is ``error``, when all are predicted.
@@ -44,8 +44,7 @@ class TokenWeightsWriter(LineMergingWriter):
         shown: list[tuple[str, list[str], list[float]]] = []
         for index, line in self.merged(parts):
             rows[index], tokens = json.loads(line)
-            if len(shown) < self.rows:
-                shown.append((f"example {index}", tokens, rows[index]))
+            shown.append((f"example {index}", tokens, rows[index]))
         options = {"alpha": str(module.alpha), "keep_ratio": str(module.keep_ratio), "fold": str(module.fold)}
         weights = TokenWeights.of_rows(rows, {**getattr(data, "fingerprint", {}), **options})
         if module.is_collapsed(float(weights.values.mean())):
@@ -53,5 +52,5 @@ class TokenWeightsWriter(LineMergingWriter):
         path = self.folder(trainer) / self.filename
         weights.save(path)
         page = path.with_suffix(".html")
-        page.write_text(heatmap(shown))
+        page.write_text(heatmap(shown[:: max(1, len(shown) // self.rows)][: self.rows]))
         return [path, page]
