@@ -148,7 +148,7 @@ class Watch(Callback):
 
 def run(
     strategy: str | PlacementPlan, folder: Path, rollouts: int = 2, checkpoint: Path | None = None, save: Path | None = None,
-    val: bool = False, **options: Any,
+    val: bool = False, save_end: Path | None = None, **options: Any,
 ) -> Seen:  # fmt: skip
     """Train by a strategy.
 
@@ -159,6 +159,7 @@ def run(
         checkpoint: A run to continue.
         save: File for the checkpoint after the first rollout that was trained on.
         val: Whether to validate after each rollout.
+        save_end: File for the checkpoint when the training has ended.
         options: As of `module_of`.
     """
     module = module_of(**options)
@@ -171,6 +172,8 @@ def run(
         num_sanity_val_steps=0, limit_val_batches=1.0 if val else 0, val_check_interval=1 if val else None,
     )  # fmt: skip
     trainer.fit(module, data_of(folder), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    if save_end is not None:
+        trainer.save_checkpoint(save_end)
     return watch.seen
 
 

@@ -148,6 +148,10 @@ class Placement:
     def begin(self) -> None:
         """Bring the weights of now to the ranks that generate; all ranks call it before each rollout."""
 
+    def gathered(self, role: str) -> AbstractContextManager[Any]:
+        """Context in which a role's divided weights are whole, for passes without gradients; entering is a collective call."""
+        return nullcontext()
+
     def decoding(self, role: str, model: Any) -> AbstractContextManager[Any]:
         """Context in which a role's divided weights are whole for generation; gives the model to generate with.
 

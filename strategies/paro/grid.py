@@ -34,6 +34,8 @@ class RankGrid:
         device_type: ``cpu`` or ``cuda``; where the tensors lie that travel.
         timeout: of every process group; None: that of torch.
         ranks: global ranks of the grid, increasing; None: all ranks of the job. Others take no part, and may do other work.
+            torch names the groups by how many a process has made: it must be the same number on all of these ranks, which is
+            not so once some of them have made another grid.
 
     Attributes:
         n: number of ranks.

@@ -6,13 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from strategies.paro.collectives import Collectives
 from strategies.paro.engine import PaROEngine
 from strategies.paro.grid import RankGrid
+from strategies.paro.optimizer_state import optimizer_state
 from strategies.paro.partition import Partition
 from strategies.placement.plan import RolePlan
 from zoo.role_placement import Role
@@ -45,7 +45,7 @@ class PaRORole:
     ) -> None:
         self.grid = RankGrid(plan.group_size or len(ranks), device.type, timeout, ranks)
         self.engine = PaROEngine(role.network, optimizer, Partition.of(plan.partition), Collectives(self.grid), role.blocks)
-        self.parameters: list[nn.Parameter] = list(role.network.parameters())
+        self._optimizer = optimizer
         self._after_step: RemovableHandle = optimizer.register_step_post_hook(lambda *_: self.engine.sync_parameters())
 
     @torch.no_grad()
@@ -77,8 +77,16 @@ class PaRORole:
         self.engine.finish_backward()
 
     def close(self, restore: bool) -> None:
-        """Leave whole weights in the network, on the CPU."""
+        """End the division.
+
+        Args:
+            restore: Leave whole weights in the network, on the CPU, and the optimizer with its whole state on the first of the
+                ranks; a collective call. Otherwise, when others may be gone, nothing is gathered.
+        """
+        state = optimizer_state(self.engine, keep=self.grid.rank == 0) if restore else None
         self._after_step.remove()
         self.engine.close(restore)
-        if restore:  # else others may be gone, for whom groups would wait
+        if state is not None:
+            if self.grid.rank == 0:
+                self._optimizer.load_state_dict(state)  # for those who save a checkpoint now
             self.grid.close()

@@ -172,6 +172,8 @@ class PlacementPlan:
                 raise ValueError(f"{name}: backend={plan.backend!r} must be one of {', '.join(get_args(BackEnd))}.")
             if plan.backend != "replicate" and name not in _TRAINED:
                 raise ValueError(f"{name}: backend={plan.backend} is for actor and critic where they are trained: leave it out.")
+            if plan.backend != "paro" and plan != RolePlan(plan.ranks, plan.backend):
+                raise ValueError(f"{name}: partition and group_size are for backend=paro, not {plan.backend}: leave them out.")
             if plan.group_size < 0 or (plan.group_size and len(self.members(name, world)) % plan.group_size):
                 raise ValueError(
                     f"{name}: group_size={plan.group_size} must divide its {len(self.members(name, world))} ranks, or be 0."

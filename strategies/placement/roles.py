@@ -162,27 +162,28 @@ class RankPlacement(Placement):
 
     @override
     @contextmanager
-    def decoding(self, role: str, model: Any) -> Iterator[Any]:
-        network = self.inference(role)
-        paro = self._paro(role)
+    def gathered(self, role: str) -> Iterator[None]:
+        network, paro = self.inference(role), self._paro(role)
         parts = [part for part in network.modules() if isinstance(part, FSDPModule)]
-        if not parts and paro is None:
-            yield model
-        elif self.plan.gather == "per_token":
-            yield PassByPass(model, network if paro is None else paro)
-        elif paro is not None:
-            with paro.whole():
-                yield model
-        else:
+        for part in parts:
+            part.unshard()
+            part.set_reshard_after_forward(False, recurse=False)
+        try:
+            with nullcontext() if paro is None else paro.whole():
+                yield
+        finally:
             for part in parts:
-                part.unshard()
-                part.set_reshard_after_forward(False, recurse=False)
-            try:
-                yield model
-            finally:
-                for part in parts:
-                    part.set_reshard_after_forward(part is not network, recurse=False)
-                    part.reshard()
+                part.set_reshard_after_forward(part is not network, recurse=False)
+                part.reshard()
+
+    @override
+    @contextmanager
+    def decoding(self, role: str, model: Any) -> Iterator[Any]:
+        if self.plan.gather == "per_token" and self._gathers(role):
+            yield PassByPass(model, self._paro(role) or self.inference(role))
+            return
+        with self.gathered(role):
+            yield model
 
     @override
     def agreement(self, role: str) -> Callable[[bool], bool] | None:

@@ -143,6 +143,10 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             plan.validate(self.world_size, [])
             for role in plan.roles.values():
                 Partition.of(role.partition)
+            if any(role.backend == "paro" for role in plan.roles.values()) and getattr(module, "ema_decay", 0.0):
+                raise ValueError(
+                    "PlacementStrategy: backend=paro keeps no average of the actor: set ema_decay to 0, or take fsdp2."
+                )
 
     @override
     def model_to_device(self) -> None:
@@ -232,10 +236,6 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             for name, optimizer in zip(self._roles_of_optimizers(), self.optimizers, strict=True):
                 if self._placement.plan.roles[name].backend == "paro":
                     self._divide_states(name, optimizer)
-            if self._placement.paro and bool(getattr(self.lightning_module, "ema_decay", 0)):
-                raise ValueError(
-                    "PlacementStrategy: backend=paro keeps no average of the actor: set ema_decay to 0, or take fsdp2."
-                )
 
     def _divide_states(self, name: str, optimizer: Optimizer) -> None:
         """Let PaRO divide the states of a role; a collective call of all ranks."""
@@ -256,7 +256,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     @override
     def teardown(self) -> None:
         """Leave whole weights in the module where PaRO divided them."""
-        if self._placement is not None:
+        if self._placement is not None and self._placement.paro:
             trainer = self.lightning_module.trainer  # type: ignore[union-attr]
             for each in self._placement.paro.values():
                 each.close(restore=trainer.state.status != TrainerStatus.INTERRUPTED)

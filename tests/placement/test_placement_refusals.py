@@ -35,6 +35,10 @@ def no_reference() -> PlacementStrategy:
     return PlacementStrategy(PlacementPlan({name: place for name, place in PLACES.items() if name != "reference"}))
 
 
+def paro(**options: Any) -> PlacementStrategy:
+    return PlacementStrategy(PlacementPlan({**PLACES, "actor": RolePlan("all", "paro", **options)}))
+
+
 def whole_rollout() -> RLHF:
     """Whitens advantages over the rollout."""
     return module_of(algorithm=PPO(whiten="rollout"))
@@ -50,6 +54,9 @@ CASES: list[tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], str]] = 
     (larger_world, {}, module_of, "actor: ranks='0-3' must be some of the ranks 0 to 1 of this run"),
     (later_actor, {}, module_of, "rank 0, which writes checkpoints and logs, must be one of the actor's ranks"),
     (no_reference, {}, module_of, "The plan has no ranks for reference: give each role of the module some"),
+    (partial(paro, partition="NNX"), {}, module_of, "NNX"),
+    (partial(paro, group_size=3), {}, module_of, "actor: group_size=3 must divide its 2 ranks, or be 0"),
+    (paro, {}, partial(module_of, ema_decay=0.9), "backend=paro keeps no average of the actor: set ema_decay to 0"),
     (DDPStrategy, {}, module_of, "DDPStrategy does not know several models: take FlatteningStrategy"),
     (FLAT, {"gradient_clip_val": 1.0}, module_of, "out, and set model.max_grad_norm"),
     (
@@ -87,6 +94,11 @@ def test_runs_that_do_not_fit_are_refused_on_all_ranks(pool: RankPool, tmp_path:
         expected = [sentence for *_, sentence in CASES]
         assert [one if one in sentence else sentence for one, sentence in zip(expected, said, strict=True)] == expected
         assert all(sentence.startswith("ValueError: ") and len(sentence) <= 312 for sentence in said)
+
+
+def test_codes_of_paro_are_for_paro() -> None:
+    with pytest.raises(ValueError, match="actor: partition and group_size are for backend=paro, not fsdp2: leave them out"):
+        PlacementPlan({**PLACES, "actor": RolePlan("all", "fsdp2", "GGG")}).validate(2, [])
 
 
 def test_interleaving_of_an_odd_world_and_separation_of_one_rank_are_refused() -> None:

@@ -1,10 +1,12 @@
 """Placements of four models: the trained weights are those of one process, whoever does what, saved and continued anywhere."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import RankPool
 from placement_runs import (
     CONFIG,
@@ -119,7 +121,7 @@ def test_four_ranks_train_the_weights_of_one_under_any_plan(pool: RankPool, fold
         assert 0 < idle_share(seen.spans) < 1
 
 
-def test_paro_divides_the_states_of_a_role(pool: RankPool, folder: Path, one: Seen, tmp_path: Path) -> None:
+def test_paro_divides_the_states_of_a_role(pool: RankPool, folder: Path, one: Seen) -> None:
     apart = plan_of("paro", actor="0-1", critic="0-1", rollout_actor="2", rollout_critic="2", reference="3", reward="3")
     plans = [
         paro("IIG", 2),
@@ -128,15 +130,27 @@ def test_paro_divides_the_states_of_a_role(pool: RankPool, folder: Path, one: Se
         paro("GGG", gather="resident"),
         apart,
     ]
-    path = tmp_path / "half.ckpt"
-    more = [(paro("IGG", 2), {"save": path, "rollouts": 1}), ("flattening", {"checkpoint": path}),
-            ("flattening", {"save": path, "rollouts": 1}), (paro("GGG"), {"checkpoint": path})]  # fmt: skip
-    found = of_ranks(pool, 4, folder, *((plan, {}) for plan in plans), *more)
-    for plan, ranks in zip([*plans, *more], found, strict=True):
-        if "save" not in plan[1] if isinstance(plan, tuple) else True:
-            assert difference(one, ranks[0]) < 1e-6, plan
-        if not isinstance(plan, tuple):
-            assert same_tokens(one, ranks), plan
+    for plan, ranks in zip(plans, of_ranks(pool, 4, folder, *((plan, {}) for plan in plans)), strict=True):
+        assert same_tokens(one, ranks) and difference(one, ranks[0]) < 1e-6, plan
+
+
+def test_checkpoints_of_paro_continue_under_another_plan(pool: RankPool, folder: Path, one: Seen, tmp_path: Path) -> None:
+    path, ends = tmp_path / "half.ckpt", [tmp_path / "paro.ckpt", tmp_path / "usual.ckpt"]
+    calls = [(paro("IGG", 2), {"save": path, "rollouts": 1, "save_end": ends[0]}), ("flattening", {"checkpoint": path}),
+             ("flattening", {"save": path, "rollouts": 1, "save_end": ends[1]}), (paro("GGG"), {"checkpoint": path})]  # fmt: skip
+    found = of_ranks(pool, 4, folder, *calls)
+    assert all(difference(one, found[number][0]) < 1e-6 for number in (1, 3))
+    divided, usual = (torch.load(end, weights_only=True) for end in ends)  # when training has ended
+    for name in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(divided[name], usual[name], atol=1e-6, rtol=1e-3)
+
+
+def test_divided_weights_are_whole_where_older_tokens_are_scored_again(pool: RankPool, folder: Path) -> None:
+    # Ranks that no other test divides a model over: torch keeps the groups of a mesh in mind beyond the life of a world.
+    places = {"actor": "0,3", "critic": "0,3", "rollout_actor": "1", "rollout_critic": "1", "reference": "2", "reward": "2"}
+    plans = [replace(plan_of(backend, **places), max_lag=1, gather="per_token") for backend in ("replicate", "fsdp2", "paro")]
+    usual, *others = of_ranks(pool, 4, folder, *((plan, {"rollouts": 3}) for plan in plans))
+    assert all(difference(usual[0], ranks[0]) < 1e-6 and ranks[0].ages == [1, 1, 1] for ranks in others)
 
 
 def test_a_rollout_of_lag_one_is_generated_by_the_weights_before(pool: RankPool, folder: Path, one: Seen, tmp_path: Path) -> None:

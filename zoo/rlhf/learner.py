@@ -89,7 +89,7 @@ class Learner:
         ids_RS, mask_RS = experience.ids_and_mask()
         network, unit = self.place.network("actor"), self.options.unit
         found_RN = torch.zeros_like(experience.logp)
-        with self.place.decoding("actor", None):  # whole weights
+        with self.place.gathered("actor"):
             for number in self.place.share("actor", range(len(ids_RS) // unit)):
                 rows = slice(number * unit, (number + 1) * unit)
                 found_RN[rows] = network(ids_RS[rows], mask_RS[rows], experience.tokens.shape[1])[0].float()
