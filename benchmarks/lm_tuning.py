@@ -8,18 +8,14 @@ exact matches of calls are those of held-out films, before (``zoo validate`` of 
 from __future__ import annotations
 
 import argparse
-import csv
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, Record
+from benchmarks.commands import column, run, run_with_kill, zoo
+from benchmarks.record import Record
 from benchmarks.tables import Table
 from datamodules.assets.fetch import fetch
 from examples import make_chats
@@ -27,42 +23,6 @@ from zoo.lm import CausalLM
 
 CHATS, TOOLS = "lm/smollm2_sft", "lm/smollm2_tools"
 SOURCE = "smollm2-135m"
-
-
-def zoo(verb: str, config: str, folder: Path, *more: str) -> list[str]:
-    """A command of the zoo, whose runs lie in a folder."""
-    return [sys.executable, "-m", "zoo", verb, "-c", config, "--trainer.default_root_dir", str(folder),
-            "--trainer.enable_progress_bar", "false", *more]  # fmt: skip
-
-
-def column(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values of a column of a run's ``metrics.csv``."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
-
-
-def run(command: list[str]) -> float:
-    """Seconds of a command."""
-    begin = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - begin
-
-
-def run_with_kill(command: list[str], folder: Path, step: int) -> int:
-    """Kill a command once its log shows a step, and type it again; returns the last step that was logged before."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(found >= step for found, _ in column(folder, "train/loss")):
-        if process.poll() is not None:
-            raise SystemExit("the training ended before it could be killed: nothing is shown.")
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    died = max(found for found, _ in column(folder, "train/loss"))
-    run(command)
-    return died
 
 
 def peft_difference(checkpoint: Path, folder: Path) -> float:
