@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.kpod_schedule`` draws 1,500 selection problems of at most ten questions (log-normal costs, up to three
 clusters, weight of diversity 0 or log-uniform to 12, any budget), of which the best set is found by enumeration, and compares
-greedy selection with and without augmentation to it. Then it solves schedules for 7,473 questions. Their difficulties are
-synthetic: no language model is run; a question has 1 + Poisson(2.6) steps, 3.6 on average, of log-normal difficulties of about
-one nat, and belongs to one of five clusters at random. The time of a stage is that of the whole schedule, with its start, divided
-by the number of stages.
+greedy selection with and without augmentation to it. Then it solves schedules for 7,473 questions of two kinds. *Synthetic* ones,
+which the bars are about, have 1 + Poisson(2.6) steps, 3.6 on average, of log-normal difficulties of about one nat, and belong to
+one of five clusters at random. Those of *GSM-Symbolic*, evenly spaced among those of at most 512 ids, have up to 18 steps, as
+difficult as the shipped student finds them, and are clustered by that student's embedding. The time of a stage is that of the
+whole schedule, with its start, divided by the number of stages.
 
 Claim: arXiv 2405.16064, section 3.4, whose solver guarantees nearly half of the best.
 """
@@ -16,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,12 +27,17 @@ from torch import Tensor
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
-from zoo.kpod.difficulty import Difficulties
+from datamodules import Rationales
+from zoo import load
+from zoo.kpod.clusters import kmeans
+from zoo.kpod.difficulty import Difficulties, step_difficulties
 from zoo.kpod.schedule import ProgressiveSchedule, select
 
 PROBLEMS, LARGEST = 500, 10
 QUESTIONS, CLUSTERS, REPEATS = 7473, 5, 5
 SETTINGS = [(10, 1), (10, 2), (4, 1), (4, 2)]
+STUDENT = "kpod-gsm-symbolic"
+SYNTHETIC, REAL = "synthetic", "GSM-Symbolic"
 GREEDY, AUGMENTED = "greedy", "Greedy+"
 
 
@@ -66,6 +73,25 @@ def draw_questions(count: int, seed: int) -> tuple[Difficulties, Tensor]:
     return Difficulties(F.pad(steps_N.cumsum(0), (1, 0)), values_M), torch.randint(CLUSTERS, (count,), generator=generator)
 
 
+@torch.no_grad()
+def read_questions(count: int) -> tuple[Difficulties, Tensor]:
+    """Difficulties of the steps of real rationales, by the shipped student, and vectors (N, D) of their questions."""
+    student = load(STUDENT).eval()
+    data = Rationales(tokenizer=STUDENT, val_fraction=0.0, num_train=count, max_length=512, too_long="skip", batch_size=64)
+    data.setup("fit")
+    rows: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}
+    for batch in data.ordered_train_dataloader():
+        losses_BS = F.pad(student.token_losses(batch).loss_BT, (1, 0))
+        asked_BS1 = ((batch["labels"] < 0) & (batch["attention_mask"] > 0))[..., None]
+        vector_BD = (student.backbone.input_embedding(batch["input_ids"]) * asked_BS1).sum(1) / asked_BS1.sum(1)
+        indices = batch["index"].tolist()
+        rows |= zip(indices, step_difficulties(losses_BS, batch["step_ids"]), strict=True)
+        vectors |= zip(indices, vector_BD, strict=True)
+    order = sorted(rows)
+    return Difficulties.of_rows([rows[index] for index in order]), torch.stack([vectors[index] for index in order])
+
+
 def measure_selection(record: Record, seeds: Sequence[int], problems: int) -> None:
     """Add the rows and bars of the comparison with enumeration."""
     ratios: dict[str, list[float]] = {GREEDY: [], AUGMENTED: []}
@@ -84,10 +110,11 @@ def measure_selection(record: Record, seeds: Sequence[int], problems: int) -> No
 
 def measure_schedules(record: Record, seeds: Sequence[int], questions: int) -> None:
     """Add the rows and bars of whole schedules."""
+    real, vectors_ND = read_questions(questions)
     seconds: list[float] = []
     gaps: list[float] = []
-    for seed in seeds:
-        data = draw_questions(questions, seed)
+    for kind, seed in product((SYNTHETIC, REAL), seeds):
+        data = draw_questions(questions, seed) if kind == SYNTHETIC else (real, kmeans(vectors_ND, CLUSTERS, seed))
         for stages, delta_s in SETTINGS:
             planner, taken = ProgressiveSchedule(stages, delta_s=delta_s), []
             for _ in range(REPEATS):
@@ -95,21 +122,23 @@ def measure_schedules(record: Record, seeds: Sequence[int], questions: int) -> N
                 schedule = planner.plan(*data)
                 taken.append((time.perf_counter() - begin) / stages)
             gap_T1 = (schedule.budget - schedule.reached) / schedule.total
-            seconds.append(statistics.median(taken))
-            gaps.append(float(gap_T1[:-1].max()))
+            if kind == SYNTHETIC:
+                seconds.append(statistics.median(taken))
+                gaps.append(float(gap_T1[:-1].max()))
             setting = f"T {stages}, delta_s {delta_s}"
-            record.row(setting=setting, seed=seed, ms_per_stage=1000 * seconds[-1], gap_before_T_ppm=1e6 * gaps[-1],
-                       gap_at_T=float(gap_T1[-1]))  # fmt: skip
-            record.row(
-                left_of=setting, seed=seed, steps_left=schedule.steps_left, questions_left=int((schedule.given[-1] > 0).sum())
-            )
-            for t, given_N in enumerate(schedule.given):
-                record.row(mean_c_of=setting, seed=seed, stage_over_T=t / stages, mean_c=float(given_N.double().mean()))
-                for curve, values in (("D, budget", schedule.budget), (f"H, {setting}", schedule.reached)):
-                    record.row(curve=curve, seed=seed, stage_over_T=t / stages, share_of_B=float(values[t] / schedule.total))
+            record.row(setting=f"{kind}, {setting}", seed=seed, ms_per_stage=1000 * statistics.median(taken),
+                       gap_before_T_ppm=1e6 * float(gap_T1[:-1].max()), gap_at_T=float(gap_T1[-1]),
+                       steps_left=schedule.steps_left, questions_left=int((schedule.given[-1] > 0).sum()))  # fmt: skip
+            if delta_s == 1:
+                for t, given_N in enumerate(schedule.given):
+                    record.row(
+                        mean_c_of=f"{kind}, {setting}", seed=seed, stage_over_T=t / stages, mean_c=float(given_N.double().mean())
+                    )
+                    for curve, values in (("D, budget", schedule.budget), (f"H, {kind}, {setting}", schedule.reached)):
+                        record.row(curve=curve, seed=seed, stage_over_T=t / stages, share_of_B=float(values[t] / schedule.total))
         counts, edges = torch.histogram(data[0].values, bins=40, range=(0.0, 4.0))
         for count, edge in zip(counts.tolist(), edges.tolist(), strict=False):
-            record.row(difficulties="synthetic steps", seed=seed, nats=round(edge + 0.05, 3), steps=count)
+            record.row(difficulties=kind, seed=seed, nats=round(edge + 0.05, 3), steps=count)
     record.measure("seconds_per_stage", max(seconds))
     record.measure("gap_before_last_stage", max(gaps))
 
@@ -124,15 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     tables = [
         Table(f"Selected over best set, {problems} problems of at most {LARGEST} questions a seed", "solver",
               ["worst", "mean", "best_found"], digits=3),
-        Table(f"Schedules of {questions:,} questions, synthetic difficulties; gap: (D - H) / B, millionths before stage T",
-              "setting", ["ms_per_stage", "gap_before_T_ppm", "gap_at_T"], digits=3),
-        Table("Left after stage T, to be taken on at once", "left_of", ["steps_left", "questions_left"], digits=0),
+        Table(f"Schedules of {questions:,} questions; gap: (D - H) / B, before stage T in millionths; left: after stage T",
+              "setting", ["ms_per_stage", "gap_before_T_ppm", "gap_at_T", "steps_left", "questions_left"], digits=3),
     ]  # fmt: skip
     x = "stage_over_T"
     plots = [
-        Plot("Budget D and reached H, synthetic difficulties", x, "share_of_B", "curve", reference="D, budget"),
-        Plot("Mean number of given steps, synthetic difficulties", x, "mean_c", "mean_c_of"),
-        Plot("Difficulties of steps, synthetic", "nats", "steps", "difficulties"),
+        Plot("Budget D and reached H", x, "share_of_B", "curve", reference="D, budget"),
+        Plot("Mean number of given steps", x, "mean_c", "mean_c_of"),
+        Plot("Difficulties of steps", "nats", "steps", "difficulties"),
     ]
     record = Record("kpod_schedule", seeds=seeds, smoke=options.smoke, tables=tables, plots=plots)
     measure_selection(record, seeds, problems)

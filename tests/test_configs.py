@@ -58,9 +58,15 @@ NEEDS_WEIGHTS = {
 }
 
 
-#: Those that tune a model on a file that the user brings.
+#: Those that need a file that the user brings, or large weights.
 NEEDS_A_FILE = (
     "kpod/distill_gsm_symbolic",
+    "kpod/flan_t5_xl_csqa",
+    "kpod/llama_7b_gsm8k",
+    "kpod/smollm2_gsm_symbolic",
+    "kpod/weighter_flan_t5_xl_csqa",
+    "kpod/weighter_llama_7b_gsm8k",
+    "kpod/weighter_smollm2_gsm_symbolic",
     "lm/qwen2_lora",
     "lm/smollm2_dpo",
     "lm/smollm2_full",

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from benchmarks.train_bpe import ZOO, gsm_symbolic_texts, train_bpe
 from datamodules import Rationales, load_tokenizer
 from datamodules.conversations.rationale_files import CONNECTOR, Rationale, read_rationales, source_path
 from datamodules.conversations.rationales import encode_rationale, question_text
@@ -305,3 +306,8 @@ def test_mixed_files_and_missing_templates_are_refused(tmp_path):
     (tmp_path / "plain.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ValueError, match=r"names no templates.*set it to 0"):
         Rationales(source=str(tmp_path / "plain.jsonl"), template_fraction=0.1).setup("fit")
+
+
+def test_training_again_gives_the_shipped_tokenizer():
+    again = json.loads(train_bpe(gsm_symbolic_texts(), 1024, digits=True).to_str())
+    assert again["model"] == json.loads((ZOO / "kpod/weights/kpod-gsm-symbolic/tokenizer.json").read_text())["model"]
