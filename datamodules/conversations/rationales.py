@@ -322,7 +322,8 @@ class Rationales(SplitData):
         if policy.left_out and (self.too_long == "raise" or not examples):
             raise ValueError(
                 f"{policy.left_out} of {policy.total} examples of {source} have more than max_length={self.max_length} ids, the"
-                f" longest {policy.longest}: raise max_length, or leave such out with too_long: skip."
+                f" longest {policy.longest}: raise max_length"
+                + (", or leave such out with too_long: skip." if self.too_long == "raise" else ".")
             )
         policy.report(source, "examples")
         return examples

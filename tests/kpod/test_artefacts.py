@@ -47,8 +47,8 @@ def test_other_examples_and_other_numbers_of_tokens_are_refused(index: int) -> N
 def test_files_of_other_tokenizers_and_data_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     TokenWeights.of_rows({0: [0.5]}, PRINTS).save(path)
-    for names, words in (("xx", "bb"), "another tokenizer"), (("aa", "xx"), "another data"):
-        with pytest.raises(ValueError, match=f"w.safetensors has the weights of {words}") as error:
+    for names, words in (("xx", "bb"), "another tokenizer"), (("aa", "xx"), "other data"):
+        with pytest.raises(ValueError, match=f"w.safetensors has weights of {words}") as error:
             TokenWeights.read(path, *names)
         assert len(str(error.value)) <= 300
     with pytest.raises(FileNotFoundError, match="zoo predict of a TokenWeighter"):

@@ -134,7 +134,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     path = write_weights(tmp_path)
     with pytest.raises(ValueError, match=r"stages=4 are more than trainer.max_epochs=3"):
         fit(student(), tmp_path, [InRationaleCurriculum(4)])
-    with pytest.raises(ValueError, match=r"another tokenizer|another data"):
+    with pytest.raises(ValueError, match=r"another tokenizer|other data"):
         fit(student(token_weights=path), tmp_path, data={"val_fraction": 0.3})
     with pytest.raises(ValueError, match="weight_floor=2"):
         student(weight_floor=2.0)
+    with pytest.raises(ValueError, match="predicts answers to questions"):
+        Trainer(**QUIET).predict(student(), data_of(tmp_path, predict_on="train"))

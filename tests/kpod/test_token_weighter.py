@@ -15,7 +15,6 @@ from zoo.kpod.token_weighter import (
     DividedRows,
     MaskLearner,
     WeightHead,
-    area_under_curve,
     divide_rows,
     draw_prefixes,
     relaxed_mask,
@@ -217,16 +216,3 @@ def test_predictor_is_a_copy_of_the_student() -> None:
     for parameter in own.parameters():
         parameter.data.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2, max_size=12))
-def test_area_under_curve_is_the_share_of_ordered_pairs(pairs: list[tuple[int, bool]]) -> None:
-    scores, kinds = torch.tensor([float(s) for s, _ in pairs]), torch.tensor([k for _, k in pairs])
-    ones, others = scores[kinds], scores[~kinds]
-    found = area_under_curve(scores, kinds)
-    if not len(ones) or not len(others):
-        assert bool(found.isnan())
-        return
-    difference = ones[:, None] - others
-    torch.testing.assert_close(found, (difference > 0).double().mean() + (difference == 0).double().mean() / 2)

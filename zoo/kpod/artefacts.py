@@ -63,11 +63,11 @@ class TokenWeights:
         files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
         parts = [read_weights(path) for path in files]
         for path, part in zip(files, parts, strict=True):
-            for name, wanted in (("tokenizer", tokenizer), ("data", data)):
+            for name, other, wanted in (("tokenizer", "another tokenizer", tokenizer), ("data", "other data", data)):
                 if part.metadata.get(name) != wanted:
                     raise ValueError(
-                        f"{path.name} has the weights of another {name} (fingerprint {part.metadata.get(name, 'none')[:12]}, here"
-                        f" {wanted[:12]}): write weights with this {name} (zoo predict of the TokenWeighter)."
+                        f"{path.name} has weights of {other} (fingerprint {part.metadata.get(name, 'none')[:12]}, here"
+                        f" {wanted[:12]}): write them again with zoo predict of the TokenWeighter and the same options of data."
                     )
         if len(parts) == 1:
             return parts[0]

@@ -115,10 +115,10 @@ class KPOD(TunedBackbone, LanguageModule):
         checked = super().on_before_batch_transfer(batch, dataloader_idx)
         if "answer" in batch:
             return checked
+        if self.trainer.predicting:
+            raise ValueError("KPOD predicts answers to questions, which these batches lack: set data.predict_on to questions.")
         if "step_ids" not in batch or "labels" not in batch:
-            raise ValueError(
-                "KPOD needs batches with labels and step_ids, as the DataModule Rationales gives them (predict_on: questions)."
-            )
+            raise ValueError("KPOD needs batches with labels and step_ids, as the DataModule Rationales gives them.")
         checked["attention_mask"] = batch["attention_mask"]
         if self.trainer.training and self._weights is not None:
             checked["token_weights"] = self._weights.lookup(batch["index"], batch["step_ids"])

@@ -8,7 +8,7 @@ Eq. 2 to 7 divided by the number L of the rationale's tokens. Source: Feng et al
 Distillation for LLMs", ICML 2024, arXiv 2405.16064.
 
 Shape suffixes: B examples, S places of a row, P places of question and rationale, A tokens of an answer, K prefixes, T places of
-a row with K answers, D width, E width of the student's embedding, H heads, W width of a head, V vocabulary, N numbers.
+a row with K answers, D width, E width of the student's embedding, H heads, W width of a head, V vocabulary, N counted tokens.
 """
 
 import copy
@@ -31,7 +31,6 @@ __all__ = [
     "MaskLoss",
     "PrefixSamples",
     "WeightHead",
-    "area_under_curve",
     "divide_rows",
     "draw_prefixes",
     "relaxed_mask",
@@ -312,21 +311,3 @@ class MaskLearner(nn.Module):
         answer_B = self.answer_loss(rows, mask_BP, *draw_prefixes(rows.rationale_B, samples, random))
         kept_B = mask_BP.sum(1) / rows.rationale_B.clamp(min=1)
         return MaskLoss(answer_B, kept_B, logit_BP.detach().sigmoid() * rows.rationale_BP)
-
-
-def area_under_curve(score_N: Tensor, positive_N: Tensor) -> Tensor:
-    """Probability that a positive scores higher than a negative, ties counted half; nan without one of the two kinds.
-
-    Args:
-        score_N: Scores.
-        positive_N: Kinds, bool.
-
-    Example:
-        >>> area_under_curve(torch.tensor([0.1, 0.5, 0.5]), torch.tensor([False, False, True])).item()
-        0.75
-    """
-    _, level_N, count = score_N.unique(return_inverse=True, return_counts=True)
-    rank = count.cumsum(0) - (count - 1) / 2  # average ranks of ties, from 1
-    positives = positive_N.sum()
-    excess = rank.double()[level_N][positive_N].sum() - positives * (positives + 1) / 2
-    return excess / (positives * (len(score_N) - positives))

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC
 from typing_extensions import override
 
 from zoo.base.random import SampleRandom
@@ -20,7 +20,6 @@ from zoo.kpod.token_weighter import (
     MaskLearner,
     MaskLoss,
     PrefixSamples,
-    area_under_curve,
     divide_rows,
     draw_prefixes,
 )
@@ -100,8 +99,8 @@ class TokenWeighter(ZooModule):
         self.warmup_steps, self.ramp_steps, self.head_lr = warmup_steps, ramp_steps, head_lr
         self.fold, self.folds, self.on_collapse = fold, folds, on_collapse
         self.own_predictor = predictor is not None
-        self.metrics: Any = nn.ModuleDict({name: Mean() for name in ("kept", "masked", "hard")})
-        self.held_out = _Weights()
+        self.metrics: Any = nn.ModuleDict({name: Mean() for name in ("kept", "masked", "hard", "weight")})
+        self.curve = BinaryAUROC()
         self._arithmetic_V: Tensor | None = None
 
     @override
@@ -194,7 +193,9 @@ class TokenWeighter(ZooModule):
         for name, loss_B in losses.items():
             self.metrics[name].update(loss_B[counts_B])
         of_rationale_BP = rows.rationale_BP & counts_B[:, None]
-        self.held_out.update(weight_BP[of_rationale_BP], self._arithmetic(rows.ids_BP[of_rationale_BP]))
+        self.metrics["weight"].update(weight_BP[of_rationale_BP])
+        if self._tokenizer is not None:
+            self.curve.update(weight_BP[of_rationale_BP].float(), self._arithmetic(rows.ids_BP[of_rationale_BP]))
 
     @override
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -209,22 +210,26 @@ class TokenWeighter(ZooModule):
         self._log_evaluation("val")
 
     def _log_evaluation(self, stage: str) -> None:
-        found = {f"{stage}/answer_loss_{name}": metric.compute() for name, metric in self.metrics.items()}
-        found[f"{stage}/gap"] = found[f"{stage}/answer_loss_masked"] - found[f"{stage}/answer_loss_kept"]
-        mean, curve = self.held_out.compute()
-        for metric in (*self.metrics.values(), self.held_out):
-            metric.reset()
-        self.log_dict({**found, f"{stage}/mean_weight": mean}, prog_bar=True, sync_dist=False)
-        if not curve.isnan():
+        found = {name: metric.compute() for name, metric in self.metrics.items()}
+        losses = {f"{stage}/answer_loss_{name}": found[name] for name in ("kept", "masked", "hard")}
+        self.log_dict(
+            {**losses, f"{stage}/gap": found["masked"] - found["kept"], f"{stage}/mean_weight": found["weight"]},
+            prog_bar=True,
+            sync_dist=False,
+        )
+        is_trained = stage == "test" or self.applied_steps >= self.warmup_steps + max(1, self.ramp_steps)
+        if is_trained:
+            self.is_collapsed(float(found["weight"]))
+        if self.curve.update_called:
+            curve = self.curve.compute()
             self.log(f"{stage}/auc", curve, prog_bar=True, sync_dist=False)
-        if stage == "val" and self.applied_steps < self.warmup_steps + max(1, self.ramp_steps):
-            return
-        self.is_collapsed(float(mean))
-        if curve < _POOR_CURVE:
-            rank_zero_warn(
-                f"Weights tell digits and operators from other tokens with an area under the curve of {float(curve):.2f}, below"
-                f" {_POOR_CURVE}: look at the heat map before you use them."
-            )
+            if is_trained and curve < _POOR_CURVE:
+                rank_zero_warn(
+                    f"Weights tell digits and operators from other tokens with an area under the curve of {float(curve):.2f},"
+                    f" below {_POOR_CURVE}: look at the heat map before you use them."
+                )
+        for metric in (*self.metrics.values(), self.curve):
+            metric.reset()
 
     def is_collapsed(self, mean: float) -> bool:
         """Whether weights are to be 1 everywhere, since masks have collapsed.
@@ -276,21 +281,3 @@ def _tokenizer_of(backbone: Backbone) -> Any:
         return backbone.tokenizer
     except ValueError:
         return None
-
-
-class _Weights(Metric):
-    """Mean weight, and the area under the curve that tells arithmetic tokens from others, over batches and processes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("weights", [], dist_reduce_fx="cat")
-        self.add_state("kinds", [], dist_reduce_fx="cat")
-
-    def update(self, weight_N: Tensor, kind_N: Tensor) -> None:
-        self.weights.append(weight_N)  # type: ignore[operator,union-attr]
-        self.kinds.append(kind_N)  # type: ignore[operator,union-attr]
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        found: list[Any] = [self.weights, self.kinds]
-        weights, kinds = (torch.cat(part) if isinstance(part, list) else part for part in found)
-        return weights.double().mean().float(), area_under_curve(weights, kinds.bool()).float()
