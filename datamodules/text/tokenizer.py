@@ -40,12 +40,14 @@ class Tokenizer(ABC):
         eos_id: Ends a document, an assistant's turn and a generated text.
         bos_id: Begins a text, where the tokenizer has such a token; nothing here adds it.
         pad_id: Fills rows of a batch up.
+        cls_id: Stands in front of a text whose vector it becomes, where the tokenizer has such a token.
     """
 
     vocab_size: int
     eos_id: int
     bos_id: int | None
     pad_id: int
+    cls_id: int | None = None
 
     @abstractmethod
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -152,13 +154,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, name: str) -> None:
         self.name = name
         self.transformers = _load(name)
-        if self.transformers.eos_token_id is None:
+        #: An encoder's texts end with ``sep``.
+        eos_id = self.transformers.sep_token_id if self.transformers.eos_token_id is None else self.transformers.eos_token_id
+        if eos_id is None:
             raise ValueError(
                 f"The tokenizer {name} has no eos token, which has to end documents: name one as eos_token in the "
                 f"tokenizer_config.json beside its tokenizer.json."
             )
         self.vocab_size = max(self.transformers.get_vocab().values()) + 1
-        self.eos_id = self.transformers.eos_token_id
+        self.eos_id = eos_id
+        self.cls_id = self.transformers.cls_token_id
         self.bos_id = self.transformers.bos_token_id
         self.pad_id = self.eos_id if self.transformers.pad_token_id is None else self.transformers.pad_token_id
 

@@ -25,7 +25,7 @@ from zoo.lm.pooling import PoolingKind
 from zoo.lm.positions import check_padding, counts_own_positions, document_mask
 from zoo.lm.sources import find_source
 from zoo.lm.split import split_network
-from zoo.lm.tuning import LoRA, Tuning, add_adapter, blocks_of, train_last
+from zoo.lm.tuning import LoRA, Tuning, add_adapter, blocks_of, keep_first, train_last
 
 __all__ = ["HFBackbone"]
 
@@ -48,6 +48,7 @@ class HFBackbone(Backbone):
         tuning: What is trained: everything, low-rank adapters, the last blocks, or nothing of the network.
         lora: Options of ``tuning="lora"``.
         last_n: Number of blocks that ``tuning="last_n"`` trains, with the norm after them.
+        first_n: Number of blocks that are kept, from the first; None: all.
         pooling: How the vectors of a text's tokens become one.
         scalar_head: Whether vectors are mapped to a number, without bias.
         activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them.
@@ -74,6 +75,7 @@ class HFBackbone(Backbone):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         tokenizer: str | None = None,
         seed: int = 0,
+        first_n: int | None = None,
     ) -> None:
         super().__init__()
         if tuning not in ("full", "lora", "last_n", "frozen"):
@@ -93,6 +95,8 @@ class HFBackbone(Backbone):
                 self.network = load_network(self.source, config, self.kind, own_type)
             else:
                 self.network = build_network(config, self.kind, own_type)
+            if first_n is not None:
+                keep_first(self.network, first_n)
             embedding = self._hf.get_input_embeddings().weight
             self.vocab_size = embedding.shape[0]
             # OPT-350M maps its last vectors to the width of the embedding.

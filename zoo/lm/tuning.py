@@ -54,6 +54,23 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return found
 
 
+def keep_first(network: nn.Module, n: int) -> None:
+    """Take the blocks behind the first n out of an encoder or a causal model, in place.
+
+    Args:
+        network: A model of transformers.
+        n: Number of blocks, at least 1.
+
+    Raises:
+        ValueError: If it has fewer blocks, or an encoder and a decoder.
+    """
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) and m[0] is blocks_of(network)[0]]
+    if len(lists) != 1 or not 1 <= n <= len(lists[0]) or len(blocks_of(network)) != len(lists[0]):
+        raise ValueError(f"first_n={n} must lie in 1 ... {len(blocks_of(network))}, the number of blocks of one stack.")
+    del lists[0][n:]
+    network.config.num_hidden_layers = n  # type: ignore[union-attr]
+
+
 def train_last(network: nn.Module, n: int) -> None:
     """Freeze a network but for its last blocks and the norm after them.
 
