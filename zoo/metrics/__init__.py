@@ -1,5 +1,5 @@
 """Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling
-and calls of tools."""
+and calls of tools. And of recommendations: the ranks of items."""
 
 from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement, logits_agreement
 from zoo.metrics.classifier import FeatureClassifier
@@ -22,6 +22,8 @@ from zoo.metrics.feature_statistics import (
     stream_features,
     write_statistics,
 )
+from zoo.metrics.item_table import ItemTable, TopItems
+from zoo.metrics.ranking import RankingMetrics, ranking_metrics, target_ranks
 from zoo.metrics.spelling import SpellingAccuracy, TextScores, english_dictionary, spelling_accuracy, text_scores, vocabulary
 from zoo.metrics.streamed_distance import folder_distances, statistics_distances, streamed_distances
 from zoo.metrics.tool_calls import CallMatches, ToolCallMatch, call_matches, match_calls, parse_calls
@@ -42,9 +44,12 @@ __all__ = [
     "FeatureNetwork",
     "FeatureStatistics",
     "FeatureStream",
+    "ItemTable",
+    "RankingMetrics",
     "SpellingAccuracy",
     "TextScores",
     "ToolCallMatch",
+    "TopItems",
     "call_matches",
     "check_extractor",
     "classifier_agreement",
@@ -57,12 +62,14 @@ __all__ = [
     "logits_agreement",
     "match_calls",
     "parse_calls",
+    "ranking_metrics",
     "read_statistics",
     "real_data_floor",
     "spelling_accuracy",
     "statistics_distances",
     "stream_features",
     "streamed_distances",
+    "target_ranks",
     "text_scores",
     "vocabulary",
     "write_statistics",
