@@ -82,7 +82,9 @@ def _known(folder: Path, config: dict[str, Any]) -> list[dict[str, str]]:
     found = json.loads((folder / "config.json").read_text())
     if found != config:
         names = [name for name in config if found.get(name) != config[name]]
-        raise ValueError(f"{folder} holds an index of another {names[0]}: give ExportItemIndex an empty folder, or remove that index.")
+        raise ValueError(
+            f"{folder} holds an index of another {names[0]}: give ExportItemIndex an empty folder, or remove that index."
+        )
     known = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     if len(np.load(folder / "embeddings.npy", mmap_mode="r")) != len(known):
         raise ValueError(f"{folder} holds an index that was cut off: remove it, and write it again.")

@@ -4,6 +4,7 @@ Shape suffixes: B users, M items, L tokens of titles, T tokens with the special 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
+from zoo.base.checkpoint import read_plain
 from zoo.llmrec.recommender import Recommender
+from zoo.llmrec.state_dict_adapter import load_official
 from zoo.lm.backbone import Backbone
 from zoo.lm.pooling import Pooling
 from zoo.lm.tuned_backbone import TunedBackbone
@@ -90,6 +93,15 @@ class LLMRec(TunedBackbone, Recommender):
         self._special = (tokenizer.cls_id if in_front else tokenizer.eos_id, in_front)
         if self.pooling == "auto":
             self.backbone.pooling = Pooling("cls" if in_front else "last", self.backbone.hidden_size)
+
+    @override
+    def load_official(self, path: str | Path) -> None:
+        """Load a checkpoint of the published code, ``valid_best.pth``.
+
+        Raises:
+            ValueError: If its weights are not those that this model trains.
+        """
+        load_official(self.backbone, read_plain(path), Path(path).name)
 
     def encode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Vectors (B, D) of titles, (B, L) ids without special tokens."""

@@ -3,19 +3,20 @@
 Shape suffixes: B examples, M items of a call, C candidates, N negatives, I items of the catalogue, S items seen, D width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.llmrec.losses import Similarity, draw_negatives, in_batch_loss, score, softmax_loss
-from zoo.metrics.mean_and_error import Mean
-from zoo.metrics.ranking import RankingMetrics, full_ranks, sampled_ranks, top_items
+from zoo.metrics.item_table import ItemTable, Scope
+from zoo.metrics.ranking import RankingMetrics
 from zoo.module import ZooModule
 
 __all__ = ["Loss", "Recommender"]
@@ -27,8 +28,9 @@ class Recommender(ZooModule):
     """The base: losses, full and sampled ranking, the best items of a user. A subclass gives the vectors.
 
     Batches and the catalogue are those of the DataModule Interactions. Validation and test log
-    ``<stage>/<protocol>/<metric>@<k>/<domain>``, the mean over all examples without the domain, and rows of the groups ``tail``
-    and ``cold``; the table of items is computed once for each, divided among the processes.
+    ``<stage>/<protocol>/<metric>@<k>/<domain>``, without the domain for all examples, and so for the groups ``tail`` and ``cold``;
+    protocols are ``full-domain``, ``full-all`` and, where the data draw candidates, ``sampled-<number>``. The table of items is
+    computed once for each evaluation, divided among the processes, which all rank the users of all of them in their part.
 
     Args:
         optimizer: Makes the optimizer.
@@ -46,6 +48,7 @@ class Recommender(ZooModule):
         exclude_seen: Whether items that a user has are no candidates; not where people buy again.
         item_batch_size: Items encoded at a time.
         top_k: Number of items that ``predict`` gives.
+        recommend_domain: Domain that they are taken from; None: that which the data ask for, or all.
         compile: Compile the networks.
 
     Raises:
@@ -64,10 +67,11 @@ class Recommender(ZooModule):
         similarity: Similarity = "dot",
         temperature: float = 1.0,
         ks: tuple[int, ...] = (1, 5, 10, 20),
-        scopes: tuple[Literal["domain", "all"], ...] = ("domain",),
+        scopes: tuple[Scope, ...] = ("domain",),
         exclude_seen: bool = False,
         item_batch_size: int = 256,
         top_k: int = 10,
+        recommend_domain: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
@@ -84,10 +88,9 @@ class Recommender(ZooModule):
         self.similarity: Similarity = similarity
         self.temperature = temperature
         self.ks, self.scopes, self.exclude_seen = tuple(ks), tuple(scopes), exclude_seen
-        self.item_batch_size, self.top_k = item_batch_size, top_k
-        self.losses: Any = nn.ModuleDict({"val": Mean(), "test": Mean()})
+        self.item_batch_size, self.top_k, self.recommend_domain = item_batch_size, top_k, recommend_domain
         self.rankings: Any = nn.ModuleDict()
-        self._table: Tensor | None = None
+        self._table: ItemTable | None = None
 
     # Vectors
 
@@ -110,24 +113,6 @@ class Recommender(ZooModule):
         if not hasattr(data, "catalogue"):
             raise ValueError(f"{type(self).__name__} needs a catalogue of items, as the DataModule Interactions has one.")
         return data.catalogue  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def table(self) -> Tensor:
-        """Vectors (I, D) of all items in float32, divided among the processes, then put together."""
-        offsets = self.catalogue.domain_offsets
-        count, world = int(offsets[-1]), self.trainer.world_size
-        share = -(-count // world)
-        first = min(count, self.trainer.global_rank * share)
-        mine = torch.arange(first, min(count, first + share), device=self.device)
-        parts = [self.items(part).float() for part in mine.split(self.item_batch_size) if len(part)]
-        if world == 1:
-            return torch.cat(parts)
-        width = self.items(torch.zeros(1, dtype=torch.int64, device=self.device)).shape[-1]
-        padded = torch.zeros(share, width, device=self.device)
-        padded[: len(mine)] = torch.cat([padded[:0], *parts])
-        gathered = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(gathered, padded)
-        return torch.cat(gathered)[:count]
 
     # Training
 
@@ -172,9 +157,7 @@ class Recommender(ZooModule):
         random = SampleRandom(self.random_seed, batch["index"], epoch=self.trainer.current_epoch)
         negative_BN = draw_negatives(random, *self._bounds(batch["domain"]), self.num_negatives)
         candidate_BC = self._without_history(torch.cat([batch["target"][:, None], negative_BN], 1), batch)
-        return softmax_loss(
-            self._score(user_BD, self.candidates(candidate_BC.clamp(min=0))), candidate_BC, batch["target"]
-        )
+        return softmax_loss(self._score(user_BD, self.candidates(candidate_BC.clamp(min=0))), candidate_BC, batch["target"])
 
     def candidates(self, number_BC: Tensor) -> Tensor:
         """Vectors (B, C, D) of items, of which each distinct one is computed once."""
@@ -206,5 +189,128 @@ class Recommender(ZooModule):
             number_C = torch.arange(first, first + size, device=self.device)
             score_BC = self._score(user_BD[of_domain_B], self.items(number_C))
             target_B = batch["target"][of_domain_B] - first
-            total = total + nn.functional.cross_entropy(score_BC, target_B, reduction="sum")
+            total = total + F.cross_entropy(score_BC, target_B, reduction="sum")
         return total / len(user_BD)
+
+    # Evaluation
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Make the metrics of the data's domains."""
+        super().setup(stage)
+        catalogue = self.catalogue
+        sampled = getattr(self.trainer.datamodule, "eval_negatives", None)  # type: ignore[attr-defined]
+        sizes = {"domain": catalogue.domain_offsets.diff().tolist(), "all": [len(catalogue.keys)]}
+        protocols = {f"full-{scope}": sizes[scope] for scope in self.scopes}
+        if sampled is not None:
+            protocols[f"sampled-{sampled}"] = None
+        for split in ("val", "test"):
+            self.rankings[split] = nn.ModuleList(
+                RankingMetrics(self.ks, catalogue.domains, ("tail", "cold"), protocol, num_candidates)
+                for protocol, num_candidates in protocols.items()
+            )
+        self._table = None
+
+    @property
+    def table(self) -> ItemTable:
+        """Vectors of all items, divided among the processes."""
+        if self._table is None:
+            offsets = self.catalogue.domain_offsets
+            share = -(-int(offsets[-1]) // self.trainer.world_size)
+            mine = torch.arange(int(offsets[-1]), device=self.device).split(share)
+            first = self.trainer.global_rank
+            if len(mine) < self.trainer.world_size:
+                raise ValueError(
+                    f"{int(offsets[-1])} items cannot be divided among {self.trainer.world_size} processes: take fewer."
+                )
+            with torch.no_grad():
+                vectors_ID = torch.cat([self._vectors(self.items(part)) for part in mine[first].split(self.item_batch_size)])
+            group = dist.group.WORLD if self.trainer.world_size > 1 else None
+            self._table = ItemTable(vectors_ID, offsets.diff().tolist(), group=group, first_row=first * share)
+        return self._table
+
+    def _vectors(self, x_MD: Tensor) -> Tensor:
+        """Vectors whose product is the score but for the temperature, which changes no rank."""
+        x_MD = x_MD.float()
+        return F.normalize(x_MD, dim=-1) if self.similarity == "cosine" else x_MD
+
+    @torch.no_grad()
+    def _evaluate(self, split: str, batch: Mapping[str, Tensor]) -> None:
+        count = len(batch["target"])
+        user_BD, target_B = everywhere(self._vectors(self.users(batch)), 0), everywhere(batch["target"], 0)
+        seen_BS = everywhere(batch["seen"], -1) if self.exclude_seen else None
+        own = slice(self.trainer.global_rank * len(target_B) // self.trainer.world_size, None)
+        counts_B = batch["index"] >= 0
+        groups = {name: batch[f"is_{name}"][counts_B] for name in ("tail", "cold")}
+        for metric in self.rankings[split]:
+            if metric.protocol.startswith("full-"):
+                rank_B = self.table.ranks(user_BD, target_B, scope=metric.protocol.removeprefix("full-"), seen_BS=seen_BS)
+            else:
+                rank_B = self.table.sampled_ranks(user_BD, target_B, everywhere(batch["candidates"], -1))
+            metric.update(rank_B[own][:count][counts_B], batch["domain"][counts_B], groups)
+
+    def _log_evaluation(self, split: str) -> None:
+        for metric in self.rankings[split]:
+            for name, value in metric.compute().items():
+                self.log(f"{split}/{name}", value, prog_bar=name == f"{metric.protocol}/NDCG@{self.ks[-1]}", sync_dist=False)
+            metric.reset()
+        self._table = None
+
+    @override
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """The best items of each user: ``index``, ``user``, and ``items``, ``titles`` and ``scores``, best first."""
+        catalogue, table = self.catalogue, self.table
+        count, user_BD, domain_B = len(batch["history"]), everywhere(self._vectors(self.users(batch)), 0), batch["domain"]
+        if self.recommend_domain is not None:
+            if self.recommend_domain not in catalogue.domains:
+                known = ", ".join(catalogue.domains)
+                raise ValueError(f"recommend_domain={self.recommend_domain!r} is none of the data's: {known[:200]}.")
+            domain_B = torch.full_like(domain_B, catalogue.domains.index(self.recommend_domain))
+        domain_B = everywhere(domain_B, -1)
+        seen_BS = everywhere(batch["seen"], -1) if self.exclude_seen else None
+        item_BK = domain_B.new_full((len(domain_B), self.top_k), -1)
+        score_BK = user_BD.new_zeros(item_BK.shape)
+        for domain in domain_B.unique().tolist():
+            of_B = (domain_B == domain).nonzero()[:, 0]
+            seen = None if seen_BS is None else seen_BS[of_B]
+            item_BK[of_B], score_BK[of_B] = table.top_k(
+                user_BD[of_B], self.top_k, domain=None if domain < 0 else domain, seen_BS=seen
+            )
+        first = self.trainer.global_rank * len(domain_B) // self.trainer.world_size
+        rows = [row[row >= 0].tolist() for row in item_BK[first : first + count]]
+        return {
+            "index": batch["index"],
+            "user": batch["user"],
+            "items": [[catalogue.keys[item] for item in row] for row in rows],
+            "titles": [[catalogue.titles[item] for item in row] for row in rows],
+            "scores": [scores[: len(row)].div(self.temperature).tolist() for scores, row in zip(score_BK[first:], rows)],
+        }
+
+
+def everywhere(values: Tensor, fill: float) -> Tensor:
+    """Rows of all processes, one process after another, each filled up to the largest: (W B, ...)."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    largest = torch.tensor(values.shape, device=values.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    padded = values.new_full(largest.tolist(), fill)
+    padded[tuple(slice(size) for size in values.shape)] = values
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)

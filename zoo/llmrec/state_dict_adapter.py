@@ -32,7 +32,11 @@ def load_official(backbone: Backbone, state: Mapping[str, Tensor], name: str) ->
     missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     other = [key for key in own.keys() & found.keys() if own[key].shape != found[key].shape]
     if missing or unknown or other:
-        examples = [f"{kind} {keys[0][:50]}" for kind, keys in (("lacks", missing), ("has", unknown), ("of another shape is", other)) if keys]  # noqa: E501
+        examples = [
+            f"{kind} {keys[0][:50]}"
+            for kind, keys in (("lacks", missing), ("has", unknown), ("of another shape is", other))
+            if keys
+        ]  # noqa: E501
         raise ValueError(
             f"{name} does not fit the model's {len(own)} trained weights ({'; '.join(examples)}): build the model of its backbone with"
             " its tuning (full or lora)."
@@ -52,6 +56,8 @@ def _trained(backbone: Backbone) -> dict[str, nn.Parameter]:
     head = set() if backbone.output_head is None else {id(each) for each in backbone.output_head.parameters()}
     base = f"{getattr(backbone.network, 'base_model_prefix', '')}."
     is_inner = any(name.startswith(base) for name, _ in backbone.network.named_parameters())
-    named = {name.removeprefix(base) if is_inner else name: p for name, p in backbone.network.named_parameters() if p.requires_grad}
+    named = {
+        name.removeprefix(base) if is_inner else name: p for name, p in backbone.network.named_parameters() if p.requires_grad
+    }
     embedded = id(backbone.input_embedding.weight)
     return {name: p for name, p in named.items() if (id(p) not in head or id(p) == embedded) and "pooler." not in name}

@@ -148,7 +148,7 @@ class ItemTable:
 
     @torch.no_grad()
     def sampled_ranks(self, users_BD: Tensor, target_B: Tensor, candidates_BK: Tensor, *, ties: Ties = "pessimistic") -> Tensor:
-        """Ranks of targets among sampled candidates, as in `ranks`; only of a table that is whole.
+        """Ranks of targets among sampled candidates, as in `ranks`.
 
         Args:
             users_BD: Vectors of the users, float32.
@@ -157,20 +157,23 @@ class ItemTable:
                 they occur.
             ties: As in `target_ranks`.
         """
-        if self.group is not None:
-            raise ValueError("sampled_ranks needs the whole table on each process: make it without a group.")
         self._check_rows(candidates_BK, "candidate", -1)
         equal_B1 = (_norms(users_BD, "user").double() * self._largest.double() * 2.0**-40)[:, None]
         score_B = self._target_scores(users_BD, target_B)
         counts = []
         batch = max(1, _SAMPLED_BYTES // (8 * users_BD.shape[1] * max(1, candidates_BK.shape[1])))
         for user_b in torch.arange(len(target_B), device=target_B.device).split(batch):
-            vectors_bKD = self.vectors_ID[candidates_BK[user_b].clamp(min=0)].double()
+            row_bK = candidates_BK[user_b] - self.first_row
+            here_bK = (candidates_BK[user_b] >= 0) & (row_bK >= 0) & (row_bK < len(self.vectors_ID))
+            vectors_bKD = self.vectors_ID[row_bK.where(here_bK, 0)].double()
             apart_bK = (vectors_bKD @ users_BD[user_b].double()[..., None])[..., 0] - score_B[user_b, None]
-            valid_bK = (candidates_BK[user_b] >= 0) & (candidates_BK[user_b] != target_B[user_b, None])
+            here_bK &= candidates_BK[user_b] != target_B[user_b, None]
             better_bK, tied_bK = apart_bK > equal_B1[user_b], apart_bK.abs() <= equal_B1[user_b]
-            counts.append(torch.stack([(valid_bK & better_bK).sum(1), (valid_bK & tied_bK).sum(1)]))
-        return rank(*torch.cat(counts, 1), ties)
+            counts.append(torch.stack([(here_bK & better_bK).sum(1), (here_bK & tied_bK).sum(1)]))
+        count_2B = torch.cat(counts, 1)
+        if self.group is not None:
+            distributed.all_reduce(count_2B, group=self.group)
+        return rank(*count_2B, ties)
 
     @torch.no_grad()
     def top_k(self, users_BD: Tensor, k: int, *, domain: int | None = None, seen_BS: Tensor | None = None) -> TopItems:
