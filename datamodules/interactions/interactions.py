@@ -22,17 +22,19 @@ from datamodules.base.cached_folder import Preparing
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.json_lines import MalformedRow, MalformedRows, OnError, encodable, read_json_lines
 from datamodules.base.loader import ResumableLoader
+from datamodules.interactions.amazon_files import metadata_files, read_amazon
 from datamodules.interactions.atomic_files import read_atomic_files, read_movielens
 from datamodules.interactions.catalogue import Catalogue, encode_titles, write_tokens
 from datamodules.interactions.interaction_log import InteractionLog, Pipeline, RawLog
 from datamodules.interactions.interaction_rows import InteractionRows, Sequences, Stretches, draw_negatives, sequences
+from datamodules.interactions.journey import read_journey
 from datamodules.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Interactions"]
 
 _FORMAT = "1"  # another one makes the cache again
 _TAIL = 5
-_ASSETS: dict[str, tuple[str, Callable[[Path], RawLog]]] = {"movielens-100k": ("movielens-100k", read_movielens)}
+_ASSETS: dict[str, Callable[[Path], RawLog]] = {"movielens-100k": read_movielens, "journey": read_journey}
 
 
 class Interactions(ZooDataModule):
@@ -159,7 +161,7 @@ class Interactions(ZooDataModule):
     def _source_key(self) -> str:
         """Changes with the source's data."""
         if self.source in _ASSETS:
-            return MANIFEST[_ASSETS[self.source][0]].sha256
+            return MANIFEST[self.source].sha256
         folder = Path(self.source).expanduser().resolve()
         if not folder.is_dir():
             names = ", ".join(_ASSETS)
@@ -169,13 +171,14 @@ class Interactions(ZooDataModule):
 
     def _read(self) -> InteractionLog:
         if self.source in _ASSETS:
-            asset, read = _ASSETS[self.source]
-            raw = read(fetch(asset))
+            raw = _ASSETS[self.source](fetch(self.source))
         else:
-            raw = read_atomic_files(Path(self.source).expanduser(), self.domains, self.on_error)
+            folder = Path(self.source).expanduser()
+            read = read_amazon if metadata_files(folder) else read_atomic_files
+            raw = read(folder, self.domains, self.on_error)
         log = self.pipeline(raw, self.source)
         rank_zero_info(
-            f"{self.source}: {len(log.user_keys):,} users, {len(log.item_keys):,} items"
+            f"{self.source}{' (simulated)' * (self.source == 'journey')}: {len(log.user_keys):,} users, {len(log.item_keys):,} items"
             f" ({', '.join(f'{name} {size:,}' for name, size in zip(log.domains, np.diff(log.domain_offsets), strict=True))}),"
             f" {len(log.item_N):,} interactions; users active in 1, 2, ... domains: {log.active_domains}."
         )
