@@ -16,6 +16,8 @@ from datamodules.images.folders import ImageFolder, ImageNet
 from datamodules.images.in_memory import CIFAR10, MNIST, Digits, FashionMNIST
 from datamodules.images.in_memory import ImageDataModule as ImageDataModule
 from datamodules.images.latents import CachedLatents
+from datamodules.interactions.interaction_rows import InteractionBatch as InteractionBatch
+from datamodules.interactions.interactions import Interactions
 from datamodules.text.characters import CharacterText as CharacterText
 from datamodules.text.characters import Shakespeare, Text8
 from datamodules.text.text import LanguageData as LanguageData
@@ -34,6 +36,7 @@ __all__ = [
     "Flights",
     "ImageFolder",
     "ImageNet",
+    "Interactions",
     "Preferences",
     "RatedSnippets",
     "Rationales",

@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         name: An asset with a language model, a GGUF file, a folder with ``tokenizer.json`` (and ``tokenizer_config.json``, with
             the special tokens), path of a ``tokenizer.json``, weights shipped with this package that have one, or name of a
             repository on the hub. Without a ``tokenizer_config.json``, the special tokens called ``<pad>``, ``<bos>`` and
-            ``<eos>`` are taken for these.
+            ``<eos>`` are taken for these. Encoders such as BERT have no eos token: their sep token ends a text.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or the hub has no tokenizer of that name or cannot be reached.
@@ -154,15 +154,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, name: str) -> None:
         self.name = name
         self.transformers = _load(name)
-        #: An encoder's texts end with ``sep``.
-        eos_id = self.transformers.sep_token_id if self.transformers.eos_token_id is None else self.transformers.eos_token_id
-        if eos_id is None:
+        ends = (self.transformers.eos_token_id, self.transformers.sep_token_id)
+        if ends == (None, None):
             raise ValueError(
                 f"The tokenizer {name} has no eos token, which has to end documents: name one as eos_token in the "
                 f"tokenizer_config.json beside its tokenizer.json."
             )
         self.vocab_size = max(self.transformers.get_vocab().values()) + 1
-        self.eos_id = eos_id
+        self.eos_id = ends[1] if ends[0] is None else ends[0]
         self.cls_id = self.transformers.cls_token_id
         self.bos_id = self.transformers.bos_token_id
         self.pad_id = self.eos_id if self.transformers.pad_token_id is None else self.transformers.pad_token_id

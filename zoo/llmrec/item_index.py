@@ -17,11 +17,11 @@ __all__ = ["ExportItemIndex"]
 
 
 class ExportItemIndex(Callback):
-    """Writes the vectors of all items when ``predict`` ends: ``index/embeddings.npy`` (float32, (I, D)) and ``index/items.jsonl``.
+    """Writes the vectors of all items when ``predict`` ends: ``index/embeddings.npy``, float32 (I, D), and ``index/items.jsonl``.
 
     A line of ``items.jsonl`` has ``key``, ``title`` and ``domain`` of the row of that number; ``index/config.json`` says how vectors
-    are compared (``similarity``, ``temperature``), of which model and tokenizer they are. Where the folder holds an index of the same
-    model, only items that it lacks are encoded, and put behind.
+    are compared (``similarity``, ``temperature``), and of which model and tokenizer they are. Where the folder holds an index of
+    the same model, only items that it lacks are encoded, and put behind.
 
     Args:
         folder: Where it is written; None: ``index`` in the run's folder.
@@ -82,9 +82,7 @@ def _known(folder: Path, config: dict[str, Any]) -> list[dict[str, str]]:
     found = json.loads((folder / "config.json").read_text())
     if found != config:
         names = [name for name in config if found.get(name) != config[name]]
-        raise ValueError(
-            f"{folder} holds an index of another {names[0]}: give ExportItemIndex an empty folder, or remove that index."
-        )
+        raise ValueError(f"{folder} holds an index of another {names[0]}: give an empty folder, or remove that index.")
     known = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     if len(np.load(folder / "embeddings.npy", mmap_mode="r")) != len(known):
         raise ValueError(f"{folder} holds an index that was cut off: remove it, and write it again.")

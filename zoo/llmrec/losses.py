@@ -1,7 +1,7 @@
 """Losses of two towers: the vector of a user against those of the item that she took next and of others.
 
-Sources: arXiv 2310.14304 and its official code (softmax over the target and 10 items of its domain); the correction by
-``log q`` of negatives that are drawn as often as they are taken: Bengio and Senecal, IEEE Transactions on Neural Networks 19, 2008.
+Sources: arXiv 2310.14304 and its official code (softmax over the target and 10 items of its domain); the correction by ``log q``
+of negatives that are drawn as often as they are taken: Bengio and Senecal, IEEE Transactions on Neural Networks 19, 2008.
 
 Shape suffixes: B examples, N negatives, C candidates, D width.
 """

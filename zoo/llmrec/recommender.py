@@ -28,8 +28,8 @@ class Recommender(ZooModule):
     """The base: losses, full and sampled ranking, the best items of a user. A subclass gives the vectors.
 
     Batches and the catalogue are those of the DataModule Interactions. Validation and test log
-    ``<stage>/<protocol>/<metric>@<k>/<domain>``, without the domain for all examples, and so for the groups ``tail`` and ``cold``;
-    protocols are ``full-domain``, ``full-all`` and, where the data draw candidates, ``sampled-<number>``. The table of items is
+    ``<stage>/<protocol>/<metric>@<k>/<domain>``, without the domain for all examples, and likewise for the groups ``tail`` and
+    ``cold``; protocols are ``full-domain``, ``full-all`` and, where the data draw candidates, ``sampled-<number>``. The table of items is
     computed once for each evaluation, divided among the processes, which all rank the users of all of them in their part.
 
     Args:
@@ -77,7 +77,7 @@ class Recommender(ZooModule):
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
         if num_negatives < 0 or not temperature > 0 or item_batch_size < 1 or top_k < 1 or not ks or min(ks) < 1:
             raise ValueError(
-                f"{type(self).__name__}: num_negatives={num_negatives} must not be negative, temperature={temperature} be positive,"
+                f"{type(self).__name__}: num_negatives={num_negatives} must not be negative, temperature={temperature} positive,"
                 f" item_batch_size={item_batch_size}, top_k={top_k} and all of ks={ks} at least 1."
             )
         if gather and loss != "in_batch":
@@ -299,7 +299,9 @@ class Recommender(ZooModule):
             "user": batch["user"],
             "items": [[catalogue.keys[item] for item in row] for row in rows],
             "titles": [[catalogue.titles[item] for item in row] for row in rows],
-            "scores": [scores[: len(row)].div(self.temperature).tolist() for scores, row in zip(score_BK[first:], rows)],
+            "scores": [
+                scores[: len(row)].div(self.temperature).tolist() for scores, row in zip(score_BK[first:], rows, strict=False)
+            ],
         }
 
 

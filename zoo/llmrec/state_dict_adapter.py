@@ -1,8 +1,8 @@
 """Checkpoints of the published code (WHUIR/LLMRec, ``valid_best.pth``): the trained parameters of one language model.
 
-Names begin with ``llm.``, with low-rank adapters with ``llm.base_model.model.``, and from several processes with ``module.`` before
-it; what follows is the name in transformers' model without output head. BERT's pooler, which the published code does not use, is
-left out.
+Names begin with ``llm.``, with low-rank adapters with ``llm.base_model.model.``, and from several processes with ``module.``
+before it; what follows is the name in transformers' model without output head. BERT's pooler, which the published code does not
+use, is left out.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,10 @@ def load_official(backbone: Backbone, state: Mapping[str, Tensor], name: str) ->
     missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     other = [key for key in own.keys() & found.keys() if own[key].shape != found[key].shape]
     if missing or unknown or other:
-        examples = [
-            f"{kind} {keys[0][:50]}"
-            for kind, keys in (("lacks", missing), ("has", unknown), ("of another shape is", other))
-            if keys
-        ]  # noqa: E501
+        kinds = {"lacks": missing, "has": unknown, "has in another shape": other}
+        examples = "; ".join(f"{kind} {keys[0][:50]}" for kind, keys in kinds.items() if keys)
         raise ValueError(
-            f"{name} does not fit the model's {len(own)} trained weights ({'; '.join(examples)}): build the model of its backbone with"
-            " its tuning (full or lora)."
+            f"{name} does not fit the {len(own)} trained weights of the model ({examples}): build it with its backbone and tuning."
         )
     for key, parameter in own.items():
         parameter.data.copy_(found[key])
@@ -56,8 +52,9 @@ def _trained(backbone: Backbone) -> dict[str, nn.Parameter]:
     head = set() if backbone.output_head is None else {id(each) for each in backbone.output_head.parameters()}
     base = f"{getattr(backbone.network, 'base_model_prefix', '')}."
     is_inner = any(name.startswith(base) for name, _ in backbone.network.named_parameters())
-    named = {
-        name.removeprefix(base) if is_inner else name: p for name, p in backbone.network.named_parameters() if p.requires_grad
+    head.discard(id(backbone.input_embedding.weight))
+    return {
+        name.removeprefix(base) if is_inner else name: parameter
+        for name, parameter in backbone.network.named_parameters()
+        if parameter.requires_grad and id(parameter) not in head and "pooler." not in name
     }
-    embedded = id(backbone.input_embedding.weight)
-    return {name: p for name, p in named.items() if (id(p) not in head or id(p) == embedded) and "pooler." not in name}

@@ -1,0 +1,1 @@
+"""Users, items and their interactions over time, for recommendation."""
