@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -78,6 +78,8 @@ class Interactions(ZooDataModule):
         ValueError: An argument is out of range.
     """
 
+    model_arguments: ClassVar[tuple[str, ...]] = ("num_items",)
+
     def __init__(
         self,
         source: str = "movielens-100k",
@@ -141,6 +143,11 @@ class Interactions(ZooDataModule):
         _ = self._train_rows
         if stage == "predict":
             _ = self._predict_rows
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return len(self.catalogue)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -19,9 +19,9 @@ __all__ = ["ExportItemIndex"]
 class ExportItemIndex(Callback):
     """Writes the vectors of all items when ``predict`` ends: ``index/embeddings.npy``, float32 (I, D), and ``index/items.jsonl``.
 
-    A line of ``items.jsonl`` has ``key``, ``title`` and ``domain`` of the row of that number; ``index/config.json`` says how vectors
-    are compared (``similarity``, ``temperature``), and of which model and tokenizer they are. Where the folder holds an index of
-    the same model, only items that it lacks are encoded, and put behind.
+    A line of ``items.jsonl`` has ``key``, ``title`` and ``domain`` of the row of that number; ``index/config.json`` says how
+    vectors are compared (``similarity``, ``temperature``), and of which model and tokenizer they are. Where the folder holds an
+    index of the same model, only items that it lacks are encoded, and put behind.
 
     Args:
         folder: Where it is written; None: ``index`` in the run's folder.

@@ -51,8 +51,8 @@ def add_special(ids_BL: Tensor, mask_BL: Tensor, special: int, in_front: bool) -
 class LLMRec(TunedBackbone, Recommender):
     """Recommends by titles alone: a user is the titles that she took, an item is its title; their product is the score.
 
-    An encoder with a ``cls`` token reads it first, and its vector stands for the text; other models read ``eos`` last. Batches are
-    those of the DataModule Interactions, whose tokenizer must be the model's. Source: arXiv 2310.14304.
+    An encoder with a ``cls`` token reads it first, and its vector stands for the text; other models read ``eos`` last. Batches
+    are those of the DataModule Interactions, whose tokenizer must be the model's. Source: arXiv 2310.14304.
 
     Args:
         backbone: Encoder, causal model, or the encoder of an encoder-decoder model; what of it is trained is its ``tuning``.

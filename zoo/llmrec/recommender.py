@@ -29,8 +29,8 @@ class Recommender(ZooModule):
 
     Batches and the catalogue are those of the DataModule Interactions. Validation and test log
     ``<stage>/<protocol>/<metric>@<k>/<domain>``, without the domain for all examples, and likewise for the groups ``tail`` and
-    ``cold``; protocols are ``full-domain``, ``full-all`` and, where the data draw candidates, ``sampled-<number>``. The table of items is
-    computed once for each evaluation, divided among the processes, which all rank the users of all of them in their part.
+    ``cold``; protocols are ``full-domain``, ``full-all`` and, where the data draw candidates, ``sampled-<number>``. The table of
+    items is computed once for each evaluation, divided among the processes, each of which ranks all users in its part.
 
     Args:
         optimizer: Makes the optimizer.

@@ -35,7 +35,7 @@ def load_official(backbone: Backbone, state: Mapping[str, Tensor], name: str) ->
         kinds = {"lacks": missing, "has": unknown, "has in another shape": other}
         examples = "; ".join(f"{kind} {keys[0][:50]}" for kind, keys in kinds.items() if keys)
         raise ValueError(
-            f"{name} does not fit the {len(own)} trained weights of the model ({examples}): build it with its backbone and tuning."
+            f"{name} does not fit the {len(own)} trained weights ({examples}): build the model of its backbone and tuning."
         )
     for key, parameter in own.items():
         parameter.data.copy_(found[key])
