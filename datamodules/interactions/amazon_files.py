@@ -100,7 +100,9 @@ def read_amazon(folder: Path, domains: list[str] | None, on_error: OnError) -> R
         columns.append([user_number[parts[0]], parts[1], np.full(len(user), domain), *parts[2:]])
     user_N, item_N, domain_N, time_N, rating_N = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     domain_I = np.array(item_domain, dtype=np.int64)
-    return RawLog(names, list(users), list(items), titles, domain_I, user_N, item_N, domain_N, time_N, rating_N)
+    rank_I = np.empty(len(items), dtype=np.int64)
+    rank_I[np.argsort(np.array(list(items)))] = np.arange(len(items))
+    return RawLog(names, list(users), list(items), titles, domain_I, rank_I, user_N, item_N, domain_N, time_N, rating_N)
 
 
 def _metadata(row: dict[str, Any]) -> tuple[str, str]:

@@ -70,8 +70,8 @@ def read_atomic_files(folder: Path, domains: list[str] | None, on_error: OnError
                 when = int(float(row[time]))
                 rows.append((number, items[row[item]], domain, when, 0.0 if rating is None else float(row[rating])))
     columns = [np.array(column, dtype=np.int64) for column in list(zip(*rows, strict=True))[:4] or [[]] * 4]
-    ratings = np.array([row[4] for row in rows])
-    return RawLog(names, list(users), keys, titles, np.array(item_domain, dtype=np.int64), *columns, rating_N=ratings)
+    columns.append(np.array([row[4] for row in rows]))
+    return RawLog(names, list(users), keys, titles, np.array(item_domain, dtype=np.int64), np.arange(len(keys)), *columns)
 
 
 def read_movielens(folder: Path) -> RawLog:

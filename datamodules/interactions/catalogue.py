@@ -63,7 +63,9 @@ class Catalogue:
         return torch.from_numpy(ids_ML), torch.from_numpy(mask_ML.astype(np.int64))
 
 
-def padded(values: np.ndarray, begin_R: np.ndarray, end_R: np.ndarray, fill: int, width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def padded(
+    values: np.ndarray, begin_R: np.ndarray, end_R: np.ndarray, fill: int, width: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Stretches of an array as rows, padded on the right.
 
     Args:

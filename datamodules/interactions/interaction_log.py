@@ -35,6 +35,7 @@ class RawLog:
         item_keys: The items, in the order that they keep inside their domain.
         titles: Their titles, empty where there is none.
         item_domain: Number of each item's domain, int64 (I,).
+        rank_I: Order of the items that a user took at one time, int64 (I,).
         user_N: User of each row, int64 (N,).
         item_N: Item of each row, int64 (N,).
         domain_N: Domain in which each row was read, int64 (N,); that of the item unless the item is in several.
@@ -47,6 +48,7 @@ class RawLog:
     item_keys: list[str]
     titles: list[str]
     item_domain: np.ndarray
+    rank_I: np.ndarray
     user_N: np.ndarray
     item_N: np.ndarray
     domain_N: np.ndarray
@@ -94,13 +96,9 @@ class Pipeline:
         return self._number(raw, place_N, source)
 
     def _order(self, raw: RawLog) -> np.ndarray:
-        """Places by user, time, item key and rating."""
-        numeric = all(key.isdecimal() and len(key) < 19 for key in raw.item_keys)
-        keys = np.array([int(key) for key in raw.item_keys] if numeric else raw.item_keys)
-        rank_I = np.empty(len(keys), dtype=np.int64)
-        rank_I[np.argsort(keys, kind="stable")] = np.arange(len(keys))
+        """Places by user, time, item and rating."""
         time_N = raw.time_N.astype(str) if self.string_time_sort else raw.time_N
-        return np.lexsort((raw.domain_N, raw.rating_N, rank_I[raw.item_N], time_N, raw.user_N))
+        return np.lexsort((raw.domain_N, raw.rating_N, raw.rank_I[raw.item_N], time_N, raw.user_N))
 
     def _number(self, raw: RawLog, place_N: np.ndarray, source: str) -> InteractionLog:
         users, user_N = np.unique(raw.user_N[place_N], return_inverse=True)

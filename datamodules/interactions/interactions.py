@@ -250,7 +250,9 @@ class Interactions(ZooDataModule):
                 for split in ("val", "test")
             ]
             if small := draw_negatives(log, number, *files):
-                rank_zero_info(f"Fewer than eval_negatives={number} items in {', '.join(small)}: all of the domain are candidates.")
+                rank_zero_info(
+                    f"Fewer than eval_negatives={number} items in {', '.join(small)}: all of the domain are candidates."
+                )
 
         folder = _prepared("candidates", [digest, str(number)], write)
         return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("val", "test")}
@@ -275,7 +277,9 @@ class Interactions(ZooDataModule):
     def _train_rows(self) -> InteractionRows:
         log, sequence, targets = self.interaction_log, *self._training
         if not len(targets):
-            raise ValueError(f"No example of {self.source} is left to train on: take more train_domains or a lower cold_fraction.")
+            raise ValueError(
+                f"No example of {self.source} is left to train on: take more train_domains or a lower cold_fraction."
+            )
         item_N = log.item_N[sequence.place_N]
         columns = {"target": item_N[targets], "domain": log.item_domain[item_N[targets]]}
         return self._rows(Stretches(item_N, sequence.begin_N[targets], targets), columns)
@@ -338,7 +342,9 @@ class Interactions(ZooDataModule):
             if domain is not None and domain not in log.domains:
                 raise MalformedRow(f'its "domain" is none of {", ".join(log.domains)[:80]}')
             names = [encodable(name) for name in history]
-            items = [number[name] if name in number else unknown.setdefault(name, len(log.item_keys) + len(unknown)) for name in names]
+            items = [
+                number[name] if name in number else unknown.setdefault(name, len(log.item_keys) + len(unknown)) for name in names
+            ]
             return str(row.get("user", "")), items, -1 if domain is None else log.domains.index(domain)
 
         rows = list(read_json_lines(path, parse, MalformedRows(self.on_error)))

@@ -54,8 +54,9 @@ def journey_log(products: dict[str, list], household_N: np.ndarray, product_N: n
         product_N: Product id, int64 (N,).
         time_N: Time in seconds, int64 (N,).
     """
-    domain_of = {department: domain for domain, departments in DEPARTMENTS.items() for department in departments}
-    keys: list[tuple[str, ...] | None] = []
+    names = list(DEPARTMENTS)
+    domain_of = {department: names.index(domain) for domain, departments in DEPARTMENTS.items() for department in departments}
+    keys: list[tuple[int, str, str, str] | None] = []
     columns = ("department", "product_category", "product_type", "brand")
     for department, category, kind, brand in zip(*(products[name] for name in columns), strict=True):
         keys.append((domain_of[department], category or "", kind, brand or "") if department in domain_of and kind else None)
@@ -71,14 +72,14 @@ def journey_log(products: dict[str, list], household_N: np.ndarray, product_N: n
     kept = kept[np.lexsort((time_N[kept], item_N[kept], user_N[kept]))]
     _, first = np.unique(user_N[kept] * len(items) + item_N[kept], return_index=True)
     kept = kept[first]
-    names = list(DEPARTMENTS)
-    domain_I = np.array([names.index(key[0]) for key in items])
+    domain_I = np.array([key[0] for key in items], dtype=np.int64)
     return RawLog(
         domains=names,
         user_keys=[str(each) for each in households.tolist()],
-        item_keys=["|".join(key) for key in items],
+        item_keys=["|".join((names[domain], *parts)) for domain, *parts in items],
         titles=[", ".join(part for part in (kind, category, brand) if part) for _, category, kind, brand in items],
         item_domain=domain_I,
+        rank_I=np.arange(len(items)),
         user_N=user_N[kept],
         item_N=item_N[kept],
         domain_N=domain_I[item_N[kept]],
