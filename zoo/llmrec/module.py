@@ -114,11 +114,23 @@ class LLMRec(TunedBackbone, Recommender):
 
     @override
     def items(self, number_M: Tensor) -> Tensor:
+        """Vectors (M, D) of items, encoded by length, so that little of a batch is padding."""
         ids_ML, mask_ML = self.catalogue.tokens(number_M.cpu())
-        return self.encode(ids_ML.to(self.device), mask_ML.to(self.device))
+        length_M, order_M = mask_ML.sum(1).sort()
+        parts = [
+            self.encode(ids_ML[rows, :longest].to(self.device), mask_ML[rows, :longest].to(self.device))
+            for rows, longest in ((rows, max(1, int(length_M[last]))) for rows, last in _stretches(order_M, length_M))
+        ]
+        return torch.cat(parts)[order_M.argsort().to(self.device)]
 
     @override
     def candidates(self, number_BC: Tensor) -> Tensor:
         if self.dedup_candidates:
             return super().candidates(number_BC)
         return self.items(number_BC.flatten()).unflatten(0, number_BC.shape)
+
+
+def _stretches(order_M: Tensor, length_M: Tensor) -> list[tuple[Tensor, int]]:
+    """Texts that are encoded together, at least a quarter of all, and the last place of each stretch."""
+    size = max(16, -(-len(order_M) // 4))
+    return [(rows, min(len(order_M), start + size) - 1) for start, rows in zip(range(0, len(order_M), size), order_M.split(size))]
