@@ -198,6 +198,9 @@ class Recommender(ZooModule):
     def setup(self, stage: str) -> None:
         """Make the metrics of the data's domains."""
         super().setup(stage)
+        self._table = None
+        if stage == "predict":
+            return
         catalogue = self.catalogue
         sampled = getattr(self.trainer.datamodule, "eval_negatives", None)  # type: ignore[attr-defined]
         sizes = {"domain": catalogue.domain_offsets.diff().tolist(), "all": [len(catalogue.keys)]}
@@ -209,7 +212,6 @@ class Recommender(ZooModule):
                 RankingMetrics(self.ks, catalogue.domains, ("tail", "cold"), protocol, num_candidates)
                 for protocol, num_candidates in protocols.items()
             )
-        self._table = None
 
     @property
     def table(self) -> ItemTable:

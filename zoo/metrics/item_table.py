@@ -170,10 +170,10 @@ class ItemTable:
             here_bK &= candidates_BK[user_b] != target_B[user_b, None]
             better_bK, tied_bK = apart_bK > equal_B1[user_b], apart_bK.abs() <= equal_B1[user_b]
             counts.append(torch.stack([(here_bK & better_bK).sum(1), (here_bK & tied_bK).sum(1)]))
-        count_2B = torch.cat(counts, 1)
+        better_B, tied_B = count_2B = torch.cat(counts, 1)
         if self.group is not None:
             distributed.all_reduce(count_2B, group=self.group)
-        return rank(*count_2B, ties)
+        return rank(better_B, tied_B, ties)
 
     @torch.no_grad()
     def top_k(self, users_BD: Tensor, k: int, *, domain: int | None = None, seen_BS: Tensor | None = None) -> TopItems:
@@ -271,7 +271,7 @@ def _best(k: int, item_BK: Sequence[Tensor], score_BK: Sequence[Tensor]) -> TopI
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Products in full float32, not in TF32 or bfloat16."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
