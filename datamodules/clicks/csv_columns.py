@@ -6,8 +6,7 @@ Shape suffixes: N rows.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +19,7 @@ Columns = dict[str, np.ndarray]
 
 
 def read_columns(
-    file: IO[str],
+    file: Iterable[str],
     source: str,
     texts: Sequence[str],
     numbers: Sequence[str],
@@ -29,11 +28,12 @@ def read_columns(
     optional: Sequence[str] = (),
     check: Callable[[Columns], Mapping[int, str]] | None = None,
     on_error: OnError = "raise",
+    delimiter: str = ",",
 ) -> Columns:
     """Read some columns; ``NA`` and nothing are missing values, read as the empty text or NaN.
 
     Args:
-        file: An open text file whose first line names the columns.
+        file: An open text file, or lines of text; the first names the columns.
         source: Its name in messages.
         texts: Columns of texts.
         numbers: Columns of numbers.
@@ -41,6 +41,7 @@ def read_columns(
         optional: Further columns of numbers that the file may lack.
         check: Looks at the columns and says what is wrong with which row, by its place.
         on_error: Treatment of malformed rows.
+        delimiter: Separates columns; where it is a tab, quotation marks are characters like others.
 
     Raises:
         ValueError: A column is missing, or rows are malformed and not skipped.
@@ -51,7 +52,7 @@ def read_columns(
         >>> columns["city"].tolist(), columns["height"].tolist()
         (['Ulm', 'AA'], [478.0, nan])
     """
-    reader = csv.reader(file)
+    reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
     head = next(reader, [])
     if missing := [name for name in (*texts, *numbers) if name not in head]:
         raise ValueError(f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(head) or 'none'}.")

@@ -10,6 +10,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -49,7 +50,7 @@ def read_amazon(folder: Path, domains: list[str] | None, on_error: OnError) -> R
     """Read the categories of a folder; the name of a category is its domain.
 
     A category needs ``meta_CATEGORY`` with ``.json`` or ``.jsonl`` and ``CATEGORY.csv``, ``ratings_CATEGORY.csv``, or reviews as
-    JSON, ``_5`` at the end of the name or not; all may be compressed by gzip. Rows of metadata may be Python literals, as in 2014.
+    JSON, with or without ``_5`` at the end of the name; all may be compressed by gzip. Rows may be Python literals, as in 2014.
 
     The order is the published one. Users: those of the first category, shuffled by Python's generator with seed 2023, then those
     that the second adds, shuffled likewise, and so on. Items: by their first place in the metadata. An item of several
@@ -136,10 +137,10 @@ def _read_ratings(path: Path, problems: MalformedRows) -> Iterator[_Rating]:
         sample = [line.decode(errors="replace").strip().split(",") for line in islice(file, _SAMPLE)]
     if sample and sample[0][0].startswith("{"):
         return _objects(path, _review, problems)
-    has_head = bool(sample) and set(sample[0]) >= {"user_id", "rating", "timestamp"}
-    order = _head_order(sample[0]) if has_head else _order(path, sample)
-    places = [order.index(name) for name in _Rating._fields]
-    width = len(sample[0]) if has_head else len(order)
+    has_head = bool(sample) and all(set(keys) & set(sample[0]) for keys in _NAMES.values())
+    order = sample[0] if has_head else _order(path, sample)
+    places = [next(order.index(key) for key in _NAMES[name] if key in order) for name in _Rating._fields]
+    width = len(order)
 
     def parse(line: bytes) -> _Rating:
         cells = line.decode().strip().split(",")
@@ -148,12 +149,6 @@ def _read_ratings(path: Path, problems: MalformedRows) -> Iterator[_Rating]:
         return _rating(*[cells[place] for place in places])
 
     return _lines(path, parse, problems, skip=has_head)
-
-
-def _head_order(head: list[str]) -> list[str]:
-    known = {key: name for name, keys in _NAMES.items() for key in keys if key in head and name not in ("item",)}
-    item = next((key for key in _NAMES["item"] if key in head), None)
-    return [*({**known, item: "item"}.get(column, column) for column in head)]
 
 
 def _order(path: Path, sample: list[list[str]]) -> list[str]:
@@ -168,7 +163,7 @@ def _order(path: Path, sample: list[list[str]]) -> list[str]:
             f"The columns of {path} fit no known order (item,user,rating,time of 2018; user,item,rating,time of 2014; a head with"
             " user_id,parent_asin,rating,timestamp of 2023): write a head."
         )
-    return ["item", "user", "rating", "time"] if share[0] > 0.9 else ["user", "item", "rating", "time"]
+    return ["asin", "user_id", "rating", "timestamp"] if share[0] > 0.9 else ["user_id", "asin", "rating", "timestamp"]
 
 
 def _objects(path: Path, parse: Callable[[dict[str, Any]], Any], problems: MalformedRows) -> Iterator[Any]:
@@ -191,14 +186,17 @@ def _objects(path: Path, parse: Callable[[dict[str, Any]], Any], problems: Malfo
 
 def _lines(path: Path, parse: Callable[[bytes], Any], problems: MalformedRows, skip: bool = False) -> Iterator[Any]:
     number = 0
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if (skip and number == 1) or not line.strip():
-                continue
-            try:
-                yield parse(line)
-            except (MalformedRow, UnicodeDecodeError, RecursionError) as error:
-                problems.add(f"line {number}: {error}")
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if (skip and number == 1) or not line.strip():
+                    continue
+                try:
+                    yield parse(line)
+                except (MalformedRow, UnicodeDecodeError, RecursionError) as error:
+                    problems.add(f"line {number}: {error}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged after line {number} ({error}): fetch it again.") from error
     problems.report(path, number - skip)
 
 

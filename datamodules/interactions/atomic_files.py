@@ -5,13 +5,14 @@ Shape suffixes: N interactions, I items.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from datamodules.base.json_lines import MalformedRows, OnError
+from datamodules.base.json_lines import OnError
+from datamodules.clicks.csv_columns import Columns, read_columns
 from datamodules.interactions.interaction_log import RawLog
 
 __all__ = ["GENRE_GROUPS", "read_atomic_files", "read_movielens"]
@@ -29,8 +30,8 @@ GENRE_GROUPS = {
 def read_atomic_files(folder: Path, domains: list[str] | None, on_error: OnError) -> RawLog:
     """Read pairs of files; the name of a pair is its domain. Users with the same id are one.
 
-    Columns: ``user_id``, ``item_id``, ``timestamp`` and, if it is there, ``rating`` of the interactions; ``item_id`` and the first
-    column with ``title`` or ``name`` in its name, of the items. Interactions with items that have no row are left out.
+    Interactions have columns ``user_id``, ``item_id``, ``timestamp`` and maybe ``rating``; items have ``item_id`` and a title, the
+    first column with ``title`` or ``name`` in its name. Interactions with items that have no row are left out.
 
     Args:
         folder: Folder with the pairs, or with folders of them.
@@ -38,40 +39,36 @@ def read_atomic_files(folder: Path, domains: list[str] | None, on_error: OnError
         on_error: Treatment of malformed rows.
 
     Raises:
-        ValueError: A file or a column is missing, or rows are malformed and not skipped.
+        FileNotFoundError: A file is missing.
+        ValueError: A column is missing, or rows are malformed and not skipped.
     """
     found = {path.stem: path for path in sorted(folder.rglob("*.inter"))}
+    if not found:
+        raise FileNotFoundError(f"{folder} has neither Amazon's meta_CATEGORY.json nor atomic files NAME.inter and NAME.item.")
     users: dict[str, int] = {}
     keys: list[str] = []
     titles: list[str] = []
-    item_domain: list[int] = []
-    rows: list[tuple[int, int, int, int, float]] = []
+    item_domain: list[np.ndarray] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     names = domains or list(found)
     for domain, name in enumerate(names):
         if name not in found:
-            raise ValueError(f"{folder} has no file {name}.inter: domains can be {', '.join(found)[:200]}.")
-        path = found[name]
-        items: dict[str, int] = {}
-        head, table = _read_table(path.with_suffix(".item"), ["item_id"], on_error)
-        title = next((place for place, column in enumerate(head) if "title" in column or "name" in column), None)
-        if title is None:
-            raise ValueError(f"{path.with_suffix('.item')} has no column of titles: it has {', '.join(head)[:200]}.")
-        for row in table:
-            items[row[head.index("item_id")]] = len(keys)
-            keys.append(row[head.index("item_id")])
-            titles.append(row[title])
-            item_domain.append(domain)
-        head, table = _read_table(path, ["user_id", "item_id", "timestamp"], on_error)
-        user, item, time = (head.index(column) for column in ("user_id", "item_id", "timestamp"))
-        rating = head.index("rating") if "rating" in head else None
-        for row in table:
-            number = users.setdefault(row[user], len(users))
-            if row[item] in items:
-                when = int(float(row[time]))
-                rows.append((number, items[row[item]], domain, when, 0.0 if rating is None else float(row[rating])))
-    columns = [np.array(column, dtype=np.int64) for column in list(zip(*rows, strict=True))[:4] or [[]] * 4]
-    columns.append(np.array([row[4] for row in rows]))
-    return RawLog(names, list(users), keys, titles, np.array(item_domain, dtype=np.int64), np.arange(len(keys)), *columns)
+            raise ValueError(f"{folder} has no file {name}.inter: domains can be {', '.join(found)[:180]}.")
+        path = found[name].with_suffix(".item")
+        title = next((column for column in _head(path) if "title" in column or "name" in column), "item_title")
+        items = _read_table(path, ["item_id", title], on_error)
+        number = {key: place for place, key in enumerate(items["item_id"].tolist(), start=len(keys))}
+        keys += items["item_id"].tolist()
+        titles += items[title].tolist()
+        item_domain.append(np.full(len(items["index"]), domain))
+        rows = _read_table(found[name], ["user_id", "item_id"], on_error, ["timestamp"])
+        user_N = np.array([users.setdefault(key, len(users)) for key in rows["user_id"].tolist()], dtype=np.int64)
+        item_N = np.array([number.get(key, -1) for key in rows["item_id"].tolist()], dtype=np.int64)
+        rating_N = np.nan_to_num(rows.get("rating", np.zeros(len(item_N))))
+        columns = (user_N, item_N, np.full(len(item_N), domain), rows["timestamp"].astype(np.int64), rating_N)
+        parts.append(tuple(column[item_N >= 0] for column in columns))
+    merged = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return RawLog(names, list(users), keys, titles, np.concatenate(item_domain), np.arange(len(keys)), *merged)
 
 
 def read_movielens(folder: Path) -> RawLog:
@@ -81,34 +78,25 @@ def read_movielens(folder: Path) -> RawLog:
         folder: Folder of the asset ``movielens-100k``.
     """
     raw = read_atomic_files(folder, ["ml-100k"], "raise")
-    head, table = _read_table(folder / "ml-100k.item", ["item_id", "class"], "raise")
-    genres = {row[head.index("item_id")]: set(row[head.index("class")].split()) for row in table}
+    genres = [set(text.split()) for text in _read_table(folder / "ml-100k.item", ["class"], "raise")["class"].tolist()]
     groups = list(GENRE_GROUPS.values())
-    domain_I = np.array([next(d for d, group in enumerate(groups) if group & genres[key]) for key in raw.item_keys])
+    domain_I = np.array([next(number for number, group in enumerate(groups) if group & own) for own in genres])
     return replace(raw, domains=list(GENRE_GROUPS), item_domain=domain_I, domain_N=domain_I[raw.item_N])
 
 
-def _read_table(path: Path, needed: list[str], on_error: OnError) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns without their types, and the rows."""
+def _head(path: Path) -> list[str]:
+    """Names of the columns, without their types."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: atomic files come in pairs NAME.inter and NAME.item.")
-    problems, rows, total = MalformedRows(on_error), [], 0
+    with path.open(encoding="utf-8") as file:
+        return [column.partition(":")[0] for column in file.readline().rstrip("\n").split("\t")]
+
+
+def _read_table(path: Path, texts: list[str], on_error: OnError, numbers: list[str] | None = None) -> Columns:
+    head, numbers = "\t".join(_head(path)), numbers or []
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        head = [column.partition(":")[0] for column in next(reader, [])]
-        if missing := [column for column in needed if column not in head]:
-            raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(head)[:150] or 'none'}.")
-        numbers = [head.index(column) for column in ("timestamp", "rating") if column in head and "user_id" in head]
-        for row in reader:
-            total += 1
-            if len(row) != len(head):
-                problems.add(f"line {reader.line_num}: it has {len(row)} columns, not {len(head)}")
-                continue
-            try:
-                _ = [int(float(row[place])) for place in numbers]
-            except (ValueError, OverflowError):
-                problems.add(f"line {reader.line_num}: time or rating is no number")
-                continue
-            rows.append(row)
-    problems.report(path, total)
-    return head, rows
+        lines = chain([head], (line for number, line in enumerate(file) if number))
+        optional = ["rating"] if numbers else []
+        return read_columns(
+            lines, str(path), texts, numbers, required=numbers, optional=optional, on_error=on_error, delimiter="\t"
+        )

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.interactions.catalogue import padded
 from datamodules.interactions.interaction_log import InteractionLog
 
-__all__ = ["InteractionBatch", "InteractionRows", "Sequences", "Stretches", "draw_negatives", "sequences"]
+__all__ = ["InteractionBatch", "InteractionRows", "Stretches", "draw_negatives", "sequences"]
 
 
 class InteractionBatch(TypedDict, total=False):
@@ -66,25 +66,16 @@ class Stretches(NamedTuple):
     end_R: np.ndarray
 
 
-class Sequences(NamedTuple):
-    """Some interactions of a log, those of a user, or of a user in a domain, together and by time.
-
-    Attributes:
-        place_N: Their places in the log, int64 (N,).
-        begin_N: Where the sequence of each begins, int64 (N,).
-    """
-
-    place_N: np.ndarray
-    begin_N: np.ndarray
-
-
-def sequences(log: InteractionLog, kept_N: np.ndarray, by_domain: bool) -> Sequences:
-    """Put interactions into sequences.
+def sequences(log: InteractionLog, kept_N: np.ndarray, by_domain: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Put interactions into sequences: those of a user, or of a user in a domain, together and by time.
 
     Args:
         log: The log.
         kept_N: Which interactions are taken, bool (N,).
         by_domain: Whether each domain of the items has sequences of its own.
+
+    Returns:
+        Places of the interactions in the log, and where the sequence of each begins, both int64 (N,).
     """
     place_N = np.flatnonzero(kept_N)
     group_N = log.user_N[place_N]
@@ -93,7 +84,7 @@ def sequences(log: InteractionLog, kept_N: np.ndarray, by_domain: bool) -> Seque
         order_N = np.argsort(group_N, kind="stable")
         place_N, group_N = place_N[order_N], group_N[order_N]
     is_first = np.append(True, group_N[1:] != group_N[:-1])[: len(group_N)]
-    return Sequences(place_N, np.maximum.accumulate(np.where(is_first, np.arange(len(place_N)), 0)))
+    return place_N, np.maximum.accumulate(np.where(is_first, np.arange(len(place_N)), 0))
 
 
 class InteractionRows(Dataset[Any]):
@@ -146,7 +137,7 @@ class InteractionRows(Dataset[Any]):
         values, begin_R, end_R = self.histories
         end_B = end_R[indices]
         history_BH, _ = padded(values, np.maximum(begin_R[indices], end_B - self.max_history), end_B, -1, self.max_history)
-        batch = {name: torch.as_tensor(np.array(column[indices])) for name, column in self.columns.items()}
+        batch: dict[str, Any] = {name: torch.as_tensor(np.array(column[indices])) for name, column in self.columns.items()}
         batch |= {"history": self._known(history_BH), "index": torch.tensor(indices)}
         if self.tokens is not None:
             batch |= self._titles(history_BH, *self.tokens)

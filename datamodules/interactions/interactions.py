@@ -26,7 +26,7 @@ from datamodules.interactions.amazon_files import metadata_files, read_amazon
 from datamodules.interactions.atomic_files import read_atomic_files, read_movielens
 from datamodules.interactions.catalogue import Catalogue, encode_titles, write_tokens
 from datamodules.interactions.interaction_log import InteractionLog, Pipeline, RawLog
-from datamodules.interactions.interaction_rows import InteractionRows, Sequences, Stretches, draw_negatives, sequences
+from datamodules.interactions.interaction_rows import InteractionRows, Stretches, draw_negatives, sequences
 from datamodules.interactions.journey import read_journey
 from datamodules.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -140,8 +140,10 @@ class Interactions(ZooDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Open what was prepared; read the user's histories."""
-        _ = self._train_rows
-        if stage == "predict":
+        _ = self.catalogue, self._domain_numbers("eval_domains")
+        if stage == "fit":
+            _ = self._train_rows
+        elif stage == "predict":
             _ = self._predict_rows
 
     @property
@@ -184,10 +186,10 @@ class Interactions(ZooDataModule):
             read = read_amazon if metadata_files(folder) else read_atomic_files
             raw = read(folder, self.domains, self.on_error)
         log = self.pipeline(raw, self.source)
+        sizes = ", ".join(f"{name} {size:,}" for name, size in zip(log.domains, np.diff(log.domain_offsets), strict=True))
         rank_zero_info(
-            f"{self.source}{' (simulated)' * (self.source == 'journey')}: {len(log.user_keys):,} users, {len(log.item_keys):,} items"
-            f" ({', '.join(f'{name} {size:,}' for name, size in zip(log.domains, np.diff(log.domain_offsets), strict=True))}),"
-            f" {len(log.item_N):,} interactions; users active in 1, 2, ... domains: {log.active_domains}."
+            f"{self.source}{' (simulated)' * (self.source == 'journey')}: {len(log.user_keys):,} users, {len(log.item_keys):,}"
+            f" items ({sizes}), {len(log.item_N):,} interactions; users active in 1, 2, ... domains: {log.active_domains}."
         )
         return log
 
@@ -200,20 +202,20 @@ class Interactions(ZooDataModule):
         return first_I > (np.quantile(log.time_N, 1 - self.cold_fraction) if self.cold_fraction else np.inf)
 
     @cached_property
-    def _training(self) -> tuple[Sequences, np.ndarray]:
-        """The interactions of training in sequences, and which of them are targets."""
+    def _training(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items of training in sequences, where the sequence of each begins, and the places of the targets."""
         log = self.interaction_log
         left_N = np.repeat(log.user_offsets[1:], np.diff(log.user_offsets)) - np.arange(len(log.item_N))
         taken_I = np.isin(log.item_domain, self._domain_numbers("train_domains")) & ~self._is_cold
-        found = sequences(log, (left_N > 2) & taken_I[log.item_N], self.history == "domain")
-        return found, np.flatnonzero(found.begin_N < np.arange(len(found.place_N)))
+        place_N, begin_N = sequences(log, (left_N > 2) & taken_I[log.item_N], self.history == "domain")
+        return log.item_N[place_N], begin_N, np.flatnonzero(begin_N < np.arange(len(place_N)))
 
     @cached_property
     def catalogue(self) -> Catalogue:
         """The items."""
-        log, sequence, targets = self.interaction_log, *self._training
+        log, (item_N, _, targets) = self.interaction_log, self._training
         values, offsets = self._tokens or (np.zeros(0, dtype=np.int32), np.zeros(len(log.item_keys) + 1, dtype=np.int64))
-        counts = np.bincount(log.item_N[sequence.place_N[targets]], minlength=len(log.item_keys))
+        counts = np.bincount(item_N[targets], minlength=len(log.item_keys))
         return Catalogue(
             log.titles,
             log.item_keys,
@@ -245,10 +247,7 @@ class Interactions(ZooDataModule):
 
         def write(folder: Path) -> None:
             shape = (len(log.user_keys), number)
-            files = [
-                np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.int32, shape)  # type: ignore[no-untyped-call]
-                for split in ("val", "test")
-            ]
+            files = [np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.int32, shape) for split in ("val", "test")]
             if small := draw_negatives(log, number, *files):
                 rank_zero_info(
                     f"Fewer than eval_negatives={number} items in {', '.join(small)}: all of the domain are candidates."
@@ -275,14 +274,13 @@ class Interactions(ZooDataModule):
 
     @cached_property
     def _train_rows(self) -> InteractionRows:
-        log, sequence, targets = self.interaction_log, *self._training
+        item_N, begin_N, targets = self._training
         if not len(targets):
             raise ValueError(
                 f"No example of {self.source} is left to train on: take more train_domains or a lower cold_fraction."
             )
-        item_N = log.item_N[sequence.place_N]
-        columns = {"target": item_N[targets], "domain": log.item_domain[item_N[targets]]}
-        return self._rows(Stretches(item_N, sequence.begin_N[targets], targets), columns)
+        columns = {"target": item_N[targets], "domain": self.interaction_log.item_domain[item_N[targets]]}
+        return self._rows(Stretches(item_N, begin_N[targets], targets), columns)
 
     def _eval_rows(self, split: Literal["val", "test"]) -> InteractionRows:
         log = self.interaction_log
@@ -293,10 +291,10 @@ class Interactions(ZooDataModule):
         if split == "val" and self.num_val_users is not None and self.num_val_users < len(user_R):
             user_R = user_R[np.arange(self.num_val_users) * len(user_R) // self.num_val_users]
         place_R = place_R[user_R]
-        found = sequences(log, np.ones(len(log.item_N), dtype=bool), self.history == "domain")
-        at_R = np.argsort(found.place_N)[place_R]
+        order_N, begin_N = sequences(log, np.ones(len(log.item_N), dtype=bool), self.history == "domain")
+        at_R = np.argsort(order_N)[place_R]
         target_R = log.item_N[place_R]
-        in_training_I = np.bincount(log.item_N[self._training[0].place_N], minlength=len(log.item_keys))
+        in_training_I = np.bincount(self._training[0], minlength=len(log.item_keys))
         columns = {
             "target": target_R,
             "domain": log.item_domain[target_R],
@@ -304,7 +302,7 @@ class Interactions(ZooDataModule):
             "is_cold": self._is_cold[target_R],
         }
         candidates = None if self._candidates is None else (self._candidates[split], user_R)
-        histories = Stretches(log.item_N[found.place_N], found.begin_N[at_R], at_R)
+        histories = Stretches(log.item_N[order_N], begin_N[at_R], at_R)
         seen = Stretches(log.item_N, log.user_offsets[user_R], place_R)
         return self._rows(histories, columns, seen=seen, candidates=candidates)
 
@@ -316,9 +314,10 @@ class Interactions(ZooDataModule):
         kept_N = np.ones(len(log.item_N), dtype=bool)
         if by_domain:
             kept_N = np.isin(log.item_domain, self._domain_numbers("eval_domains"))[log.item_N]
-        found = sequences(log, kept_N, by_domain)
-        begin_R, end_R = _bounds(found.begin_N)
-        item_N, user_R = log.item_N[found.place_N], log.user_N[found.place_N[begin_R]]
+        place_N, begin_N = sequences(log, kept_N, by_domain)
+        begin_R = np.unique(begin_N)
+        end_R = np.append(begin_R[1:], len(begin_N))
+        item_N, user_R = log.item_N[place_N], log.user_N[place_N[begin_R]]
         return self._rows(
             Stretches(item_N, begin_R, end_R),
             {"domain": log.item_domain[item_N[begin_R]] if by_domain else np.full(len(begin_R), -1)},
@@ -387,9 +386,3 @@ def _prepared(kind: str, parts: list[str], write: Callable[[Path], None]) -> Pat
                 write(partial)
                 partial.replace(folder)
     return folder
-
-
-def _bounds(begin_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each sequence begins and ends."""
-    begin_R = np.unique(begin_N)
-    return begin_R, np.append(begin_R[1:], len(begin_N))

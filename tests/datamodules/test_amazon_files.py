@@ -68,9 +68,11 @@ def write_2023(folder: Path, reviews: bool) -> Path:
         lines += [f"{user},{item},{rating},{time}000," for item, user, rating, time in ratings[domain]]
         if reviews:
             lines = [
-                json.dumps({"asin": "other", "parent_asin": item, "user_id": user, "rating": float(rating), "timestamp": int(time) * 1000})
+                json.dumps(
+                    {"asin": "other", "parent_asin": item, "user_id": user, "rating": float(rating), "timestamp": f"{time}000"}
+                )
                 for item, user, rating, time in ratings[domain]
-            ]  # fmt: skip
+            ]
         (folder / f"{domain}.{'jsonl' if reviews else 'csv'}").write_text("\n".join(lines) + "\n")
         rows = [{"parent_asin": row["asin"], "title": row["title"] or None} for row in metas[domain]]
         (folder / f"meta_{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,6 +188,10 @@ def test_unknown_columns_mixed_units_and_missing_files_are_refused(tmp_path: Pat
         log_of(tmp_path)
     path.write_text(rows.replace("5.0", "five", 1))
     with pytest.raises(ValueError, match=r"line \d+: time .* or rating 'five' is no number"):
+        log_of(tmp_path)
+    meta = tmp_path / "Metadata/meta_Arts.json.gz"
+    meta.write_bytes(meta.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"meta_Arts.json.gz is damaged after line \d+"):
         log_of(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no Arts\.csv"):

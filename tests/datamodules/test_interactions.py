@@ -208,7 +208,7 @@ def test_bad_input_is_refused_in_a_sentence(folder: Path) -> None:
             small(folder, **arguments).setup("fit")
         assert len(str(refused.value).replace(str(folder), "folder")) <= 300
     (folder / "books.item").write_text("item_id:token\ttitle:token_seq\n")
-    with pytest.raises(ValueError, match="domain 'books' of .* has no items"):
+    with pytest.raises(ValueError, match=r"domain 'books' of .* has no items"):
         small(folder).setup("fit")
     (folder / "books.inter").write_text("user_id:token\titem_id:token\n")
     with pytest.raises(ValueError, match="lacks the column"):
