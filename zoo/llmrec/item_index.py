@@ -47,7 +47,9 @@ class ExportItemIndex(Callback):
         folder = self.folder or Path(trainer.default_root_dir) / "index"
         known = _known(folder, config) if trainer.is_global_zero else []
         known = trainer.strategy.broadcast(known)
-        rows = list(zip(catalogue.keys, catalogue.titles, catalogue.domain_names, strict=True))
+        sizes = catalogue.domain_offsets.diff().tolist()
+        domains = [name for name, size in zip(catalogue.domains, sizes, strict=True) for _ in range(size)]
+        rows = list(zip(catalogue.keys, catalogue.titles, domains, strict=True))
         there = {(row["key"], row["title"], row["domain"]) for row in known}
         new = [number for number, row in enumerate(rows) if row not in there]
         if not trainer.is_global_zero:
