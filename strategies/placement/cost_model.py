@@ -72,7 +72,6 @@ class RoleCost:
         layers: L, blocks that are gathered one by one.
         root: Parameters outside of all blocks.
         hidden: Width.
-        kv_width: Width of the keys of all heads of a token; 0: ``hidden``.
         vocabulary: Rows of the output head; 0: a scalar head.
         parameter_bytes: Bytes of a parameter; bf16 with masters 2, float32 4.
         gradient_bytes: Bytes of a gradient; 2 or 4.
@@ -94,7 +93,6 @@ class RoleCost:
     layers: int = 1
     root: float = 0.0
     hidden: int = 0
-    kv_width: int = 0
     vocabulary: int = 0
     parameter_bytes: float = 4.0
     gradient_bytes: float = 4.0
@@ -311,7 +309,7 @@ class _Costs:
                 kept += cost.weight_bytes
             if name == "actor" and rank in self.generators:
                 rows = math.ceil(job.samples / plan.chunks / job.unit / len(self.generators)) * job.unit
-                generate = 2 * cost.layers * (cost.kv_width or cost.hidden) * rows * tokens * width + logits
+                generate = 2 * cost.layers * cost.hidden * rows * tokens * width + logits
                 if divided and not plan.separates:
                     kept += cost.weight_bytes if plan.gather == "resident" else 0.0
                     generate += {"once": cost.weight_bytes, "per_token": block, "resident": 0.0}[plan.gather]

@@ -107,10 +107,6 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
 
     def places_roles(self) -> bool:
         """Whether models are placed in this run."""
-        return self._places
-
-    @property
-    def _places(self) -> bool:
         module = self.lightning_module
         return module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
 
@@ -118,7 +114,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """In training every rank reads all samples."""
-        return {"num_replicas": 1, "rank": 0} if self._places else super().distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0} if self.places_roles() else super().distributed_sampler_kwargs
 
     @property
     @override
@@ -138,7 +134,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 f"{type(self).__name__} places the models of a module with roles, such as RLHF, which {type(module).__name__} has"
                 " not: take ddp."
             )
-        if self._places and self._given is not None:
+        if self.places_roles() and self._given is not None:
             plan = self.plan(self.world_size)
             plan.validate(self.world_size, [])
             for role in plan.roles.values():
@@ -155,7 +151,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         assert isinstance(module, HasRoles) and module is not None
         refuse_scaled_losses(self)
         self._placement = None
-        if not self._places:
+        if not self.places_roles():
             super().model_to_device()
             return
         roles = module.roles()
@@ -275,7 +271,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
 
     @override
     def forwards_are_collective(self) -> bool:
-        return self._places
+        return self.places_roles()
 
     @override
     def on_train_end(self) -> None:

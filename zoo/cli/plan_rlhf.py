@@ -1,7 +1,8 @@
 """``zoo plan rlhf``: what each placement of the models of RLHF would cost on a cluster, before anyone rents it."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from strategies.placement.cost_model import Prediction, RoleCost, Workload
 from strategies.placement.planner import explain, name_of, rank_plans
-from strategies.placement.profile import measure_roles, write_roles
+from strategies.placement.profile import measure_roles
 from strategies.placement.strategy import write_plan
 from zoo.base.hyperparameters import build
 from zoo.cli.configs import find_config
@@ -65,7 +66,8 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_plan(ranked[0].plan, options.out / "plan.yaml")
-        write_roles(roles, options.out / "roles.json")
+        measured = {"roles": {name: asdict(role) for name, role in roles.items()}}
+        (options.out / "roles.json").write_text(json.dumps(measured, indent=1))
         _save_plot(ranked, cluster.world_size, options.out / "plans.png")
         print(f"wrote plan.yaml (--trainer.strategy.plan), roles.json (-c) and plans.png to {options.out}")
 
