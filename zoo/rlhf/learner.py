@@ -3,7 +3,6 @@
 Shape suffixes: R samples, N answer tokens, S prompt and answer ids, T ids of a text.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +109,8 @@ class Learner:
         """Later passes over a rollout, in an order of their own; then the KL coefficient follows."""
         rows = sum(len(experience) for experience, _ in parts)
         if self.options.epochs > 1:
-            experience, targets = _joined(parts)
+            (experience, targets), *rest = parts
+            experience, targets = experience.joined([one for one, _ in rest]), targets.joined([one for _, one in rest])
             for epoch in range(1, self.options.epochs):
                 generator = torch.Generator().manual_seed(hash((self.module.random_seed, self.module.rollouts, epoch)) % 2**63)
                 order = torch.randperm(rows, generator=generator).to(experience.tokens.device)
@@ -223,14 +223,3 @@ class Learner:
         if "critic" in self.place.roles and found["value_loss"] == found["value_loss"]:
             values["value_loss"] = found["value_loss"] / steps
         return values
-
-
-def _joined(parts: list[tuple[Experience, Targets]]) -> tuple[Experience, Targets]:
-    """Several chunks as one."""
-    experience = copy.copy(parts[0][0])
-    targets = copy.copy(parts[0][1])
-    for whole, number in ((experience, 0), (targets, 1)):
-        for name, value in vars(whole).items():
-            if isinstance(value, Tensor):
-                setattr(whole, name, torch.cat([getattr(part[number], name) for part in parts]))
-    return experience, targets
