@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
 from strategies.placement.plan import PlacementPlan
-from strategies.placement.state import divided_like, whole
 from strategies.placement.sync import copy_weights, trained_weights
 from strategies.placement.timeline import Timeline
+from strategies.whole_state import divided_like, whole
 from zoo.role_placement import Fields, FieldSpec, Pending, Placement, Role
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class RankPlacement(Placement):
 
     @override
     def part(self, value: Tensor, like: Tensor) -> Tensor:
-        return divided_like(value, like) if isinstance(like, DTensor) else value.to(like)
+        return divided_like(value.to(like.dtype), like) if isinstance(like, DTensor) else super().part(value, like)
 
 
 def _nothing() -> None:

@@ -29,9 +29,9 @@ from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.planner import explain, name_of, rank_plans
 from strategies.placement.profile import measure_roles, workload_of
 from strategies.placement.roles import RankPlacement
-from strategies.placement.state import divided_like, divided_state, from_rank, whole
 from strategies.placement.timeline import chrome_trace
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
+from strategies.whole_state import divided_like, divided_state, whole
 from zoo.role_placement import HasRoles, Role
 from zoo.strategy_contract import StrategyContract
 
@@ -307,7 +307,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             if placement.holds(role):
                 part = {name: whole(value) for name, value in state.items() if name.startswith(prefix)}
             ranks = placement.plan.members(role, placement.world)
-            found |= part if 0 in ranks else from_rank(part, ranks[0])
+            found |= part if 0 in ranks else _from_rank(part, ranks[0])
         return found
 
     @override
@@ -344,7 +344,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         else:
             state = super().optimizer_state(optimizer)
             state = whole(state) if self._placement.holds(role) else state
-        return state if 0 in ranks else from_rank(state, ranks[0])
+        return state if 0 in ranks else _from_rank(state, ranks[0])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -363,6 +363,13 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     def gradient_norm(self) -> None:
         """Each role clips by itself."""
         return
+
+
+def _from_rank(state: Any, rank: int) -> Any:
+    """A whole state that one rank has, on all ranks; a collective call."""
+    held = [state]
+    dist.broadcast_object_list(held, rank)
+    return held[0]
 
 
 class _RolloutTimes(Callback):
