@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -54,7 +55,7 @@ def read_plan(path: str | Path) -> PlacementPlan:
 
 def write_plan(plan: PlacementPlan, path: str | Path) -> None:
     """Write a plan as YAML."""
-    Path(path).write_text(yaml.safe_dump(plan.as_dict(), sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
 
 
 class PlacementStrategy(StrategyContract, DDPStrategy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def test_order_of_plans_and_the_reason() -> None:
     text = explain(ranked, 4)
     assert text.startswith("interleaving is predicted to take") and "idle" in text and len(text) <= 300
     assert "no other strategy" in explain(rank_plans(cluster(1), JOB, models()), 1)
-    assert len({yaml.safe_dump(each.plan.as_dict()) for each in ranked}) == len(ranked)
+    assert len({yaml.safe_dump(asdict(each.plan)) for each in ranked}) == len(ranked)
 
 
 def held_bytes(folder: Path) -> list[int]:
@@ -181,7 +181,7 @@ def automatic(folder: Path) -> tuple[dict[str, Any], bool, bool]:
         states.append(torch.get_rng_state())
     assert chosen is not None
     equal = all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
-    return chosen.as_dict(), equal, torch.equal(*states)
+    return asdict(chosen), equal, torch.equal(*states)
 
 
 def test_memory_equals_what_torch_holds(pool: RankPool, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class Learner:
 
     def __init__(self, module: Any) -> None:
         self.module, self.place, self.options = module, module.placement, module.rollout
+        optimizers = module.optimizers()
+        self.optimizers: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
         self.sums: dict[str, Tensor] = {}
         self.texts: list[Tensor] = []
 
@@ -158,7 +160,7 @@ class Learner:
         for place, (role, loss_of) in enumerate({"actor": actor_loss, "critic": critic_loss}.items()):
             if role not in self.place.roles:
                 continue
-            optimizer = self._optimizers()[place]
+            optimizer = self.optimizers[place]
             optimizer.zero_grad()
             mine = self.place.share(role, units)
             for number in mine:
@@ -174,21 +176,17 @@ class Learner:
     def _idle(self, steps: int) -> None:
         """As many steps as the ranks take that train."""
         for _ in range(steps):
-            for place in range(len(self._optimizers())):
+            for place in range(len(self.optimizers)):
                 self._take(place)
 
     def _take(self, place: int) -> None:
         """A step; only the actor's counts in ``global_step``."""
-        optimizer = self._optimizers()[place]
+        optimizer = self.optimizers[place]
         if place == 0:
             optimizer.step()
             self.module.average_actor()
         else:
             optimizer.optimizer.step()
-
-    def _optimizers(self) -> list[Any]:
-        found = self.module.optimizers()
-        return found if isinstance(found, list) else [found]
 
     def _add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
