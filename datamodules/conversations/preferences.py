@@ -317,7 +317,7 @@ class Preferences(SplitData):
     @override
     def splits(self) -> tuple[list[Any], list[Any]]:
         """The pairs, or rankings, for training and for validation."""
-        whole = self.read(self.path)
+        whole: list[Any] = self.read(self.path)
         if self.val_path is not None:
             train, val = whole, self.read(self.val_path)
         else:

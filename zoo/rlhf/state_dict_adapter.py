@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.base.checkpoint import CONFIG_FILE, check_weights, read_plain
 from zoo.base.weight_files import weight_files
@@ -54,9 +54,9 @@ def read_reward_model(source: str) -> tuple[Backbone, dict[str, Tensor]]:
     backbone = HFBackbone({**config, "architectures": None}, kind="causal", scalar_head=True, pooling="last")
     published = {name: value for file in weight_files(folder) for name, value in read_plain(file, mmap=True).items()}
     state = scalar_head_state(published, config.get("value_head_prefix"))
-    head = {"weight": state.pop("scalar.weight")}
-    assert backbone.scalar is not None
-    for module, weights in ((backbone.network.base_model, state), (backbone.scalar, head)):
+    head, base = {"weight": state.pop("scalar.weight")}, backbone.network.base_model
+    assert backbone.scalar is not None and isinstance(base, nn.Module)
+    for module, weights in ((base, state), (backbone.scalar, head)):
         computed = {name: value for name, value in module.state_dict().items() if name.endswith(_COMPUTED)}
         check_weights(module, {**computed, **weights}, source)
         module.load_state_dict(weights, strict=False)  # a tied tensor is stored once
