@@ -157,7 +157,6 @@ class Prediction:
     Attributes:
         plan: The plan.
         seconds: Of a rollout with its training.
-        samples_per_second: Samples that are generated and trained.
         memory: Bytes of the device that needs most.
         fits: Whether it has as many.
         idle: Share of all ranks' time in which they wait.
@@ -166,7 +165,6 @@ class Prediction:
 
     plan: PlacementPlan
     seconds: float
-    samples_per_second: float
     memory: float
     fits: bool
     idle: float
@@ -351,4 +349,4 @@ def predict(
     memory = max(costs.memory(rank) for rank in range(costs.world))
     fits = cluster.memory is None or memory <= cap * cluster.memory
     idle = max(0.0, 1 - busy / (seconds * costs.world)) if seconds else 0.0
-    return Prediction(plan, seconds, job.samples / seconds if seconds else math.inf, memory, fits, idle, terms)
+    return Prediction(plan, seconds, memory, fits, idle, terms)

@@ -230,7 +230,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         """Make the optimizers, and let PaRO divide the states of its roles."""
         super().setup_optimizers(trainer)
         if self._placement is not None:
-            for name, optimizer in zip(self._roles_of_optimizers(), self.optimizers, strict=True):
+            for name, optimizer in zip(self._of_roles().values(), self.optimizers, strict=True):
                 if self._placement.plan.roles[name].backend == "paro":
                     self._divide_states(name, optimizer)
 
@@ -290,7 +290,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     # Checkpoints
 
     def _of_roles(self) -> dict[str, str]:
-        """Roles that are trained, by the prefix of their weights."""
+        """Roles that are trained, by the prefix of their weights, in the order of their optimizers."""
         assert self._placement is not None
         return {role.prefix: name for name, role in self._placement.roles.items() if role.trained}
 
@@ -328,17 +328,13 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             }
             self.lightning_module.load_state_dict(state, strict=strict)
 
-    def _roles_of_optimizers(self) -> list[str]:
-        assert self._placement is not None
-        return [name for name in ("actor", "critic") if name in self._placement.roles]
-
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole state of an optimizer on rank 0; a collective call."""
         if self._placement is None:
             return super().optimizer_state(optimizer)
         place = next(number for number, each in enumerate(self.optimizers) if each is getattr(optimizer, "optimizer", optimizer))
-        role = self._roles_of_optimizers()[place]
+        role = list(self._of_roles().values())[place]
         ranks = self._placement.plan.members(role, self._placement.world)
         if role in self._placement.paro:
             state = optimizer_state(self._placement.paro[role].engine)
@@ -354,7 +350,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             super().load_optimizer_state_dict(checkpoint)
             return
         for role, optimizer, state in zip(
-            self._roles_of_optimizers(), self.optimizers, checkpoint["optimizer_states"], strict=True
+            self._of_roles().values(), self.optimizers, checkpoint["optimizer_states"], strict=True
         ):
             if role in self._placement.paro:
                 load_optimizer_state(self._placement.paro[role].engine, state)

@@ -58,7 +58,7 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     ranked = rank_plans(cluster, job, roles, options.max_lag)
     console = Console()
     console.width = max(console.width, 120)  # ten columns, also where nobody looks
-    console.print(_table(ranked[: options.show], cluster.world_size))
+    console.print(_table(ranked[: options.show], job, cluster.world_size))
     if not ranked[0].fits:
         print(f"None fits into 90 % of {options.cluster.memory_gb:g} GB: take more devices, or train adapters.")
     else:
@@ -83,7 +83,7 @@ def _measured(entry: dict[str, Any], job: Workload, ranks: int) -> dict[str, Rol
     return {"reference": replace(roles["actor"], trained=0.0), **roles}
 
 
-def _table(ranked: Sequence[Prediction], world: int) -> Table:
+def _table(ranked: Sequence[Prediction], job: Workload, world: int) -> Table:
     shown = Table(
         "strategy", "back end", "gather", "chunks", "lag", "step", "samples/s", "memory", "idle", "fits",
         title=f"PREDICTED: {world} devices; seconds of a rollout with its training, GB a device", title_justify="left",
@@ -94,7 +94,7 @@ def _table(ranked: Sequence[Prediction], world: int) -> Table:
         gather = plan.gather if backend == "fsdp2" and not plan.separates else "-"
         shown.add_row(
             name_of(plan, world), backend, gather, str(plan.chunks), str(plan.max_lag), f"{each.seconds:.4g}",
-            f"{each.samples_per_second:.4g}", f"{each.memory / 1e9:.2f}", f"{each.idle:.0%}", "yes" if each.fits else "no",
+            f"{job.samples / each.seconds:.4g}", f"{each.memory / 1e9:.2f}", f"{each.idle:.0%}", "yes" if each.fits else "no",
         )  # fmt: skip
     return shown
 

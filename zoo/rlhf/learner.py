@@ -32,9 +32,16 @@ class Learner:
         self.sums: dict[str, Tensor] = {}
         self.texts: list[Tensor] = []
 
-    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields]) -> None:
-        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all."""
-        minibatches = self.options.minibatches // len(chunks)
+    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields], version: int, older: bool = False) -> None:
+        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all.
+
+        Args:
+            chunks: Prompts of the rollout; none where nothing is trained.
+            arriving: Their fields.
+            version: Number of the weights that generated.
+            older: Whether these are older than those of now; log-probabilities are then computed again first.
+        """
+        minibatches = self.options.minibatches // max(1, len(chunks))
         self.texts = self._texts([row for samples in chunks for row in samples.rows])
         if self.module.algorithm.needs_whole_rollout and len(chunks) > 1:
             raise ValueError(
@@ -44,26 +51,16 @@ class Learner:
         parts: list[tuple[Experience, Targets]] = []
         for samples, fields in zip(chunks, arriving, strict=False):
             if self.place.trains:
-                parts.append(self._targets(self.module.experience_of(samples, fields, self.module.rollouts)))
+                experience = self.module.experience_of(samples, fields, version)
+                if older:
+                    experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
+                parts.append(self._targets(experience))
                 self._pass(*parts[-1], minibatches)
         if not self.place.trains:
             list(arriving)  # generates and sends
             self._idle(self.options.minibatches * self.options.epochs)
             return
         self._epochs(parts)
-
-    def learn_waiting(self, waiting: tuple[Samples, Fields] | None) -> None:
-        """Train on a rollout that older weights generated; its log-probabilities are computed again first."""
-        if waiting is None:
-            self._idle(self.options.minibatches * self.options.epochs)
-            return
-        samples, fields = waiting
-        self.texts = self._texts(samples.rows)
-        experience = self.module.experience_of(samples, fields, self.module.rollouts - 1 - len(self.module.waiting))
-        experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
-        part = self._targets(experience)
-        self._pass(*part, self.options.minibatches)
-        self._epochs([part])
 
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """Ids of the text of each sample's row, int64, for the loss of PPO-ptx; none without it."""

@@ -388,13 +388,14 @@ class RLHF(ZooModule):
             rows,
         )
         while len(self.waiting) + (place.max_lag > 0) > place.max_lag:
-            learner.learn_waiting(self.waiting.pop(0))
+            version, kept = self.rollouts - len(self.waiting), self.waiting.pop(0)
+            learner.learn([kept[0]] if kept else [], iter([kept[1]] if kept else []), version, older=True)
         if place.max_lag:
             fields = list(arriving)
             whole = {name: torch.cat([part[name] for part in fields]) for name in fields[0]} if fields else None
             self.waiting.append(None if whole is None else (samples, whole))
         else:
-            learner.learn(chunks, arriving)
+            learner.learn(chunks, arriving, self.rollouts)
         self._log(learner.summary())
 
     @torch.no_grad()
