@@ -124,12 +124,13 @@ class Arms:
         }
 
     def train(self, arm: str, seed: int, config: str, more: Sequence[str]) -> dict[str, float]:
-        """Train and test; losses, accuracies and the tokens that were learned from."""
+        """Train and test, unless that is done; losses, accuracies and the tokens that were learned from."""
         folder = self.folder / f"{arm.replace(' ', '_')}_{seed}"
-        seeded = ["--seed_everything", str(seed), *self.options]
-        run(zoo("fit", config, folder, *seeded, *more, "--trainer.limit_val_batches", "0", "--trainer.log_every_n_steps", "1"), 1)
         tested, checkpoint = folder / "test", folder / "checkpoints" / "last.ckpt"
-        run(zoo("test", config, tested, *self.options, "--ckpt_path", str(checkpoint)), 1)
+        if not (tested / "metrics.csv").is_file():
+            seeded = ["--seed_everything", str(seed), *self.options, "--trainer.log_every_n_steps", "1"]
+            run(zoo("fit", config, folder, *seeded, *more, "--trainer.limit_val_batches", "0"), 1)
+            run(zoo("test", config, tested, *self.options, "--ckpt_path", str(checkpoint)), 1)
         tokens = [value for _, value in column(folder, "train/supervised_tokens")]
         return {**last(tested, "test/"), "tokens": sum(tokens), "updates": len(tokens)}
 
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of each run; steps are given in the first two")
     parser.add_argument("--questions", type=int, default=200, help="questions of each group of held-out ones")
-    parser.add_argument("--folder", type=Path, help="where runs lie; a temporary one")
+    parser.add_argument("--folder", type=Path, help="where runs lie, of which tested arms are not run again; a temporary one")
     parser.add_argument("--smoke", action="store_true", help="a few examples; the result is not kept")
     options = parser.parse_args(arguments)
     seeds = range(1 if options.smoke else options.seeds)

@@ -55,7 +55,8 @@ WIRING = (
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = (
-    "zoo.base", "zoo.nn", "zoo.lm", "zoo.role_placement", "strategies.divided_rows", "strategies.mesh", "typing_extensions",
+    "zoo.base", "zoo.nn", "zoo.lm", "zoo.role_placement", "strategies.divided_rows", "strategies.mesh", "strategies.whole_state",
+    "typing_extensions",
 )  # fmt: skip
 ASSETS = "datamodules.assets"  # archives of package registries: pretrained weights ride in them too, and they import no data
 LANGUAGE_MODELS = "zoo.lm"  # foundation of methods, though it has a module of its own

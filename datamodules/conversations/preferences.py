@@ -1,4 +1,4 @@
-"""Pairs of answers, one preferred to the other.
+"""Pairs of answers, one preferred to the other, and rankings of several.
 
 Shape suffixes: B pairs, T places in a row, R rows that hold several answers, N ids of an answer with its prompt.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B pairs, T places in a row, R rows that hold several answers, N 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -23,6 +23,7 @@ from datamodules.base.json_lines import MalformedRow, MalformedRows, encodable, 
 from datamodules.conversations.best_of_n import BestOfN
 from datamodules.conversations.format_tokens import FormatTokens
 from datamodules.conversations.length_policy import LengthPolicy, TooLong
+from datamodules.conversations.rankings import Ranking, Rankings
 from datamodules.conversations.sft import pack
 from datamodules.text.prompts import encode_prompt
 from datamodules.text.split_data import SplitData
@@ -49,6 +50,16 @@ class Pair(NamedTuple):
     chosen_learned: np.ndarray
     rejected_learned: np.ndarray
     reference_logps: tuple[float, float] | None
+
+    @property
+    def longest(self) -> int:
+        """Ids of the longer answer with its prompt."""
+        return max(len(self.chosen), len(self.rejected))
+
+    @property
+    def differs(self) -> bool:
+        """Whether something of the chosen answer counts, and the two are not the same."""
+        return bool(self.chosen_learned.any()) and self.chosen != self.rejected
 
     def cut(self, length: int) -> Pair:
         """The pair with no more than so many ids of each answer with its prompt."""
@@ -138,7 +149,7 @@ class Pairs(Dataset[PairBatch]):
     def batch(self, indices: list[int]) -> PairBatch:
         """A whole batch of pairs."""
         pairs = [self.pairs[index] for index in indices]
-        width = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+        width = max(pair.longest for pair in pairs)
         batch: dict[str, Tensor] = {}
         for name in ("chosen", "rejected"):
             ids_BT = torch.full((len(pairs), width), self.pad_id)
@@ -235,6 +246,10 @@ class Preferences(SplitData):
     best against the worst then, the first of each where scores are equal; a prompt whose answers all have one score gives none,
     which is said. The reference's log-probabilities are ``reference_logps`` there, one for each answer.
 
+    For reward models, rows may have a ``ranking`` instead: a list of two or more such answers, the best one first. All rows
+    have one then, of equally many answers. Batches are `RankedBatch`; ``packed``, ``format_patterns`` and ``solve_rates`` are
+    for pairs alone.
+
     Args:
         path: The file.
         val_path: Another file of the same kind for validation. ``null``: ``val_fraction`` of ``path``.
@@ -300,50 +315,63 @@ class Preferences(SplitData):
 
     @cached_property
     @override
-    def splits(self) -> tuple[list[Pair], list[Pair]]:
-        """The pairs for training and for validation."""
-        whole = self.read(self.path)
+    def splits(self) -> tuple[list[Any], list[Any]]:
+        """The pairs, or rankings, for training and for validation."""
+        whole: list[Any] = self.read(self.path)
         if self.val_path is not None:
             train, val = whole, self.read(self.val_path)
         else:
             train, val = divide(whole, self.val_fraction, lambda pair: pair.key)
-        rank_zero_info(f"{len(train):,} pairs of {self.path} for training, {len(val):,} for validation.")
+        rank_zero_info(f"{len(train):,} rows of {self.path} for training, {len(val):,} for validation.")
         return train, val
 
-    def read(self, path: Path) -> list[Pair]:
-        """Read a file of pairs.
+    def read(self, path: Path) -> list[Pair] | list[Ranking]:
+        """Read a file of pairs, or of rankings.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: It holds no pair that can be used; a malformed row; one that is too long, where that is an error; only
-                some rows have log-probabilities of a reference.
+            ValueError: It holds nothing that can be used; a malformed row; one that is too long, where that is an error; only
+                some rows have log-probabilities of a reference; rankings beside pairs, of different numbers of answers, or with
+                options that are for pairs.
         """
         policy, best_of_n = LengthPolicy(self.too_long, self.seq_len), BestOfN(self.solve_rates, self.solved_score)
 
-        def parse(row: dict[str, Any]) -> Pair | None:
+        def parse(row: dict[str, Any]) -> Pair | Ranking | None:
+            if "ranking" in row:
+                return self._parse_ranking(row)
             paired = best_of_n.pair(row)
             return None if paired is None else self._parse(paired)
 
-        pairs = []
+        samples: list[Any] = []
         for whole in read_json_lines(path, parse, MalformedRows(self.on_error)):
             if whole is None:
                 continue
-            pair = whole.cut(self.seq_len)
-            remains = bool(pair.chosen_learned.any()) and pair.chosen != pair.rejected
-            if policy.keeps(max(len(whole.chosen), len(whole.rejected)), remains):
-                pairs.append(pair)
-        policy.report(path, "pairs")
+            sample = whole.cut(self.seq_len)
+            if policy.keeps(whole.longest, sample.differs):
+                samples.append(sample)
+        policy.report(path, "rows")
         best_of_n.report(path)
-        if not pairs:
+        if not samples:
             raise ValueError(f"{path} holds no pair that can be used.")
+        if any(isinstance(sample, Ranking) for sample in samples):
+            kinds = sorted({f"rankings of {len(each.answers)}" if isinstance(each, Ranking) else "pairs" for each in samples})
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"The rows of {path} are {' and '.join(kinds[:2])}: rank equally many answers in each, 2 for a pair."
+                )
+            return samples
+        return self._with_whole_references(samples, path, bool(policy.cut))
+
+    def _with_whole_references(self, pairs: list[Pair], path: Path, cut: bool) -> list[Pair]:
+        """The pairs with log-probabilities of a reference only if these are of what counts."""
         given = sum(pair.reference_logps is not None for pair in pairs)
         if 0 < given < len(pairs):
             raise ValueError(
                 f"{given} of {len(pairs)} pairs of {path} have reference_chosen_logps and reference_rejected_logps: give them "
                 f"for all, or for none."
             )
-        if given and (policy.cut or self.format_tokens is not None):
-            where = "answers lose their ends (too_long: truncate)" if policy.cut else "format_patterns decides what counts"
+        if given and (cut or self.format_tokens is not None):
+            where = "answers lose their ends (too_long: truncate)" if cut else "format_patterns decides what counts"
             rank_zero_warn(
                 f"The reference_chosen_logps and reference_rejected_logps of {path} are those of whole answers, and are left out "
                 f"where {where}: the model needs another reference than precomputed."
@@ -353,14 +381,7 @@ class Preferences(SplitData):
 
     def _parse(self, row: Mapping[str, Any]) -> Pair:
         parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
-        if all(isinstance(part, str) for part in parts):
-            prompt = encode_prompt(encodable(str(parts[0])), self.tokenizer).ids
-            answers = [self._text(encodable(str(part))) for part in parts[1:]]
-        elif all(isinstance(part, list) for part in parts):
-            prompt, _ = self.template.encode_prompt(parts[0], row.get("tools"))
-            answers = [self._message(parts[0], answer, row.get("tools"), prompt) for answer in parts[1:]]
-        else:
-            raise MalformedRow("prompt, chosen and rejected are neither three strings nor three lists of messages")
+        prompt, answers = self._encode(parts[0], parts[1:], row.get("tools"))
         chosen, rejected = ([*prompt, *ids] for ids, _ in answers)
         if chosen == rejected:
             raise MalformedRow("chosen and rejected are the same")
@@ -372,6 +393,30 @@ class Preferences(SplitData):
             raise MalformedRow(f"its log-probabilities of a reference are {logps[0]} and {logps[1]}, and should be two numbers")
         reference = None if logps[0] is None else (float(logps[0]), float(logps[1]))  # type: ignore[arg-type]
         return Pair(json.dumps(parts[0]), chosen, rejected, first, second, reference)
+
+    def _parse_ranking(self, row: Mapping[str, Any]) -> Ranking:
+        options = {"packed": self.packed, "format_patterns": self.format_tokens, "solve_rates": self.solve_rates}
+        if given := [name for name, value in options.items() if value]:
+            raise MalformedRow(f"it has a ranking, for which {' and '.join(given)} must be left out")
+        if twice := sorted({"chosen", "rejected", "answers"} & row.keys()):
+            raise MalformedRow(f"it has a ranking, and {' and '.join(twice)} as well")
+        if not isinstance(row["ranking"], list) or len(row["ranking"]) < 2:
+            raise MalformedRow("its ranking is no list of 2 answers or more")
+        prompt, answers = self._encode(row.get("prompt"), row["ranking"], row.get("tools"))
+        ranking = Ranking(json.dumps(row["prompt"]), len(prompt), [[*prompt, *ids] for ids, _ in answers])
+        if not ranking.differs:
+            raise MalformedRow("two answers of its ranking are the same")
+        return ranking
+
+    def _encode(self, prompt: Any, answers: Sequence[Any], tools: Any) -> tuple[list[int], list[tuple[list[int], np.ndarray]]]:
+        """The ids of a prompt; those of each answer with what ends it, and which of these count."""
+        if all(isinstance(part, str) for part in (prompt, *answers)):
+            ids = encode_prompt(encodable(prompt), self.tokenizer).ids
+            return ids, [self._text(encodable(answer)) for answer in answers]
+        if all(isinstance(part, list) for part in (prompt, *answers)):
+            ids, _ = self.template.encode_prompt(prompt, tools)
+            return ids, [self._message(prompt, answer, tools, ids) for answer in answers]
+        raise MalformedRow("prompt and answers (chosen and rejected) are neither all strings nor all lists of messages")
 
     def _text(self, answer: str) -> tuple[list[int], np.ndarray]:
         """The ids of an answer with its eos, and which of them count."""
@@ -394,6 +439,8 @@ class Preferences(SplitData):
         return ids, self.format_tokens.marks(*self.template.encode_answer([*prompt, *answer], tools))
 
     @override
-    def batches(self, samples: list[Pair], training: bool = False) -> Pairs | PackedPairs:
+    def batches(self, samples: list[Any], training: bool = False) -> Pairs | PackedPairs | Rankings:
         pad_id = self.tokenizer.pad_id
+        if isinstance(samples[0], Ranking):
+            return Rankings(samples, pad_id)
         return PackedPairs(samples, pad_id, self.seq_len) if self.packed else Pairs(samples, pad_id)

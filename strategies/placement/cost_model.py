@@ -72,7 +72,6 @@ class RoleCost:
         layers: L, blocks that are gathered one by one.
         root: Parameters outside of all blocks.
         hidden: Width.
-        kv_width: Width of the keys of all heads of a token; 0: ``hidden``.
         vocabulary: Rows of the output head; 0: a scalar head.
         parameter_bytes: Bytes of a parameter; bf16 with masters 2, float32 4.
         gradient_bytes: Bytes of a gradient; 2 or 4.
@@ -94,7 +93,6 @@ class RoleCost:
     layers: int = 1
     root: float = 0.0
     hidden: int = 0
-    kv_width: int = 0
     vocabulary: int = 0
     parameter_bytes: float = 4.0
     gradient_bytes: float = 4.0
@@ -159,7 +157,6 @@ class Prediction:
     Attributes:
         plan: The plan.
         seconds: Of a rollout with its training.
-        samples_per_second: Samples that are generated and trained.
         memory: Bytes of the device that needs most.
         fits: Whether it has as many.
         idle: Share of all ranks' time in which they wait.
@@ -168,7 +165,6 @@ class Prediction:
 
     plan: PlacementPlan
     seconds: float
-    samples_per_second: float
     memory: float
     fits: bool
     idle: float
@@ -311,7 +307,7 @@ class _Costs:
                 kept += cost.weight_bytes
             if name == "actor" and rank in self.generators:
                 rows = math.ceil(job.samples / plan.chunks / job.unit / len(self.generators)) * job.unit
-                generate = 2 * cost.layers * (cost.kv_width or cost.hidden) * rows * tokens * width + logits
+                generate = 2 * cost.layers * cost.hidden * rows * tokens * width + logits
                 if divided and not plan.separates:
                     kept += cost.weight_bytes if plan.gather == "resident" else 0.0
                     generate += {"once": cost.weight_bytes, "per_token": block, "resident": 0.0}[plan.gather]
@@ -353,4 +349,4 @@ def predict(
     memory = max(costs.memory(rank) for rank in range(costs.world))
     fits = cluster.memory is None or memory <= cap * cluster.memory
     idle = max(0.0, 1 - busy / (seconds * costs.world)) if seconds else 0.0
-    return Prediction(plan, seconds, job.samples / seconds if seconds else math.inf, memory, fits, idle, terms)
+    return Prediction(plan, seconds, memory, fits, idle, terms)

@@ -1,7 +1,7 @@
 """Plans: which ranks hold which role, and by which back end."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -201,7 +201,7 @@ class PlacementPlan:
         """A plan from plain data, as a file has it.
 
         Args:
-            data: As of `as_dict`.
+            data: Names and values of the attributes, roles as dictionaries too.
             source: Named in messages.
 
         Raises:
@@ -217,10 +217,6 @@ class PlacementPlan:
                 f"{source}: each role has ranks, backend, partition and group_size, and nothing else ({error})."
             ) from error
         return cls(**{**data, "roles": roles})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        return asdict(self)
 
 
 def place_slots(fractions: Mapping[str, float | Fraction], world: int) -> dict[str, list[int]]:

@@ -1,10 +1,7 @@
-"""Sizes and times of a module's models, measured on this machine, for the planner; kept as JSON."""
+"""Sizes and times of a module's models, measured on this machine, for the planner."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,24 +15,14 @@ from zoo.lm.backbone import Backbone
 from zoo.lm.generation import Generation, continue_prompts
 from zoo.role_placement import Role
 
-__all__ = ["measure_roles", "read_roles", "workload_of", "write_roles"]
-
-
-class RolloutOptions(Protocol):
-    """Numbers of a rollout, such as `zoo.rlhf.Rollout`."""
-
-    samples_per_prompt: int
-    max_new_tokens: int
-    minibatches: int
-    epochs: int
-    unit: int
+__all__ = ["measure_roles", "workload_of"]
 
 
 @runtime_checkable
 class HasRollout(Protocol):
-    """A module that answers batches of prompts."""
+    """A module that answers batches of prompts, with numbers of a rollout such as `zoo.rlhf.Rollout`."""
 
-    rollout: RolloutOptions
+    rollout: Any
 
 
 def workload_of(module: Any, datamodule: Any) -> Workload:
@@ -67,7 +54,8 @@ def measure_roles(
         roles: Models of a module such as `zoo.rlhf.RLHF`.
         job: The rollout: prompts and answers have its lengths, passes its unit.
         device: Where.
-        ranks: Number of ranks for which plans are made; generation is timed for the samples of one rank and of half of them.
+        ranks: Number of ranks for which plans are made; generation is timed for the samples of one rank, of half of them, and of
+            twice as many.
         repetitions: Runs of each pass, of which the mean counts, since a step is the sum of many.
     """
     found = {}
@@ -96,7 +84,8 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
     ids = torch.arange(job.unit * tokens, device=device).remainder(vocabulary).view(job.unit, tokens)
     mask = torch.ones_like(ids)
 
-    sizes = _sizes(job, ranks) if name == "actor" else []
+    each = max(1, job.samples // max(1, ranks))
+    sizes = sorted({each, max(1, each // 2), min(job.samples, 2 * each)}) if name == "actor" else []
     passes: dict[tuple[str, int], Callable[[], Any]] = {}
     for size in sizes:
         passes["prefill", size], passes["whole", size] = _generate(backbones[0], size, job, device)
@@ -110,7 +99,7 @@ def _measure(name: str, role: Role, job: Workload, device: torch.device, ranks: 
             sums.add()
 
         def update() -> None:
-            sums.give(_nothing)
+            sums.give(lambda total: None)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -140,12 +129,6 @@ def _passes(name: str, network: nn.Module, ids: Tensor, mask: Tensor, new_tokens
         return torch.stack([ids[:, 0].float(), *(part.score(ids, mask, texts, texts, rows) for part in scorers)])
     found = network(ids, mask, new_tokens)
     return found[0] if isinstance(found, tuple) else found
-
-
-def _sizes(job: Workload, ranks: int) -> list[int]:
-    """Samples for which generation is timed: of one rank, of half of them, and of twice as many."""
-    each = max(1, job.samples // max(1, ranks))
-    return sorted({each, max(1, each // 2), min(job.samples, 2 * each)})
 
 
 def _times(
@@ -186,30 +169,3 @@ def _generate(backbone: Backbone, size: int, job: Workload, device: torch.device
         return lambda: continue_prompts(backbone.decodes(), ids, torch.ones_like(ids), options, random=SampleRandom(0, index))
 
     return run(1), run(job.new_tokens)
-
-
-def _nothing(total: Tensor) -> None:
-    pass
-
-
-def write_roles(roles: Mapping[str, RoleCost], path: str | Path) -> None:
-    """Write sizes and times as JSON, which ``zoo plan rlhf -c`` reads."""
-    Path(path).write_text(json.dumps({"roles": {name: asdict(role) for name, role in roles.items()}}, indent=1))
-
-
-def read_roles(path: str | Path) -> dict[str, RoleCost]:
-    """Read what `write_roles` wrote.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    try:
-        found = json.loads(Path(path).read_text())["roles"]
-        for entries in found.values():
-            for name in ("prefill", "decode", "score", "train"):
-                entries[name] = {int(size): seconds for size, seconds in entries[name].items()}
-        return {name: RoleCost(**entries) for name, entries in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no sizes and times of roles ({str(error)[:120]}): write_roles makes such a file."
-        ) from error

@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from strategies.placement.exchange import owners_of_rows, receive, send, share, waiting
 from strategies.placement.plan import PlacementPlan
-from strategies.placement.state import divided_like, whole
 from strategies.placement.sync import copy_weights, trained_weights
 from strategies.placement.timeline import Timeline
+from strategies.whole_state import divided_like, whole
 from zoo.role_placement import Fields, FieldSpec, Pending, Placement, Role
 
 if TYPE_CHECKING:
@@ -220,12 +220,7 @@ class RankPlacement(Placement):
         own = {name: torch.cat([part[name] for part in parts])[: len(mine)] for name in spec if parts}
         what = f"{role}, {'tokens' if whole else 'scores'}"
         arrived = share(own, spec, owned, self._group(self.inferring), self.device, what)
-
-        def timed() -> Fields:
-            with self.timeline("wait", "exchange"):
-                return arrived()
-
-        return Pending(own, mine, timed)
+        return Pending(own, mine, lambda: self._timed("exchange", arrived))
 
     def _gathers(self, role: str) -> bool:
         """Whether a pass of a role without gradients gathers divided weights."""
@@ -245,11 +240,11 @@ class RankPlacement(Placement):
         if self.trains:
             source = self.inferring[self.training.index(self.me) % len(self.inferring)]
             expected = [receive(spec, rows, source, self.device, "a chunk of the rollout") for _ in chunks]
-            return (self._timed(arrived) for arrived in expected)
+            return (self._timed("chunk", arrived) for arrived in expected)
         return self._give(chunks, collect, spec, rows)
 
-    def _timed(self, arrived: Callable[[], Fields]) -> Fields:
-        with self.timeline("wait", "chunk"):
+    def _timed(self, what: str, arrived: Callable[[], Fields]) -> Fields:
+        with self.timeline("wait", what):
             return arrived()
 
     def _give(self, chunks: Sequence[int], collect: Callable[[int], Fields], spec: FieldSpec, rows: int) -> Iterator[Fields]:
@@ -341,7 +336,7 @@ class RankPlacement(Placement):
 
     @override
     def part(self, value: Tensor, like: Tensor) -> Tensor:
-        return divided_like(value, like) if isinstance(like, DTensor) else value.to(like)
+        return divided_like(value.to(like.dtype), like) if isinstance(like, DTensor) else super().part(value, like)
 
 
 def _nothing() -> None:

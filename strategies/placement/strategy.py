@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -29,9 +30,9 @@ from strategies.placement.plan import BackEnd, Gather, PlacementPlan
 from strategies.placement.planner import explain, name_of, rank_plans
 from strategies.placement.profile import measure_roles, workload_of
 from strategies.placement.roles import RankPlacement
-from strategies.placement.state import divided_like, divided_state, from_rank, whole
 from strategies.placement.timeline import chrome_trace
 from strategies.refusals import refuse_ddp_hooks, refuse_scaled_losses
+from strategies.whole_state import divided_like, divided_state, whole
 from zoo.role_placement import HasRoles, Role
 from zoo.strategy_contract import StrategyContract
 
@@ -54,7 +55,7 @@ def read_plan(path: str | Path) -> PlacementPlan:
 
 def write_plan(plan: PlacementPlan, path: str | Path) -> None:
     """Write a plan as YAML."""
-    Path(path).write_text(yaml.safe_dump(plan.as_dict(), sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(asdict(plan), sort_keys=False))
 
 
 class PlacementStrategy(StrategyContract, DDPStrategy):
@@ -107,10 +108,6 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
 
     def places_roles(self) -> bool:
         """Whether models are placed in this run."""
-        return self._places
-
-    @property
-    def _places(self) -> bool:
         module = self.lightning_module
         return module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
 
@@ -118,7 +115,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """In training every rank reads all samples."""
-        return {"num_replicas": 1, "rank": 0} if self._places else super().distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0} if self.places_roles() else super().distributed_sampler_kwargs
 
     @property
     @override
@@ -138,7 +135,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
                 f"{type(self).__name__} places the models of a module with roles, such as RLHF, which {type(module).__name__} has"
                 " not: take ddp."
             )
-        if self._places and self._given is not None:
+        if self.places_roles() and self._given is not None:
             plan = self.plan(self.world_size)
             plan.validate(self.world_size, [])
             for role in plan.roles.values():
@@ -155,7 +152,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         assert isinstance(module, HasRoles) and module is not None
         refuse_scaled_losses(self)
         self._placement = None
-        if not self._places:
+        if not self.places_roles():
             super().model_to_device()
             return
         roles = module.roles()
@@ -233,7 +230,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
         """Make the optimizers, and let PaRO divide the states of its roles."""
         super().setup_optimizers(trainer)
         if self._placement is not None:
-            for name, optimizer in zip(self._roles_of_optimizers(), self.optimizers, strict=True):
+            for name, optimizer in zip(self._of_roles().values(), self.optimizers, strict=True):
                 if self._placement.plan.roles[name].backend == "paro":
                     self._divide_states(name, optimizer)
 
@@ -275,7 +272,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
 
     @override
     def forwards_are_collective(self) -> bool:
-        return self._places
+        return self.places_roles()
 
     @override
     def on_train_end(self) -> None:
@@ -293,7 +290,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     # Checkpoints
 
     def _of_roles(self) -> dict[str, str]:
-        """Roles that are trained, by the prefix of their weights."""
+        """Roles that are trained, by the prefix of their weights, in the order of their optimizers."""
         assert self._placement is not None
         return {role.prefix: name for name, role in self._placement.roles.items() if role.trained}
 
@@ -311,7 +308,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             if placement.holds(role):
                 part = {name: whole(value) for name, value in state.items() if name.startswith(prefix)}
             ranks = placement.plan.members(role, placement.world)
-            found |= part if 0 in ranks else from_rank(part, ranks[0])
+            found |= part if 0 in ranks else _from_rank(part, ranks[0])
         return found
 
     @override
@@ -331,24 +328,20 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             }
             self.lightning_module.load_state_dict(state, strict=strict)
 
-    def _roles_of_optimizers(self) -> list[str]:
-        assert self._placement is not None
-        return [name for name in ("actor", "critic") if name in self._placement.roles]
-
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole state of an optimizer on rank 0; a collective call."""
         if self._placement is None:
             return super().optimizer_state(optimizer)
         place = next(number for number, each in enumerate(self.optimizers) if each is getattr(optimizer, "optimizer", optimizer))
-        role = self._roles_of_optimizers()[place]
+        role = list(self._of_roles().values())[place]
         ranks = self._placement.plan.members(role, self._placement.world)
         if role in self._placement.paro:
             state = optimizer_state(self._placement.paro[role].engine)
         else:
             state = super().optimizer_state(optimizer)
             state = whole(state) if self._placement.holds(role) else state
-        return state if 0 in ranks else from_rank(state, ranks[0])
+        return state if 0 in ranks else _from_rank(state, ranks[0])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -357,7 +350,7 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
             super().load_optimizer_state_dict(checkpoint)
             return
         for role, optimizer, state in zip(
-            self._roles_of_optimizers(), self.optimizers, checkpoint["optimizer_states"], strict=True
+            self._of_roles().values(), self.optimizers, checkpoint["optimizer_states"], strict=True
         ):
             if role in self._placement.paro:
                 load_optimizer_state(self._placement.paro[role].engine, state)
@@ -367,6 +360,13 @@ class PlacementStrategy(StrategyContract, DDPStrategy):
     def gradient_norm(self) -> None:
         """Each role clips by itself."""
         return
+
+
+def _from_rank(state: Any, rank: int) -> Any:
+    """A whole state that one rank has, on all ranks; a collective call."""
+    held = [state]
+    dist.broadcast_object_list(held, rank)
+    return held[0]
 
 
 class _RolloutTimes(Callback):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +67,6 @@ class Timeline:
         if self._now is not None:
             self.spans.append(Span(*self._now, self._begin, now))
         self._now, self._begin = work, now
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by role and stage, as ``role/stage``."""
-        found: dict[str, float] = defaultdict(float)
-        for span in self.spans:
-            found[f"{span.role}/{span.stage}"] += span.end - span.begin
-        return dict(found)
 
 
 def idle_share(spans: Iterable[Span]) -> float:

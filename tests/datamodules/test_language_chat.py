@@ -483,8 +483,8 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for bad, message in [
         ({**good, "rejected": "b"}, "chosen and rejected are the same"),
-        ({"prompt": "a", "chosen": "b"}, "neither three strings nor three lists"),
-        ({**good, "chosen": [ANSWER]}, "neither three strings nor three lists"),
+        ({"prompt": "a", "chosen": "b"}, "neither all strings nor all lists"),
+        ({**good, "chosen": [ANSWER]}, "neither all strings nor all lists"),
         ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER]}, "an answer is not one message"),
         ({**good, "reference_chosen_logps": -1}, "reference are -1 and None, and should be two numbers"),
         ({**good, "reference_chosen_logps": -(10**400), "reference_rejected_logps": -1}, "-1000.*, and should be two numbers"),
@@ -492,7 +492,7 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(ValueError, match=rf"1 of 2 rows of .* \(line 2: .*{message}"):
             preferences(tmp_path / "p.jsonl", [good, bad]).setup("fit")
     long = {**good, "chosen": "b" * 30}
-    with pytest.raises(ValueError, match=r"1 of 2 pairs .* more than seq_len=20 ids, the longest 32"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows .* more than seq_len=20 ids, the longest 32"):
         preferences(tmp_path / "p.jsonl", [good, long], seq_len=20).setup("fit")
     with pytest.warns(UserWarning, match="1 lose their end"):
         data = preferences(tmp_path / "p.jsonl", [good, long], seq_len=20, too_long="truncate")
@@ -546,7 +546,7 @@ def test_prompts_that_are_too_easy_or_too_hard_are_left_out_and_counted(tmp_path
         ({"answers": ["a", "b"], "scores": [1, 0], "reference_logps": [-1]}, "no list with one number for each answer"),
         ({"answers": ["a", "b"], "scores": [1, 0], "reference_logps": [-1, "x"]}, "should be two numbers"),
         ({"answers": ["a", "a"], "scores": [1, 0]}, "chosen and rejected are the same"),
-        ({"answers": ["a", 5], "scores": [1, 0]}, "neither three strings nor three lists"),
+        ({"answers": ["a", 5], "scores": [1, 0]}, "neither all strings nor all lists"),
         ({"chosen": "a", "rejected": "b"}, "no answers and scores, of which solve_rates asks"),
     ],
 )
@@ -572,11 +572,11 @@ def test_pairs_that_are_cut_have_no_log_probabilities_of_whole_answers_and_still
     assert [text(pair.chosen) for pair in pairs] == ["q" + "x" * 19, "qx$"], "the cut pair that became one answer is left out"
     assert all(pair.reference_logps is None for pair in pairs)
     messages = " ".join(str(warning.message) for warning in warned)
-    assert "2 of 3 pairs" in messages and "1 lose their end, 1 are left out" in messages
+    assert "2 of 3 rows" in messages and "1 lose their end, 1 are left out" in messages
     assert "those of whole answers, and are left out where answers lose their ends (too_long: truncate)" in messages
     (kept,) = preferences(tmp_path / "p.jsonl", [short], **options).splits[0]
     assert kept.reference_logps == (-1.0, -2.0)
-    with pytest.warns(UserWarning, match="2 of 3 pairs .* 0 lose their end, 2 are left out"):
+    with pytest.warns(UserWarning, match="2 of 3 rows .* 0 lose their end, 2 are left out"):
         (kept,) = preferences(tmp_path / "p.jsonl", [long, alike, short], **{**options, "too_long": "skip"}).splits[0]
     assert kept.reference_logps == (-1.0, -2.0)
 

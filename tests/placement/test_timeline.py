@@ -19,7 +19,6 @@ def test_a_wait_interrupts_the_work_that_it_is_a_part_of(monkeypatch: pytest.Mon
     assert list(timeline.spans) == [
         Span("reward", "score", 1, 2), Span("wait", "exchange", 2, 5), Span("reward", "score", 5, 6), Span("actor", "train", 8, 9)
     ]  # fmt: skip
-    assert timeline.seconds() == {"reward/score": 2, "wait/exchange": 3, "actor/train": 1}
     assert idle_share(timeline.spans) == pytest.approx(5 / 8)  # waits, and 6 to 8, of 1 to 9
     assert idle_share([]) == 1
 

@@ -8,8 +8,7 @@ from scipy.signal import lfilter
 from torch import Tensor
 
 from zoo.rlhf.ppo import (
-    AdaptiveKL,
-    FixedKL,
+    KLCoefficient,
     entropy,
     generalized_advantages,
     importance_weights,
@@ -115,17 +114,17 @@ def test_entropy_of_uniform_and_certain_distributions() -> None:
 
 def test_adaptive_coefficient_rests_at_the_target_and_moves_within_bounds() -> None:
     for kl, factor in ((6.0, 1.0), (0.0, 1 - 0.2 * 64 / 1000), (1e9, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000)):
-        controller = AdaptiveKL(0.05, target=6.0, horizon=1000)
+        controller = KLCoefficient(0.05, target=6.0, horizon=1000)
         controller.update(kl, 64)
         assert controller.coefficient == pytest.approx(0.05 * factor, rel=1e-12)
-    again = AdaptiveKL(0.5, 6.0, 1000)
+    again = KLCoefficient(0.5, 6.0, 1000)
     again.load_state_dict(controller.state_dict())
     assert again.coefficient == controller.coefficient
     with pytest.raises(ValueError, match="horizon=10 must be above a fifth of the 64 samples"):
-        AdaptiveKL(0.05, 6.0, 10).update(6.0, 64)
+        KLCoefficient(0.05, 6.0, 10).update(6.0, 64)
     with pytest.raises(ValueError, match="must all be above 0"):
-        AdaptiveKL(0.0, 6.0, 10)
-    fixed = FixedKL(0.05)
+        KLCoefficient(0.0, 6.0, 10)
+    fixed = KLCoefficient(0.05)
     fixed.update(1e9, 64)
     fixed.load_state_dict(again.state_dict())
     assert fixed.coefficient == 0.05

@@ -48,6 +48,18 @@ def test_a_reward_model_learns_and_is_used_as_it_was_trained(loss: Any, tmp_path
     torch.testing.assert_close(critic.values(ids, mask), model.backbone.values(ids, mask))
 
 
+def test_a_reward_model_learns_rankings(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    path = tmp_path / "rankings.jsonl"
+    rows = [{"prompt": f"{n}", "ranking": ["good", f"fair {'!' * (n % 4)}", "bad"]} for n in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Preferences(path=path, tokenizer="byte", seq_len=64, batch_size=8, val_fraction=0.25)
+    model = RewardModel(LingBackbone(DENSE, scalar_head=True), optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    trainer = Trainer(max_epochs=6, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(model, data)
+    assert trainer.test(model, data, verbose=False)[0]["test/accuracy"] == 1.0
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scalar_head to true"):
         RewardModel(LingBackbone(DENSE))

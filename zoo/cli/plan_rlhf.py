@@ -1,7 +1,8 @@
 """``zoo plan rlhf``: what each placement of the models of RLHF would cost on a cluster, before anyone rents it."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from strategies.placement.cost_model import Prediction, RoleCost, Workload
 from strategies.placement.planner import explain, name_of, rank_plans
-from strategies.placement.profile import measure_roles, write_roles
+from strategies.placement.profile import measure_roles
 from strategies.placement.strategy import write_plan
 from zoo.base.hyperparameters import build
 from zoo.cli.configs import find_config
@@ -57,7 +58,7 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     ranked = rank_plans(cluster, job, roles, options.max_lag)
     console = Console()
     console.width = max(console.width, 120)  # ten columns, also where nobody looks
-    console.print(_table(ranked[: options.show], cluster.world_size))
+    console.print(_table(ranked[: options.show], job, cluster.world_size))
     if not ranked[0].fits:
         print(f"None fits into 90 % of {options.cluster.memory_gb:g} GB: take more devices, or train adapters.")
     else:
@@ -65,7 +66,8 @@ def plan_rlhf(argv: Sequence[str]) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_plan(ranked[0].plan, options.out / "plan.yaml")
-        write_roles(roles, options.out / "roles.json")
+        measured = {"roles": {name: asdict(role) for name, role in roles.items()}}
+        (options.out / "roles.json").write_text(json.dumps(measured, indent=1))
         _save_plot(ranked, cluster.world_size, options.out / "plans.png")
         print(f"wrote plan.yaml (--trainer.strategy.plan), roles.json (-c) and plans.png to {options.out}")
 
@@ -81,7 +83,7 @@ def _measured(entry: dict[str, Any], job: Workload, ranks: int) -> dict[str, Rol
     return {"reference": replace(roles["actor"], trained=0.0), **roles}
 
 
-def _table(ranked: Sequence[Prediction], world: int) -> Table:
+def _table(ranked: Sequence[Prediction], job: Workload, world: int) -> Table:
     shown = Table(
         "strategy", "back end", "gather", "chunks", "lag", "step", "samples/s", "memory", "idle", "fits",
         title=f"PREDICTED: {world} devices; seconds of a rollout with its training, GB a device", title_justify="left",
@@ -92,7 +94,7 @@ def _table(ranked: Sequence[Prediction], world: int) -> Table:
         gather = plan.gather if backend == "fsdp2" and not plan.separates else "-"
         shown.add_row(
             name_of(plan, world), backend, gather, str(plan.chunks), str(plan.max_lag), f"{each.seconds:.4g}",
-            f"{each.samples_per_second:.4g}", f"{each.memory / 1e9:.2f}", f"{each.idle:.0%}", "yes" if each.fits else "no",
+            f"{job.samples / each.seconds:.4g}", f"{each.memory / 1e9:.2f}", f"{each.idle:.0%}", "yes" if each.fits else "no",
         )  # fmt: skip
     return shown
 

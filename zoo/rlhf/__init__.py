@@ -4,7 +4,7 @@ from zoo.rlhf.algorithm import GRPO, PPO, RLOO, Algorithm, DrGRPO, Importance, K
 from zoo.rlhf.conventions import CONVENTIONS, Convention, ConventionName, Whitening, find_convention
 from zoo.rlhf.experience import Experience, answer_mask
 from zoo.rlhf.module import RLHF
-from zoo.rlhf.ppo import AdaptiveKL, FixedKL, kl_sums
+from zoo.rlhf.ppo import KLCoefficient, kl_sums
 from zoo.rlhf.reward_model import RewardModel
 from zoo.rlhf.rewards import Reward, TrainedReward, Verifier
 from zoo.rlhf.rollout import Rollout, RolloutEngine
@@ -15,14 +15,13 @@ __all__ = [
     "PPO",
     "RLHF",
     "RLOO",
-    "AdaptiveKL",
     "Algorithm",
     "Convention",
     "ConventionName",
     "DrGRPO",
     "Experience",
-    "FixedKL",
     "Importance",
+    "KLCoefficient",
     "KLPenalty",
     "ReinforcePP",
     "Reward",

@@ -31,7 +31,7 @@ class KLPenalty:
         place: Subtracted from each token's reward, or added to the loss.
         clamp: Bound of the estimate's absolute value; None: none.
         target: KL that the coefficient adapts to, in nats; None: it stays.
-        horizon: Samples in which it adapts, see `AdaptiveKL`.
+        horizon: Samples in which it adapts, see `KLCoefficient`.
         measure: KL of a sequence that is compared with the target: sum, or mean, over its tokens of k1.
 
     Raises:
@@ -161,11 +161,9 @@ class Algorithm(Configurable, ABC):
         """Whether `targets` must be given a whole rollout, because advantages are whitened over it."""
         return self.whiten == "rollout"
 
-    def kl_controller(self) -> ppo.FixedKL:
+    def kl_controller(self) -> ppo.KLCoefficient:
         """The coefficient of the KL, fixed or adaptive."""
-        if self.kl.target is None:
-            return ppo.FixedKL(self.kl_coefficient)
-        return ppo.AdaptiveKL(self.kl_coefficient, self.kl.target, self.kl.horizon)
+        return ppo.KLCoefficient(self.kl_coefficient, self.kl.target, self.kl.horizon)
 
     def action_mask(self, experience: Experience) -> Tensor:
         """Tokens of the policy's loss, bool (R, N); their number in a minibatch is the ``count`` of `policy_loss`."""

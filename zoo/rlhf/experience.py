@@ -4,7 +4,7 @@ Shape suffixes: R samples, P prompt ids, N answer tokens.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -32,12 +32,18 @@ def answer_mask(tokens_RN: Tensor, eos_ids: Collection[int]) -> tuple[Tensor, Te
 
 
 class Rows:
-    """Base of dataclasses whose tensors have a row for each sample."""
+    """Base of dataclasses whose tensors and lists have a row for each sample."""
 
-    def select(self, rows: Tensor | slice) -> Self:
-        """Some of the samples, by int64 numbers of rows, a mask or a slice of them."""
+    def select(self, rows: Tensor | slice | list[int]) -> Self:
+        """Some of the samples, by numbers of rows, a mask or a slice of them; where there are lists, by a list of numbers."""
         parts: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        parts |= {name: [x[row] for row in rows] for name, x in vars(self).items() if isinstance(x, list)}  # type: ignore[union-attr]
         return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These samples, and those that follow."""
+        names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
+        return dataclasses.replace(self, **{name: torch.cat([getattr(each, name) for each in (self, *others)]) for name in names})  # type: ignore[type-var]
 
 
 @dataclass

@@ -3,7 +3,6 @@
 Shape suffixes: R samples, N answer tokens, S prompt and answer ids, T ids of a text.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,12 +27,21 @@ class Learner:
 
     def __init__(self, module: Any) -> None:
         self.module, self.place, self.options = module, module.placement, module.rollout
+        optimizers = module.optimizers()
+        self.optimizers: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
         self.sums: dict[str, Tensor] = {}
         self.texts: list[Tensor] = []
 
-    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields]) -> None:
-        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all."""
-        minibatches = self.options.minibatches // len(chunks)
+    def learn(self, chunks: Sequence[Samples], arriving: Iterator[Fields], version: int, older: bool = False) -> None:
+        """Train on the chunks of a rollout as they come, then ``epochs`` - 1 times on all.
+
+        Args:
+            chunks: Prompts of the rollout; none where nothing is trained.
+            arriving: Their fields.
+            version: Number of the weights that generated.
+            older: Whether these are older than those of now; log-probabilities are then computed again first.
+        """
+        minibatches = self.options.minibatches // max(1, len(chunks))
         self.texts = self._texts([row for samples in chunks for row in samples.rows])
         if self.module.algorithm.needs_whole_rollout and len(chunks) > 1:
             raise ValueError(
@@ -43,26 +51,16 @@ class Learner:
         parts: list[tuple[Experience, Targets]] = []
         for samples, fields in zip(chunks, arriving, strict=False):
             if self.place.trains:
-                parts.append(self._targets(self.module.experience_of(samples, fields, self.module.rollouts)))
+                experience = self.module.experience_of(samples, fields, version)
+                if older:
+                    experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
+                parts.append(self._targets(experience))
                 self._pass(*parts[-1], minibatches)
         if not self.place.trains:
             list(arriving)  # generates and sends
             self._idle(self.options.minibatches * self.options.epochs)
             return
         self._epochs(parts)
-
-    def learn_waiting(self, waiting: tuple[Samples, Fields] | None) -> None:
-        """Train on a rollout that older weights generated; its log-probabilities are computed again first."""
-        if waiting is None:
-            self._idle(self.options.minibatches * self.options.epochs)
-            return
-        samples, fields = waiting
-        self.texts = self._texts(samples.rows)
-        experience = self.module.experience_of(samples, fields, self.module.rollouts - 1 - len(self.module.waiting))
-        experience.behaviour_logp, experience.logp = experience.logp, self._logp_now(experience)
-        part = self._targets(experience)
-        self._pass(*part, self.options.minibatches)
-        self._epochs([part])
 
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """Ids of the text of each sample's row, int64, for the loss of PPO-ptx; none without it."""
@@ -110,7 +108,8 @@ class Learner:
         """Later passes over a rollout, in an order of their own; then the KL coefficient follows."""
         rows = sum(len(experience) for experience, _ in parts)
         if self.options.epochs > 1:
-            experience, targets = _joined(parts)
+            (experience, targets), *rest = parts
+            experience, targets = experience.joined([one for one, _ in rest]), targets.joined([one for _, one in rest])
             for epoch in range(1, self.options.epochs):
                 generator = torch.Generator().manual_seed(hash((self.module.random_seed, self.module.rollouts, epoch)) % 2**63)
                 order = torch.randperm(rows, generator=generator).to(experience.tokens.device)
@@ -158,7 +157,7 @@ class Learner:
         for place, (role, loss_of) in enumerate({"actor": actor_loss, "critic": critic_loss}.items()):
             if role not in self.place.roles:
                 continue
-            optimizer = self._optimizers()[place]
+            optimizer = self.optimizers[place]
             optimizer.zero_grad()
             mine = self.place.share(role, units)
             for number in mine:
@@ -174,21 +173,17 @@ class Learner:
     def _idle(self, steps: int) -> None:
         """As many steps as the ranks take that train."""
         for _ in range(steps):
-            for place in range(len(self._optimizers())):
+            for place in range(len(self.optimizers)):
                 self._take(place)
 
     def _take(self, place: int) -> None:
         """A step; only the actor's counts in ``global_step``."""
-        optimizer = self._optimizers()[place]
+        optimizer = self.optimizers[place]
         if place == 0:
             optimizer.step()
             self.module.average_actor()
         else:
             optimizer.optimizer.step()
-
-    def _optimizers(self) -> list[Any]:
-        found = self.module.optimizers()
-        return found if isinstance(found, list) else [found]
 
     def _add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -223,14 +218,3 @@ class Learner:
         if "critic" in self.place.roles and found["value_loss"] == found["value_loss"]:
             values["value_loss"] = found["value_loss"] / steps
         return values
-
-
-def _joined(parts: list[tuple[Experience, Targets]]) -> tuple[Experience, Targets]:
-    """Several chunks as one."""
-    experience = copy.copy(parts[0][0])
-    targets = copy.copy(parts[0][1])
-    for whole, number in ((experience, 0), (targets, 1)):
-        for name, value in vars(whole).items():
-            if isinstance(value, Tensor):
-                setattr(whole, name, torch.cat([getattr(part[number], name) for part in parts]))
-    return experience, targets

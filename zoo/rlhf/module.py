@@ -4,7 +4,8 @@ Shape suffixes: R samples of a rollout, P prompt ids, N answer tokens, S = P + N
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -289,34 +290,35 @@ class RLHF(ZooModule):
 
         tokens = place.compute("rollout_actor", count, unit, generate, {"tokens": spec["tokens"]}, whole=True)
 
-        def ids_and_mask(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        def answered(rows: list[int]) -> tuple[Samples, Tensor, Tensor, Tensor]:
             chosen, token_RN = samples.select(rows), tokens.of(rows)["tokens"]
-            mask_RN = answer_mask(token_RN, self._eos)[0]
-            return torch.cat([chosen.ids, token_RN], 1), torch.cat([chosen.mask, mask_RN.long()], 1), token_RN
+            return chosen, token_RN, *chosen.with_answers(token_RN, self._eos)
 
-        def of_policy(network: nn.Module, name: str) -> Any:
+        def policy(name: str, role: str, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Any:
+            network = place.inference(role)
+
             def passes(rows: list[int]) -> Fields:
-                ids_RS, mask_RS, _ = ids_and_mask(rows)
-                return {name: network(ids_RS, mask_RS, num_tokens)[0].float()}
+                _, _, ids_RS, mask_RS = answered(rows)
+                with context():
+                    return {name: network(ids_RS, mask_RS, num_tokens)[0].float()}
 
             return passes
 
         def judge(rows: list[int]) -> Fields:
-            ids_RS, mask_RS, token_RN = ids_and_mask(rows)
-            return {"score": self.scores(samples.select(rows), ids_RS, mask_RS, token_RN)}
+            chosen, token_RN, ids_RS, mask_RS = answered(rows)
+            return {"score": self.scores(chosen, ids_RS, mask_RS, token_RN)}
 
         def value(rows: list[int]) -> Fields:
-            ids_RS, mask_RS, _ = ids_and_mask(rows)
+            _, _, ids_RS, mask_RS = answered(rows)
             return {"value": place.inference("critic")(ids_RS, mask_RS, num_tokens).float()}
 
         # A rank begins with its own samples, while those of others are on their way.
-        jobs = [("rollout_actor", "logp", of_policy(place.inference("actor"), "logp"))]
-        if "reference_logp" in spec:
-            frozen = "reference" in place.roles
-            role = "reference" if frozen else "rollout_actor"
-            network = place.inference("reference" if frozen else "actor")
-            passes = of_policy(network, "reference_logp")
-            jobs.append((role, "reference_logp", passes if frozen else self._without_adapter(passes)))
+        jobs = [("rollout_actor", "logp", policy("logp", "actor"))]
+        if "reference_logp" in spec and "reference" in place.roles:
+            jobs.append(("reference", "reference_logp", policy("reference_logp", "reference")))
+        elif "reference_logp" in spec:
+            plain = policy("reference_logp", "actor", lambda: self.actor.without_adapter())
+            jobs.append(("rollout_actor", "reference_logp", plain))
         jobs.append(("reward", "score", judge))
         if "value" in spec:
             jobs.append(("rollout_critic", "value", value))
@@ -325,13 +327,6 @@ class RLHF(ZooModule):
         for part in pending:
             found |= part.wait()
         return found
-
-    def _without_adapter(self, passes: Any) -> Any:
-        def plain(rows: list[int]) -> Fields:
-            with self.actor.without_adapter():
-                return passes(rows)
-
-        return plain
 
     @property
     def _eos(self) -> list[int]:
@@ -385,7 +380,7 @@ class RLHF(ZooModule):
         place.begin()
         learner = Learner(self)
         rows = len(samples.ids) // place.chunks
-        chunks = [samples.select(range(chunk * rows, (chunk + 1) * rows)) for chunk in range(place.chunks)]
+        chunks = [samples.select(list(range(chunk * rows, (chunk + 1) * rows))) for chunk in range(place.chunks)]
         arriving = place.stream(
             range(place.chunks),
             lambda chunk: self.collect(chunks[chunk], number),
@@ -393,13 +388,14 @@ class RLHF(ZooModule):
             rows,
         )
         while len(self.waiting) + (place.max_lag > 0) > place.max_lag:
-            learner.learn_waiting(self.waiting.pop(0))
+            version, kept = self.rollouts - len(self.waiting), self.waiting.pop(0)
+            learner.learn([kept[0]] if kept else [], iter([kept[1]] if kept else []), version, older=True)
         if place.max_lag:
             fields = list(arriving)
             whole = {name: torch.cat([part[name] for part in fields]) for name in fields[0]} if fields else None
             self.waiting.append(None if whole is None else (samples, whole))
         else:
-            learner.learn(chunks, arriving)
+            learner.learn(chunks, arriving, self.rollouts)
         self._log(learner.summary())
 
     @torch.no_grad()
@@ -481,9 +477,7 @@ class RLHF(ZooModule):
         samples.index = batch["index"].to(samples.index)
         generation = self._generation()
         token_RN = self.engine.answers(self.actor.decodes(), samples, generation, self.random_seed, -1)
-        mask_RN = answer_mask(token_RN, self._eos)[0]
-        ids_RS, mask_RS = torch.cat([samples.ids, token_RN], 1), torch.cat([samples.mask, mask_RN.long()], 1)
-        score_R = self.scores(samples, ids_RS, mask_RS, token_RN)
+        score_R = self.scores(samples, *samples.with_answers(token_RN, self._eos), token_RN)
         return {"index": batch["index"], "prompt": samples.texts, "text": self.texts(token_RN), "score": score_R.tolist()}
 
     # Checkpoints

@@ -14,12 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
 
 __all__ = [
-    "AdaptiveKL",
-    "FixedKL",
     "ImportanceMode",
+    "KLCoefficient",
     "KLKind",
     "KLMeasure",
     "entropy",
@@ -249,31 +247,14 @@ def value_loss(
     return 0.5 * torch.maximum(plain_RN, clipped_RN), {"clipped": (clipped_RN > plain_RN).sum().to(plain_RN.dtype)}
 
 
-class FixedKL:
-    """KL coefficient that stays as configured."""
-
-    def __init__(self, coefficient: float) -> None:
-        self.coefficient = coefficient
-
-    def update(self, kl: float, samples: int) -> None:
-        """Change the coefficient by the mean KL of a rollout's samples, see `kl_sums`: not at all."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """State as plain data; that of a fixed coefficient is its configuration."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; that of the other kind of coefficient changes nothing."""
-
-
-class AdaptiveKL(FixedKL):
-    """KL coefficient that follows a target: ``beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon)``.
+class KLCoefficient:
+    """Weight of the KL: it stays, or follows a target, ``beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) samples / horizon)``.
 
     Source: Ziegler et al., arXiv 1909.08593, section 2.2.
 
     Args:
-        coefficient: Weight at the start, above 0.
-        target: KL to reach, in nats.
+        coefficient: Weight at the start, above 0 if it adapts.
+        target: KL to reach, in nats; None: the weight stays.
         horizon: Samples after which a KL far from the target has changed the weight by about 20 percent. A rollout must have
             fewer than five horizons, so that the weight stays positive.
 
@@ -281,23 +262,24 @@ class AdaptiveKL(FixedKL):
         ValueError: If a number is not positive; in `update`, if a rollout is too large.
     """
 
-    def __init__(self, coefficient: float, target: float, horizon: float) -> None:
-        if not all(0 < x < math.inf for x in (coefficient, target, horizon)):
-            raise ValueError(f"AdaptiveKL: coefficient={coefficient}, target={target} and horizon={horizon} must all be above 0.")
-        super().__init__(coefficient)
-        self.target = target
-        self.horizon = horizon
+    def __init__(self, coefficient: float, target: float | None = None, horizon: float = 10_000.0) -> None:
+        if target is not None and not all(0 < x < math.inf for x in (coefficient, target, horizon)):
+            raise ValueError(f"kl: coefficient={coefficient}, target={target} and horizon={horizon} must all be above 0.")
+        self.coefficient, self.target, self.horizon = coefficient, target, horizon
 
-    @override
     def update(self, kl: float, samples: int) -> None:
+        """Adapt to the mean KL of a rollout's samples, see `kl_sums`."""
+        if self.target is None:
+            return
         if samples >= 5 * self.horizon:
-            raise ValueError(f"AdaptiveKL: horizon={self.horizon} must be above a fifth of the {samples} samples of a rollout.")
+            raise ValueError(f"kl: horizon={self.horizon} must be above a fifth of the {samples} samples of a rollout.")
         self.coefficient *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * samples / self.horizon
 
-    @override
     def state_dict(self) -> dict[str, Any]:
-        return {"coefficient": self.coefficient}
+        """State as plain data; a weight that stays has none, as it is configured."""
+        return {} if self.target is None else {"coefficient": self.coefficient}
 
-    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coefficient = float(state.get("coefficient", self.coefficient))
+        """Restore the state, unless the weight stays."""
+        if self.target is not None:
+            self.coefficient = float(state.get("coefficient", self.coefficient))

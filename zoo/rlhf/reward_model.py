@@ -25,7 +25,7 @@ __all__ = ["RewardModel"]
 class RewardModel(TunedBackbone, ZooModule):
     """A language model with a scalar head that learns to score preferred answers higher, as `Preferences` gives them.
 
-    Batches may instead hold ranked answers: ``ranked_input_ids`` and ``ranked_attention_mask`` (B, K, T), the best one first.
+    From a file of rankings these are ``ranked_input_ids`` and ``ranked_attention_mask`` (B, K, T), the best answer first.
     Validation gives loss, accuracy of pairs and calibration error, and notes mean and deviation of the preferred answers'
     scores, by which `TrainedReward` normalises. One epoch is usual: several overfit.
     Source: Ouyang et al. (InstructGPT), arXiv 2203.02155; ``per_token``: DeepSpeed-Chat.

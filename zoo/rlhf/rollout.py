@@ -3,7 +3,7 @@
 Shape suffixes: R samples, P prompt ids, N answer tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from zoo.base.hyperparameters import Configurable
 from zoo.base.random import SampleRandom
 from zoo.lm.decoder import Decodes
 from zoo.lm.generation import Generation, continue_prompts
+from zoo.rlhf.experience import Rows, answer_mask
 
 __all__ = ["Rollout", "RolloutEngine", "Samples", "samples_of"]
 
@@ -63,7 +64,7 @@ class Rollout:
 
 
 @dataclass
-class Samples:
+class Samples(Rows):
     """Prompts of a rollout, one row a sample.
 
     Attributes:
@@ -80,16 +81,10 @@ class Samples:
     texts: list[str]
     rows: list[dict[str, Any]]
 
-    def select(self, rows: Sequence[int]) -> "Samples":
-        """Some of the samples."""
-        chosen = torch.tensor(list(rows), device=self.ids.device)
-        return Samples(
-            self.ids[chosen],
-            self.mask[chosen],
-            self.index[chosen],
-            [self.texts[row] for row in rows],
-            [self.rows[row] for row in rows],
-        )
+    def with_answers(self, tokens_RN: Tensor, eos_ids: Collection[int]) -> tuple[Tensor, Tensor]:
+        """Ids (R, P+N) of prompts and answers, and their mask; see `answer_mask`."""
+        mask_RN = answer_mask(tokens_RN, eos_ids)[0]
+        return torch.cat([self.ids, tokens_RN], 1), torch.cat([self.mask, mask_RN.long()], 1)
 
 
 def samples_of(batch: Mapping[str, Any], samples_per_prompt: int) -> Samples:
@@ -116,15 +111,7 @@ class RolloutEngine(Configurable):
 
     This one continues prompts by `zoo.lm`: Ling models by their fast decoder, others by the library's own caches. Draws belong to
     samples, so that no batch, rank or placement changes a token.
-
-    Args:
-        batch_size: Most samples that are continued together; 0: all of this rank.
     """
-
-    def __init__(self, batch_size: int = 0) -> None:
-        if batch_size < 0:
-            raise ValueError(f"RolloutEngine: batch_size={batch_size} must not be negative.")
-        self.batch_size = batch_size
 
     def answers(
         self,
@@ -145,12 +132,7 @@ class RolloutEngine(Configurable):
             rollout: Number of the rollout; with ``samples.index`` it names the draws.
             agree: As of `zoo.lm.generation.generate`.
         """
-        size = self.batch_size or len(samples.ids)
-        parts = []
-        for begin in range(0, len(samples.ids), size):
-            rows = slice(begin, begin + size)
-            random = SampleRandom(seed, samples.index[rows], epoch=rollout)
-            found = continue_prompts(actor, samples.ids[rows], samples.mask[rows], generation, random=random, agree=agree).tokens
-            missing = generation.max_new_tokens - found.shape[1]
-            parts.append(torch.nn.functional.pad(found, (0, missing), value=generation.pad_token_id or 0))
-        return torch.cat(parts)
+        random = SampleRandom(seed, samples.index, epoch=rollout)
+        found = continue_prompts(actor, samples.ids, samples.mask, generation, random=random, agree=agree).tokens
+        missing = generation.max_new_tokens - found.shape[1]
+        return torch.nn.functional.pad(found, (0, missing), value=generation.pad_token_id or 0)

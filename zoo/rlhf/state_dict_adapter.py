@@ -12,13 +12,11 @@ Heads are (1, width), without bias.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.base.checkpoint import CONFIG_FILE, read_plain
+from zoo.base.checkpoint import CONFIG_FILE, check_weights, read_plain
 from zoo.base.weight_files import weight_files
 from zoo.lm.backbone import Backbone
 from zoo.lm.hf_backbone import HFBackbone
@@ -54,8 +52,14 @@ def read_reward_model(source: str) -> tuple[Backbone, dict[str, Tensor]]:
     config = json.loads((folder / CONFIG_FILE).read_text())
     # A causal model, since its base has the names that all formats share.
     backbone = HFBackbone({**config, "architectures": None}, kind="causal", scalar_head=True, pooling="last")
-    state = {name: value for file in weight_files(folder) for name, value in _tensors(file).items()}
-    _load(backbone, scalar_head_state(state, config.get("value_head_prefix")), source)
+    published = {name: value for file in weight_files(folder) for name, value in read_plain(file, mmap=True).items()}
+    state = scalar_head_state(published, config.get("value_head_prefix"))
+    head, base = {"weight": state.pop("scalar.weight")}, backbone.network.base_model
+    assert backbone.scalar is not None and isinstance(base, nn.Module)
+    for module, weights in ((base, state), (backbone.scalar, head)):
+        computed = {name: value for name, value in module.state_dict().items() if name.endswith(_COMPUTED)}
+        check_weights(module, {**computed, **weights}, source)
+        module.load_state_dict(weights, strict=False)  # a tied tensor is stored once
     for name, key in (("score_mean", "mean"), ("score_deviation", "std")):
         if isinstance(config.get(key), int | float):
             moments[name] = torch.tensor(float(config[key]))
@@ -86,27 +90,3 @@ def scalar_head_state(state: Mapping[str, Tensor], head_prefix: str | None = Non
         shape = "no head" if head is None else f"a head of the shape {tuple(head.shape)}"
         raise ValueError(f"These weights have {shape}: a reward model has {', '.join(_HEADS)} with one row and no bias.")
     return found
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return dict(read_plain(file, mmap=True))
-
-
-def _load(backbone: HFBackbone, state: dict[str, Tensor], source: str) -> None:
-    base: Any = backbone.network.base_model
-    assert backbone.scalar is not None
-    own = {**base.state_dict(), "scalar.weight": backbone.scalar.weight}
-    unknown = [name for name in state if name not in own]
-    missing = [name for name in own if name not in state and not name.endswith(_COMPUTED)]
-    wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
-    if unknown or missing or wrong:
-        parts = [f"{len(names)} {word} ({', '.join(names[:2])})" for word, names in
-                 (("unknown", unknown), ("missing", missing), ("of another shape", wrong)) if names]  # fmt: skip
-        raise ValueError(f"The weights of {source} do not fit its {CONFIG_FILE}: {'; '.join(parts)}."[:300])
-    with torch.no_grad():
-        backbone.scalar.weight.copy_(state.pop("scalar.weight"))
-    base.load_state_dict(state, strict=False)

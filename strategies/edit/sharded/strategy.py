@@ -11,15 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from strategies.edit.blocks import Block
 from strategies.edit.strategy import REPLICATE, SHARD, EDiTStrategy
 from strategies.mesh import axis_group, named_mesh
 from strategies.refusals import refuse_manual_optimization
+from strategies.whole_state import divided_like, divided_state, whole
 
 __all__ = ["EDiTShardedStrategy"]
 
@@ -158,13 +158,13 @@ class EDiTShardedStrategy(EDiTStrategy):
 
     @torch.no_grad()
     def _whole_state_dict(self) -> dict[str, Any]:
-        return _whole(super()._whole_state_dict())
+        return whole(super()._whole_state_dict())
 
     @torch.no_grad()
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer in whole tensors."""
-        return _whole(super().optimizer_state(optimizer))
+        return whole(super().optimizer_state(optimizer))
 
     @torch.no_grad()
     @override
@@ -174,9 +174,7 @@ class EDiTShardedStrategy(EDiTStrategy):
         assert module is not None
         if _is_sharded(module):
             own = dict(module.named_parameters(remove_duplicate=False))
-            weights = {
-                name: _part(tensor, own[name]) if name in own else tensor for name, tensor in checkpoint["state_dict"].items()
-            }
+            weights = {name: divided_like(tensor, own.get(name)) for name, tensor in checkpoint["state_dict"].items()}
             checkpoint = {**checkpoint, "state_dict": weights}
         super().load_model_state_dict(checkpoint, strict)
 
@@ -184,15 +182,10 @@ class EDiTShardedStrategy(EDiTStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's shards of whole states."""
-        states = []
-        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            numbers = [number for group in whole["param_groups"] for number in group["params"]]
-            owner = dict(zip(numbers, parameters, strict=True))
-            states.append({**whole, "state": {
-                number: {key: _part(value, owner[number]) for key, value in values.items()}
-                for number, values in whole["state"].items()
-            }})  # fmt: skip
+        states = [
+            divided_state(state, optimizer)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     @override
@@ -207,15 +200,3 @@ class EDiTShardedStrategy(EDiTStrategy):
 
 def _is_sharded(module: nn.Module | None) -> bool:
     return module is not None and any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _whole(state: Any) -> Any:
-    """A state dictionary of whole tensors on the CPU; a collective call of the ranks that share a replica."""
-    return tree_map_only(Tensor, lambda t: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu(), state)
-
-
-def _part(value: Any, parameter: Tensor) -> Any:
-    """This rank's part of a whole tensor, where it has the parameter's shape and the parameter is sharded."""
-    if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
-        return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
