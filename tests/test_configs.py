@@ -58,7 +58,7 @@ NEEDS_WEIGHTS = {
 }
 
 
-#: Those that need a file that the user brings, or large weights.
+#: Those that need a file that the user brings or large weights, or train nothing.
 NEEDS_A_FILE = (
     "kpod/distill_gsm_symbolic",
     "kpod/flan_t5_xl_csqa",
@@ -67,6 +67,13 @@ NEEDS_A_FILE = (
     "kpod/weighter_flan_t5_xl_csqa",
     "kpod/weighter_llama_7b_gsm8k",
     "kpod/weighter_smollm2_gsm_symbolic",
+    "llmrec/amazon_spiao_bert_base",
+    "llmrec/amazon_spiao_opt1b3_lora",
+    "llmrec/journey_minilm",
+    "llmrec/movielens_minilm",
+    "llmrec/movielens_popularity",
+    "llmrec/movielens_tiny",
+    "llmrec/movielens_zero_shot",
     "lm/qwen2_lora",
     "lm/smollm2_dpo",
     "lm/smollm2_full",
@@ -81,7 +88,8 @@ LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "emigm/digits_mar
 #: Those that train longer than the others, on data that a method of FIRST reads as well.
 LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")
 #: One of each method.
-FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "lm/tiny", "rlhf/ppo_vader")
+FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "llmrec/movielens_sasrec",
+         "lm/tiny", "rlhf/ppo_vader")  # fmt: skip
 #: Of the published ones one of each kind of network; the others differ in sizes.
 BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
          "ling/lite_pretrain")  # fmt: skip
