@@ -52,6 +52,9 @@ WIRING = (
     "trained_backbone",
     "reward_model",
     "rewards",
+    "recommender",
+    "sasrec",
+    "item_index",
 )
 WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
 FOUNDATION_OF_SCIENCE = (

@@ -124,8 +124,8 @@ def test_encoding_each_title_once_changes_neither_loss_nor_gradients(tmp_path: P
 
 
 @pytest.mark.parametrize("options", [
-    {"loss": "in_batch", "log_q": True}, {"loss": "full_domain"}, {"similarity": "cosine", "temperature": 0.1, "exclude_history": True},
-    {"num_negatives": 30},
+    {"loss": "in_batch", "log_q": True}, {"loss": "full_domain"}, {"num_negatives": 30},
+    {"similarity": "cosine", "temperature": 0.1, "exclude_history": True},
 ])  # fmt: skip
 def test_losses_fall(options: dict[str, Any], tmp_path: Path) -> None:
     losses: list[float] = []

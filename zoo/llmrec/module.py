@@ -119,7 +119,7 @@ class LLMRec(TunedBackbone, Recommender):
         length_M, order_M = mask_ML.sum(1).sort()
         parts = [
             self.encode(ids_ML[rows, :longest].to(self.device), mask_ML[rows, :longest].to(self.device))
-            for rows, longest in ((rows, max(1, int(length_M[last]))) for rows, last in _stretches(order_M, length_M))
+            for rows, longest in _stretches(order_M, length_M)
         ]
         return torch.cat(parts)[order_M.argsort().to(self.device)]
 
@@ -131,6 +131,6 @@ class LLMRec(TunedBackbone, Recommender):
 
 
 def _stretches(order_M: Tensor, length_M: Tensor) -> list[tuple[Tensor, int]]:
-    """Texts that are encoded together, at least a quarter of all, and the last place of each stretch."""
+    """Texts that are encoded together, about a quarter of all, and the length of the longest of each stretch."""
     size = max(16, -(-len(order_M) // 4))
-    return [(rows, min(len(order_M), start + size) - 1) for start, rows in zip(range(0, len(order_M), size), order_M.split(size))]
+    return [(rows, max(1, int(length.max()))) for rows, length in zip(order_M.split(size), length_M.split(size), strict=True)]

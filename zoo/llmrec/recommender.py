@@ -4,7 +4,7 @@ Shape suffixes: B examples, M items of a call, C candidates, N negatives, I item
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -145,18 +145,18 @@ class Recommender(ZooModule):
         offsets = self.catalogue.domain_offsets.to(domain_B.device)
         return offsets[domain_B], offsets[domain_B + 1] - offsets[domain_B]
 
-    def _without_history(self, candidate_BC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Candidates but the first, -1 in the place of items of the history if they are no negatives."""
-        if not self.exclude_history:
-            return candidate_BC
-        known_BC = (candidate_BC[..., None] == batch["history"][:, None]).any(-1)
-        known_BC[:, 0] = False
-        return candidate_BC.masked_fill(known_BC, -1)
+    def _left_out(self, item_BC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which items are no negatives: cold ones, and, if asked for, those of the history."""
+        left_out_BC = self.catalogue.is_cold.to(item_BC.device)[item_BC.clamp(min=0)]
+        if self.exclude_history:
+            left_out_BC |= (item_BC[..., None] == batch["history"][:, None]).any(-1)
+        return left_out_BC
 
     def _sampled(self, user_BD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         random = SampleRandom(self.random_seed, batch["index"], epoch=self.trainer.current_epoch)
         negative_BN = draw_negatives(random, *self._bounds(batch["domain"]), self.num_negatives)
-        candidate_BC = self._without_history(torch.cat([batch["target"][:, None], negative_BN], 1), batch)
+        negative_BN = negative_BN.masked_fill(self._left_out(negative_BN, batch), -1)
+        candidate_BC = torch.cat([batch["target"][:, None], negative_BN], 1)
         return softmax_loss(self._score(user_BD, self.candidates(candidate_BC.clamp(min=0))), candidate_BC, batch["target"])
 
     def candidates(self, number_BC: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ class Recommender(ZooModule):
         distinct_C, place_B = target_B.unique(return_inverse=True)
         item_CD = self.items(distinct_C)
         if self.gather and self.trainer.world_size > 1:
-            item_CD = self.all_gather(item_CD[place_B], sync_grads=True).flatten(0, 1)
-            distinct_C = self.all_gather(target_B).flatten()
+            item_CD = cast(Tensor, self.all_gather(item_CD[place_B], sync_grads=True)).flatten(0, 1)
+            distinct_C = cast(Tensor, self.all_gather(target_B)).flatten()
             is_first_C = (distinct_C[:, None] == distinct_C).int().argmax(1) == torch.arange(len(distinct_C), device=self.device)
             distinct_C, item_CD = distinct_C[is_first_C], item_CD[is_first_C]
         offsets = self.catalogue.domain_offsets.to(self.device)
@@ -187,8 +187,10 @@ class Recommender(ZooModule):
             of_domain_B = batch["domain"] == domain
             first, size = (int(bound) for bound in self._bounds(torch.tensor(domain)))
             number_C = torch.arange(first, first + size, device=self.device)
-            score_BC = self._score(user_BD[of_domain_B], self.items(number_C))
             target_B = batch["target"][of_domain_B] - first
+            row = {"history": batch["history"][of_domain_B]}
+            left_out_BC = self._left_out(number_C.expand(len(target_B), size), row).scatter(1, target_B[:, None], False)
+            score_BC = self._score(user_BD[of_domain_B], self.items(number_C)).masked_fill(left_out_BC, -torch.inf)
             total = total + F.cross_entropy(score_BC, target_B, reduction="sum")
         return total / len(user_BD)
 

@@ -59,11 +59,11 @@ class SASRec(Recommender):
 
     @override
     def users(self, batch: Mapping[str, Tensor]) -> Tensor:
-        there_BH = batch["history"] >= 0
-        length_B = there_BH.sum(1)
-        from_end_BH = (length_B[:, None] - 1 - torch.arange(there_BH.shape[1], device=length_B.device)).clamp(min=0)
-        x_BHD = self.embedding(batch["history"].clamp(min=0)) + self.position[from_end_BH.clamp(max=len(self.position) - 1)]
-        later_HH = nn.Transformer.generate_square_subsequent_mask(there_BH.shape[1], device=length_B.device)
+        unknown_BH, order_BH = (batch["history"] < 0).sort(dim=1, stable=True)  # titles that the catalogue lacks, and padding
+        history_BH, length_B = batch["history"].gather(1, order_BH), (~unknown_BH).sum(1)
+        from_end_BH = (length_B[:, None] - 1 - torch.arange(history_BH.shape[1], device=length_B.device)).clamp(min=0)
+        x_BHD = self.embedding(history_BH.clamp(min=0)) + self.position[from_end_BH.clamp(max=len(self.position) - 1)]
+        later_HH = nn.Transformer.generate_square_subsequent_mask(history_BH.shape[1], device=length_B.device)
         x_BHD = self.blocks(self.dropout(x_BHD), mask=later_HH, is_causal=True)
         last_BD = x_BHD[torch.arange(len(x_BHD), device=x_BHD.device), (length_B - 1).clamp(min=0)]
         return last_BD * (length_B > 0)[:, None]
