@@ -30,8 +30,8 @@ GENRE_GROUPS = {
 def read_atomic_files(folder: Path, domains: list[str] | None, on_error: OnError) -> RawLog:
     """Read pairs of files; the name of a pair is its domain. Users with the same id are one.
 
-    Interactions have columns ``user_id``, ``item_id``, ``timestamp`` and maybe ``rating``; items have ``item_id`` and a title, the
-    first column with ``title`` or ``name`` in its name. Interactions with items that have no row are left out.
+    Interactions have columns ``user_id``, ``item_id``, ``timestamp`` and maybe ``rating``; items have ``item_id`` and a title,
+    their first column with ``title`` or ``name`` in its name. Interactions with items that have no row are left out.
 
     Args:
         folder: Folder with the pairs, or with folders of them.

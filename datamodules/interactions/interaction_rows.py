@@ -172,7 +172,8 @@ def draw_negatives(log: InteractionLog, number: int, val_UK: np.ndarray, test_UK
     """Draw the published candidates of validation and test: `number` items of the domain of the target's interaction.
 
     Python's generator with seed 42, users in order, first the draw of validation, then that of test; the target and items of the
-    history may be among them. A domain with fewer items gives all but the target, and takes nothing from the generator.
+    history may be among them. A domain with fewer items gives all but the target, and takes nothing from the generator. It takes
+    about a millisecond a draw of 1000: ten minutes for 310,000 users, once.
 
     Args:
         log: The log.
