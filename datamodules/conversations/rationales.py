@@ -36,6 +36,12 @@ def question_text(question: str) -> str:
     return f"Q: {question} A: Let's think step by step"
 
 
+def whole_text(text: Rationale) -> str:
+    """The text of an example; the question's alone where there is no rationale."""
+    question = question_text(text.question)
+    return f"{question} {text.rationale} {CONNECTOR} {text.answer}" if text.rationale else question
+
+
 class Example(NamedTuple):
     """An encoded example: question, rationale, answer, eos; a question alone where there is no rationale.
 
@@ -69,7 +75,7 @@ def encode_rationale(text: Rationale, tokenizer: Tokenizer, splitter: StepSplitt
         ids_N = np.array(question_ids, dtype=np.int32)
         return Example(text, ids_N, np.full_like(ids_N, -1), len(ids_N))
     rationale = f" {text.rationale}"
-    ids, spans_N2 = tokenizer.encode_with_spans(f"{question}{rationale} {CONNECTOR} {text.answer}")
+    ids, spans_N2 = tokenizer.encode_with_spans(whole_text(text))
     start, stop = np.searchsorted(spans_N2[:, 0], [len(question), len(question) + len(rationale)])
     if ids[:start] != question_ids:
         raise ValueError(
@@ -298,11 +304,11 @@ class Rationales(SplitData):
                 raise ValueError(f"{self.source} names no templates, which template_fraction would hold out: set it to 0.")
             rows, templates = divide(rows, self.template_fraction, lambda row: row.template)
             rows, items = divide(rows, self.val_fraction, lambda row: row.question)
-        train = [] if without else _spread(self.encode(rows, self.source), self.num_train)
+        train = [] if without else self.encode(rows, self.source, self.num_train)
         val = [
             example._replace(group=group)
             for group, held_out in (("items", items), ("templates", templates))
-            for example in (_spread(self.encode(held_out, self.val_source or self.source), self.num_val) if held_out else [])
+            for example in (self.encode(held_out, self.val_source or self.source, self.num_val) if held_out else [])
         ]
         rank_zero_info(
             f"{len(train):,} examples of {self.source} for training, with {sum(len(example.ids) for example in train):,} ids and"
@@ -310,23 +316,30 @@ class Rationales(SplitData):
         )
         return train, val
 
-    def encode(self, rows: Sequence[Rationale], source: str) -> list[Example]:
+    def encode(self, rows: Sequence[Rationale], source: str, number: int | None = None) -> list[Example]:
         """Encode rows of a source; those that are too long are left out, if that is no error.
+
+        Args:
+            rows: The rows.
+            source: Name for an error.
+            number: Examples that are taken of the rest, evenly spaced. ``None``: all.
 
         Raises:
             ValueError: One is too long, where that is an error, or all are.
         """
         policy = LengthPolicy("skip", self.max_length, "max_length")
-        encoded = (encode_rationale(row, self.tokenizer, self.splitter) for row in rows)
-        examples = [example for example in encoded if policy.keeps(len(example.ids), remains=False)]
-        if policy.left_out and (self.too_long == "raise" or not examples):
+        lengths = (len(ids) for ids in self.tokenizer.encode_many([whole_text(row) for row in rows]))  # without eos
+        kept = [
+            row for row, length in zip(rows, lengths, strict=True) if policy.keeps(length + bool(row.rationale), remains=False)
+        ]
+        if policy.left_out and (self.too_long == "raise" or not kept):
             raise ValueError(
                 f"{policy.left_out} of {policy.total} examples of {source} have more than max_length={self.max_length} ids, the"
                 f" longest {policy.longest}: raise max_length"
                 + (", or leave such out with too_long: skip." if self.too_long == "raise" else ".")
             )
         policy.report(source, "examples")
-        return examples
+        return [encode_rationale(row, self.tokenizer, self.splitter) for row in _spread(kept, number)]
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -391,8 +404,8 @@ class Rationales(SplitData):
             )
 
 
-def _spread(examples: list[Example], number: int | None) -> list[Example]:
-    """So many of the examples, evenly spaced."""
-    if number is None or number >= len(examples):
-        return examples
-    return [examples[place * len(examples) // number] for place in range(number)]
+def _spread(rows: list[Rationale], number: int | None) -> list[Rationale]:
+    """So many of the rows, evenly spaced."""
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[place * len(rows) // number] for place in range(number)]
