@@ -1,9 +1,9 @@
 """One model for all domains against one for each, by text and by ids: full ranking inside the target's group of genres.
 
-``python -m benchmarks.llmrec`` types ``zoo fit`` and ``zoo test`` on MovieLens-100K, the last 20 ratings of each user: popularity;
-the language model untrained, with histories of all domains and of the target's alone; SASRec and LLM-Rec, one model for all domains
-and one for each, whose steps add up to as many. Then popularity and SASRec on all ratings. An arm of one model a domain is the mean
-of its models, weighted by their users.
+``python -m benchmarks.llmrec`` types ``zoo fit`` and ``zoo test`` on MovieLens-100K, the last 20 ratings of each user:
+popularity; the language model untrained, with histories of all domains and of the target's alone; SASRec and LLM-Rec, one model
+for all domains and one for each, whose steps add up to as many. Then popularity and SASRec on all ratings. An arm of one model a
+domain is the mean of its models, weighted by their users.
 
 Claim: arXiv 2310.14304, that one model of all domains is better than one for each where items are texts.
 """
@@ -11,6 +11,7 @@ Claim: arXiv 2310.14304, that one model of all domains is better than one for ea
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -69,11 +70,9 @@ class Arms:
                 for key, value in self.trained(f"{name} {domain} {seed}", config, seed, len(self.domains), own).items()
                 if "/" not in key
             }
-        return found | {
-            key: sum(found[f"{key}/{domain}"] * users for domain, users in zip(self.domains, self.users, strict=True))
-            / sum(self.users)
-            for key in NAMES
-        }
+        shares = [users / sum(self.users) for users in self.users]
+        means = {key: [found[f"{key}/{domain}"] for domain in self.domains] for key in NAMES}
+        return found | {key: sum(map(operator.mul, values, shares)) for key, values in means.items()}
 
 
 def add(record: Record, arms: Arms, arm: str, seed: int, found: Mapping[str, float]) -> None:
@@ -109,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
               ["minutes", "loss", "untrained", "trained"], digits=3),
         Table("Full ranking inside the target's group of genres, the last 20 ratings of each user", "arm", columns, digits=3),
         Table("The same on all ratings", "arm_of_all", [*NAMES], digits=3),
-    ], plots=[Plot("NDCG@10 by group of genres (1 to 5: Action, Comedy, Dark, Drama, Family)", x="domain", y="ndcg", series="by_domain")])  # fmt: skip
+    ], plots=[
+        Plot("NDCG@10 by group of genres (1 to 5: Action, Comedy, Dark, Drama, Family)", "domain", "ndcg", "by_domain"),
+    ])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         arms = Arms(Path(folder), [], 0.02 if options.smoke else 1.0)
         tiny(record, Path(folder))
