@@ -270,6 +270,7 @@ def test_benchmark_compares_with_the_best_set(tmp_path: Path, monkeypatch: pytes
     problem = torch.tensor([0.25, 1.0], dtype=torch.float64), torch.tensor([0, 0]), 1.0, 0.0
     assert [kpod_schedule.over_best(problem, augment) for augment in (False, True)] == [0.25, 1.0]
     rows = json.loads(kpod_schedule.main(["--smoke"]).read_text())["rows"]
-    assert {row["left_of"]: row["steps_left"] > 0 for row in rows if "left_of" in row} == dict.fromkeys(
-        ["T 10, delta_s 1", "T 10, delta_s 2", "T 4, delta_s 1", "T 4, delta_s 2"], True
-    )
+    left = {row["setting"]: row["steps_left"] for row in rows if "setting" in row}
+    settings = [f"T {stages}, delta_s {delta_s}" for stages in (10, 4) for delta_s in (1, 2)]
+    assert list(left) == [f"{kind}, {setting}" for kind in ("synthetic", "GSM-Symbolic") for setting in settings]
+    assert all(steps > 0 for steps in left.values())
