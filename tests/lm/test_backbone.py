@@ -361,6 +361,16 @@ def test_bad_options_are_refused_in_a_sentence(tmp_path: Path) -> None:
     refused(ValueError, "has no weights for cls", lambda: HFBackbone(str(tmp_path / "bert"), kind="causal"))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_first_blocks_are_those_of_the_whole(family: str) -> None:
+    whole, short, (ids, mask) = tiny(family).eval(), tiny(family, first_n=2).eval(), batch()
+    assert len(short.blocks) == 2
+    kept = short.network.state_dict()
+    assert all(torch.equal(value, whole.network.state_dict()[name]) for name, value in kept.items())
+    assert short(ids, mask).shape == whole(ids, mask).shape
+    refused(ValueError, "first_n=4 must lie in 1 ... 3", lambda: tiny(family, first_n=4))
+
+
 @pytest.mark.slow
 def test_assets_load() -> None:
     torch.set_default_dtype(torch.float32)
