@@ -58,7 +58,7 @@ class RawLog:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What is done with the rows; see the arguments of `Interactions`."""
+    """Steps from a reader's rows to a log; see the arguments of `Interactions`."""
 
     k_core: tuple[int, int] = (5, 5)
     last: int | None = None

@@ -148,22 +148,32 @@ def test_popularity_ranks_by_the_targets_of_training(tmp_path: Path) -> None:
     assert {"test/full-all/NDCG@4", "test/full-domain/MRR@1/books"} <= found.keys()
 
 
-def ranks(folder: Path, processes: int, sampled: int | None) -> dict[str, float]:
+def ranks(folder: Path, processes: int, sampled: int | None, options: dict[str, Any]) -> tuple[dict[str, float], list[Any]]:
+    """Metrics after three steps, and the best scores of three histories."""
     data_module.cache_folder = lambda: folder / "cache"  # type: ignore[attr-defined]
-    options = {**QUIET, "devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
-    module, data = model(exclude_seen=True), data_of(folder, eval_negatives=sampled)
-    trainer = Trainer(**{**options, "max_steps": 3, "enable_checkpointing": False, "default_root_dir": folder})
-    data.batch_size = 8 // processes
+    run = {**QUIET, "devices": processes, "strategy": "ddp" if processes > 1 else "auto", "default_root_dir": folder}
+    module = model(exclude_seen=True, top_k=3, **options)
+    data = data_of(folder, eval_negatives=sampled, predict_histories=folder / "own.jsonl", batch_size=8 // processes)
+    trainer = Trainer(**{**run, "max_steps": 3, "enable_checkpointing": False, "callbacks": [JSONLWriter(f"{processes}.jsonl")]})
     trainer.fit(module, data)
-    return dict(trainer.validate(module, data, verbose=False)[0])
+    found = dict(trainer.validate(module, data, verbose=False)[0])
+    trainer.predict(module, data, return_predictions=False)
+    lines = (folder / "predictions" / f"{processes}.jsonl").read_text().splitlines()
+    return found, [(row["user"], row["scores"]) for row in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize("sampled", [None, 4])
-def test_two_processes_rank_as_one(sampled: int | None, pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sampled", "options"), [(None, {"loss": "in_batch", "gather": True}), (4, {})])
+def test_two_processes_train_rank_and_predict_as_one(
+    sampled: int | None, options: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
     write(tmp_path)
-    one = ranks(tmp_path, 1, sampled)
-    for two in pool.run(ranks, tmp_path, 2, sampled, world_size=2):
-        assert two.keys() == one.keys()
+    lines = [{"user": user, "history": history} for user, history in (("a", ["b1"]), ("b", ["f2", "b3"]), ("c", ["f5"]))]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, own = ranks(tmp_path, 1, sampled, options)
+    assert [user for user, _ in own] == ["a", "b", "c"]
+    for two, also in pool.run(ranks, tmp_path, 2, sampled, options, world_size=2):
+        assert two.keys() == one.keys() and [user for user, _ in also] == [user for user, _ in own]
+        assert all(scores == pytest.approx(best, abs=1e-5) for (_, scores), (_, best) in zip(also, own, strict=True))
         assert all(two[name] == pytest.approx(value, abs=1e-6) for name, value in one.items())
 
 

@@ -89,6 +89,10 @@ class LLMRec(TunedBackbone, Recommender):
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("LLMRec reads titles: give the data the tokenizer of the model (data.tokenizer).")
+        self.use_tokenizer(tokenizer)
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Take the special token of texts from a tokenizer of `datamodules.load_tokenizer`; under a Trainer it is the data's."""
         in_front = tokenizer.cls_id is not None and self.backbone.kind == "encoder"
         self._special = (tokenizer.cls_id if in_front else tokenizer.eos_id, in_front)
         if self.pooling == "auto":
@@ -104,8 +108,13 @@ class LLMRec(TunedBackbone, Recommender):
         load_official(self.backbone, read_plain(path), Path(path).name)
 
     def encode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Vectors (B, D) of titles, (B, L) ids without special tokens."""
-        assert self._special is not None
+        """Vectors (B, D) of titles, (B, L) ids without special tokens.
+
+        Raises:
+            ValueError: If no tokenizer has been seen.
+        """
+        if self._special is None:
+            raise ValueError("LLMRec.encode does not know the special token of texts yet: call use_tokenizer first.")
         return self.backbone.pooled(*add_special(ids_BL, mask_BL, *self._special))
 
     @override

@@ -4,7 +4,7 @@ Shape suffixes: B examples, M items of a call, C candidates, N negatives, I item
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -38,13 +38,13 @@ class Recommender(ZooModule):
         loss: Softmax over the target and items drawn of its domain (the paper's), the other targets of a batch, or all items of
             the domain.
         num_negatives: N of ``sampled_softmax``.
-        exclude_history: Whether items of the history are no negatives.
+        exclude_history: Whether items of the history are no negatives; not of ``in_batch``.
         log_q: Whether ``in_batch`` takes the logarithm of an item's share of targets off its score.
         gather: Whether ``in_batch`` takes the targets of all processes.
         similarity: See `zoo.llmrec.losses.score`.
         temperature: Divides scores.
         ks: Places up to which metrics count.
-        scopes: Candidates of full ranking: items of the target's ``domain``, or ``all``. The first names the log.
+        scopes: Candidates of full ranking: items of the target's ``domain``, or ``all``.
         exclude_seen: Whether items that a user has are no candidates; not where people buy again.
         item_batch_size: Items encoded at a time.
         top_k: Number of items that ``predict`` gives.
@@ -79,6 +79,11 @@ class Recommender(ZooModule):
             raise ValueError(
                 f"{type(self).__name__}: num_negatives={num_negatives} must not be negative, temperature={temperature} positive,"
                 f" item_batch_size={item_batch_size}, top_k={top_k} and all of ks={ks} at least 1."
+            )
+        if loss not in get_args(Loss) or not set(scopes) <= set(get_args(Scope)):
+            raise ValueError(
+                f"{type(self).__name__}: loss={loss!r} must be one of {', '.join(get_args(Loss))}, and scopes={list(scopes)} of"
+                f" {', '.join(get_args(Scope))}."
             )
         if gather and loss != "in_batch":
             raise ValueError(f"{type(self).__name__}: gather=true takes the targets of all processes: set loss to in_batch.")
@@ -146,7 +151,7 @@ class Recommender(ZooModule):
         return offsets[domain_B], offsets[domain_B + 1] - offsets[domain_B]
 
     def _left_out(self, item_BC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Which items are no negatives: cold ones, and, if asked for, those of the history."""
+        """Marks items that are no negatives: cold ones, and, if asked for, those of the history."""
         left_out_BC = self.catalogue.is_cold.to(item_BC.device)[item_BC.clamp(min=0)]
         if self.exclude_history:
             left_out_BC |= (item_BC[..., None] == batch["history"][:, None]).any(-1)
@@ -169,9 +174,12 @@ class Recommender(ZooModule):
         distinct_C, place_B = target_B.unique(return_inverse=True)
         item_CD = self.items(distinct_C)
         if self.gather and self.trainer.world_size > 1:
-            item_CD = cast(Tensor, self.all_gather(item_CD[place_B], sync_grads=True)).flatten(0, 1)
-            distinct_C = cast(Tensor, self.all_gather(target_B)).flatten()
+            distinct_C = everywhere(target_B, -1)
+            missing = len(distinct_C) // self.trainer.world_size - len(target_B)  # in a last batch that is shorter here
+            item_BD = F.pad(item_CD[place_B], (0, 0, 0, missing))
+            item_CD = cast(Tensor, self.all_gather(item_BD, sync_grads=True)).flatten(0, 1)
             is_first_C = (distinct_C[:, None] == distinct_C).int().argmax(1) == torch.arange(len(distinct_C), device=self.device)
+            is_first_C &= distinct_C >= 0
             distinct_C, item_CD = distinct_C[is_first_C], item_CD[is_first_C]
         offsets = self.catalogue.domain_offsets.to(self.device)
         domain_C = torch.searchsorted(offsets, distinct_C, right=True) - 1
@@ -280,7 +288,7 @@ class Recommender(ZooModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """The best items of each user: ``index``, ``user``, and ``items``, ``titles`` and ``scores``, best first."""
         catalogue, table = self.catalogue, self.table
-        count, user_BD, domain_B = len(batch["history"]), everywhere(self._vectors(self.users(batch)), 0), batch["domain"]
+        user_BD, domain_B = everywhere(self._vectors(self.users(batch)), 0), batch["domain"]
         if self.recommend_domain is not None:
             if self.recommend_domain not in catalogue.domains:
                 known = ", ".join(catalogue.domains)
@@ -297,15 +305,16 @@ class Recommender(ZooModule):
                 user_BD[of_B], self.top_k, domain=None if domain < 0 else domain, seen_BS=seen
             )
         first = self.trainer.global_rank * len(domain_B) // self.trainer.world_size
-        rows = [row[row >= 0].tolist() for row in item_BK[first : first + count]]
+        there = (batch["index"] >= 0).nonzero()[:, 0]
+        found = [
+            (row[row >= 0].tolist(), scores) for row, scores in zip(item_BK[first + there], score_BK[first + there], strict=True)
+        ]
         return {
-            "index": batch["index"],
-            "user": batch["user"],
-            "items": [[catalogue.keys[item] for item in row] for row in rows],
-            "titles": [[catalogue.titles[item] for item in row] for row in rows],
-            "scores": [
-                scores[: len(row)].div(self.temperature).tolist() for scores, row in zip(score_BK[first:], rows, strict=False)
-            ],
+            "index": batch["index"][there],
+            "user": [batch["user"][place] for place in there.tolist()],
+            "items": [[catalogue.keys[item] for item in row] for row, _ in found],
+            "titles": [[catalogue.titles[item] for item in row] for row, _ in found],
+            "scores": [(scores[: len(row)] / self.temperature).tolist() for row, scores in found],
         }
 
 
