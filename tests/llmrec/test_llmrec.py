@@ -262,3 +262,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         fit(SASRec(num_items=16, ks=(30,)), data_of(tmp_path, None), tmp_path)
     with pytest.raises(ValueError, match="recommend_domain='toys' is none of the data's: books, films"):
         Trainer(**QUIET).predict(SASRec(num_items=16, recommend_domain="toys"), data_of(tmp_path, None))
+    with pytest.raises(ValueError, match="Popularity learns nothing"):
+        fit(Popularity(ks=(1,)), data_of(tmp_path, None), tmp_path)
+    with pytest.raises(ValueError, match="call use_tokenizer first"):
+        model().encode(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="loss='hinge' must be one of"):
+        SASRec(num_items=3, loss="hinge")  # type: ignore[arg-type]

@@ -86,6 +86,10 @@ class Popularity(Recommender):
         super().__init__(optimizer=optimizer, **kwargs)
 
     @override
+    def configure_optimizers(self) -> Any:
+        raise ValueError("Popularity learns nothing: use zoo validate, test or predict with it.")
+
+    @override
     def users(self, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.ones(len(batch["history"]), 1, device=self.device)
 
