@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             Table("Weights of tokens", "weights_of", ["auc", "mean_weight", "answer_kept", "answer_hard", "answer_masked"],
                   digits=3),
         ],
-        plots=[Plot("Loss of digits and operators, new items", x="tokens_thousands", y="loss", series="arm_training")],
+        plots=[Plot("Loss of digits and operators, new items", x="mean_tokens_thousands", y="loss", series="arm_training")],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -199,12 +199,13 @@ def report(record: Record, found: Mapping[tuple[str, int], dict[str, float]], qu
     for arm in names:
         seeds = {seed: run_of for (name, seed), run_of in found.items() if name == arm}
         record.row(arm=arm, **accuracies(list(seeds.values()), questions))
+        mean_tokens = round(sum(values["tokens"] for values in seeds.values()) / len(seeds) / 1000)
         for seed, values in seeds.items():
             losses = {f"{name}: {kind}": values[f"{group}/loss_{kind}"]
                       for group, name in GROUPS.items() for kind in ("arithmetic", "words")}  # fmt: skip
             record.row(arm_losses=arm, seed=seed, **losses)
             record.row(arm_training=arm, seed=seed, updates=values["updates"], tokens_thousands=values["tokens"] / 1000,
-                       loss=losses["new items: arithmetic"])  # fmt: skip
+                       mean_tokens_thousands=mean_tokens, loss=losses["new items: arithmetic"])  # fmt: skip
 
 
 if __name__ == "__main__":
