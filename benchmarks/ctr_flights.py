@@ -3,8 +3,8 @@
 ``python -m benchmarks.ctr_flights`` trains the model of ``configs/ctr/flights.yaml`` as ``zoo fit`` does, once per seed, and fits
 logistic regression (scikit-learn, 2^17 hashed weights) to the same fields of the same training rows: without crosses, and with
 all pairs of the nine fields of the schedule. Its penalty is chosen on the validation days. The model is also trained without its
-interaction network (CIN) and without its hidden layers (DNN). Shown are the area under the curve and the log loss (nats) of the
-test days.
+interaction network (CIN) and without its hidden layers (DNN), and DCN-v2 and DLRM by their own configurations. Shown are the area
+under the curve and the log loss (nats) of the test days.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from datamodules import Flights
 from zoo.cli.command import ZooCLI
 
 CONFIG = "ctr/flights"
-OURS = {"xDeepFM": [], "without CIN": ["--model.cin", "[]"], "without DNN": ["--model.dnn", "[]"]}
+OURS = {
+    "xDeepFM": ["-c", CONFIG],
+    "without CIN": ["-c", CONFIG, "--model.cin", "[]"],
+    "without DNN": ["-c", CONFIG, "--model.dnn", "[]"],
+    "DCN-v2": ["-c", "ctr/flights_dcn"],
+    "DLRM": ["-c", "ctr/flights_dlrm"],
+}
 CROSSED, PLAIN, CONSTANT = "logistic regression, pairs of fields", "logistic regression", "constant rate"
 SCHEDULE = ("carrier", "origin", "dest", "tailnum", "flight", "month", "weekday", "hour", "arrival_hour")
 
 
 def train(seed: int, folder: Path, options: Sequence[str]) -> dict[str, float]:
-    """Train and test the configuration with a seed."""
+    """Train and test a configuration with a seed."""
     begin = time.perf_counter()
     common = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
-    cli = ZooCLI(["fit", "-c", CONFIG, *common, *options])
+    cli = ZooCLI(["fit", *options, *common])
     seconds = time.perf_counter() - begin
     (test,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return {"auc": test["test/auc"], "log_loss": test["test/log_loss"], "seconds": seconds}
@@ -68,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         seconds = (time.perf_counter() - begin) / len(model.strengths)
         record.row(arm=arm, strength=model.strength, seconds=seconds, **score(model.predict(ids["test"])))
     smoke = ["--trainer.max_steps", "5", "--data.train_rows", "2000", "--trainer.limit_val_batches", "1"] if options.smoke else []
-    for arm, without in OURS.items():
+    for arm, command in OURS.items():
         for seed in seeds:
             with tempfile.TemporaryDirectory() as folder:
-                record.row(arm=arm, seed=seed, **train(seed, Path(folder), [*without, *smoke]))
+                record.row(arm=arm, seed=seed, **train(seed, Path(folder), [*command, *smoke]))
     return record.save()
 
 

@@ -83,7 +83,8 @@ NEEDS_A_FILE = (
 #: Two whose strategies have long tests of their own.
 BALANCED = ("antdt/flights_dd", "antdt/flights_ps")
 #: Those that differ from another in a few numbers: read here, trained by `make test-all`.
-LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "emigm/digits_mar", "emigm/digits_maskgit", "emigm/digits_mdm",
+LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "ctr/flights_dcn", "ctr/flights_dlrm",
+                "emigm/digits_mar", "emigm/digits_maskgit", "emigm/digits_mdm",
                 "kpod/sft_gsm_symbolic", "ling/tiny_long", "rlhf/grpo_vader", "rlhf/sft_vader", "rlhf/vader_h100")  # fmt: skip
 #: Those that train longer than the others, on data that a method of FIRST reads as well.
 LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from datamodules import ZooDataModule
 from datamodules.clicks.click_table import ClickRows
-from zoo.ctr import XDeepFM
+from zoo.ctr import DCN, DLRM, XDeepFM
 
 DIMS = [6, 4, 9]
 
@@ -123,6 +123,32 @@ def test_it_learns_the_interaction_and_logs_what_it_is_worth(tmp_path: Path) -> 
     assert test["test/log_loss"] == pytest.approx(log_loss, abs=1e-5)
     assert test["test/auc"] > 0.8
     assert set(test) == {"test/auc", "test/log_loss"}
+
+
+@pytest.mark.parametrize("kind", [DCN, DLRM])
+def test_the_others_learn_it_too_and_are_rebuilt(kind: type[DCN | DLRM], tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    module = kind(DIMS, 2, embed_dim=4, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, Clicks(train_size=4096))
+    assert fit.test(module, Clicks(), verbose=False)[0]["test/auc"] > 0.75
+    batch = rows(5, 3).batch(list(range(5)))
+    assert torch.equal(kind.from_pretrained(module.save_pretrained(tmp_path / "shared"))(batch), module(batch))
+
+
+def test_log_odds_move_logits_of_evaluation_alone_and_rows_that_fill_up_do_not_count(tmp_path: Path) -> None:
+    network, batch = model(dropout=0.0).eval(), dict(rows(40, 3).batch(list(range(40))))
+    sampled = {**batch, "log_odds": torch.full((40,), -1.5)}
+    torch.testing.assert_close(network.predict_step(sampled, 0)["probability"], (network(batch) - 1.5).sigmoid())
+    assert torch.equal(network(sampled), network(batch))
+    blank = {name: torch.cat([value, value[:1]]) for name, value in sampled.items()} | {"index": torch.tensor([*range(40), -1])}
+    found = []
+    for some in (sampled, blank):
+        network.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        network.test_step(some, 0)
+        found.append((network.test_auc.compute(), network.test_log_loss.compute()))
+        network.test_auc.reset(), network.test_log_loss.reset()
+    assert found[0] == found[1]
 
 
 class SaveAt(Callback):

@@ -1,4 +1,4 @@
-"""The parts of xDeepFM: degrees, limits and identities of the interactions, and dropout that belongs to the sample."""
+"""The parts of xDeepFM, DCN-v2 and DLRM: degrees and limits of interactions, and dropout that belongs to the sample."""
 
 from itertools import product
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.base.random import SampleRandom
-from zoo.ctr import CompressedInteraction, DeepLayers, FieldEmbedding, XDeepFMNetwork
+from zoo.ctr import CompressedInteraction, CrossLayers, DCNNetwork, DeepLayers, DLRMNetwork, FieldEmbedding, XDeepFMNetwork
 
 
 def vectors(batch: int, fields: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -103,6 +103,60 @@ def test_dropout_belongs_to_the_sample_and_keeps_the_mean() -> None:
     assert DeepLayers(4, [2], dropout=0.0).draw(SampleRandom(0, torch.arange(3))) == []
 
 
+def test_cross_layers_are_the_published_product_and_have_their_degree() -> None:
+    torch.manual_seed(0)
+    cross, x0 = CrossLayers(4, 3).double(), vectors(5, 1, 4)[:, 0]
+    x = x0
+    for layer in cross.layers:
+        x = x0 * (x @ layer.weight.T + layer.bias) + x
+    torch.testing.assert_close(cross(x0), x, rtol=1e-12, atol=1e-14)
+    line = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    values = cross(line[:, None] * x0[0])  # a polynomial of degree 4 along any line: its fifth differences vanish
+    assert values.diff(n=5, dim=0).abs().max() < 1e-10 < values.diff(n=4, dim=0).abs().max()
+    assert torch.equal(CrossLayers(4, 0)(x0), x0)
+
+
+NUMBERS = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+IDS = torch.tensor([[2, 1], [0, 3]])
+
+
+def network(kind: str) -> DCNNetwork | DLRMNetwork:
+    torch.manual_seed(0)
+    if kind == "dcn":
+        return DCNNetwork([3, 4], 1, 2, num_cross=1, dnn=[5], dropout=0.5, num_vectors=2, vector_dim=3).double()
+    return DLRMNetwork([3, 4], 1, 2, bottom=[3], top=[5], dropout=0.5, num_vectors=2, vector_dim=3).double()
+
+
+@pytest.mark.parametrize("kind", ["dcn", "dlrm"])
+def test_vectors_beside_ids_and_numbers_take_part_and_the_forward_pass_is_pure(kind: str) -> None:
+    net, given = network(kind), vectors(2, 2, 3).requires_grad_()
+    kept = net.draw(SampleRandom(0, torch.arange(2)))
+    logit = net(IDS, NUMBERS, (), given)
+    logit.square().sum().backward()
+    assert given.grad is not None and given.grad.any() and logit.shape == (2,)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+    scaled = {name: 2 * parameter for name, parameter in net.named_parameters()}
+    found = torch.func.functional_call(net, scaled, (IDS, NUMBERS, kept, given))
+    for name, parameter in net.named_parameters():
+        parameter.data = scaled[name].detach()
+    assert torch.equal(found, net(IDS, NUMBERS, kept, given))
+
+
+def test_dlrm_multiplies_all_pairs_of_vectors() -> None:
+    net, given = network("dlrm"), vectors(2, 2, 3)
+    bottom, embedding = net.bottom(NUMBERS), net.embedding(IDS, NUMBERS)  # type: ignore[operator,misc]
+    them = [bottom, *embedding.unbind(1), *net.projection(given).unbind(1)]  # type: ignore[operator]
+    pairs = [(them[i] * them[j]).sum(1) for i in range(5) for j in range(i)]
+    expected = net.output(net.top(torch.cat([bottom, torch.stack(pairs, 1)], 1)))[:, 0]  # type: ignore[operator]
+    torch.testing.assert_close(net(IDS, NUMBERS, (), given), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dcn_without_cross_layers_is_its_hidden_layers() -> None:
+    net = DCNNetwork([], 0, 0, num_cross=0, dnn=[], dropout=0.0, num_vectors=2, vector_dim=3).double()
+    given = vectors(4, 2, 3)
+    torch.testing.assert_close(net(IDS[:0], NUMBERS[:0], (), given), net.output(given.flatten(1))[:, 0])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -110,6 +164,8 @@ def test_dropout_belongs_to_the_sample_and_keeps_the_mean() -> None:
         (lambda: FieldEmbedding([], 0, 2), "must be a field"),
         (lambda: CompressedInteraction(3, [2, 0]), r"widths=\[2, 0\]"),
         (lambda: DeepLayers(3, [2], dropout=1.0), "dropout=1.0"),
+        (lambda: CrossLayers(0, 1), "num_inputs=0"),
+        (lambda: DLRMNetwork([3], 0, 2, [], [], 0.0), "1 of fields, numbers and vectors are too few"),
         (lambda: XDeepFMNetwork([3], 0, 2, [], [], 0.0), "cin and dnn are both empty"),
     ],
 )

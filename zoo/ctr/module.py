@@ -12,11 +12,13 @@ from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
+from zoo.ctr.dcn import DCNNetwork
+from zoo.ctr.dlrm import DLRMNetwork
 from zoo.ctr.xdeepfm import XDeepFMNetwork
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 
-__all__ = ["ClickModule", "XDeepFM"]
+__all__ = ["DCN", "DLRM", "ClickModule", "XDeepFM"]
 
 
 class ClickModule(ZooModule):
@@ -24,7 +26,8 @@ class ClickModule(ZooModule):
 
     Batches are dictionaries ``{"sparse": int64 (B, F), "dense": float (B, N), "label": float (B,), "index": int64 (B,)}``;
     ``index``, the number of the row in its data set, seeds its random draws, so that results do not depend on the division of
-    rows into batches and among processes (absent: its place in the epoch does).
+    rows into batches and among processes (absent: its place in the epoch does). Where there is ``log_odds``, float (B,), it is
+    added to the logits of evaluation, to undo the sampling of training rows; rows of index -1 do not count there.
 
     The loss is the binary cross-entropy, its mean over the batch. Logged are ``train/loss``, and of validation and test
     ``log_loss`` (the same mean over all rows, in nats) and ``auc`` (area under the receiver operating characteristic).
@@ -47,6 +50,20 @@ class ClickModule(ZooModule):
         self.network = network
         self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
         self.val_log_loss, self.test_log_loss = Mean(), Mean()
+
+    @classmethod
+    def given(cls, field_dims: list[int] | None) -> list[int]:
+        """The fields of categories.
+
+        Raises:
+            ValueError: If they are missing.
+        """
+        if field_dims is None:
+            raise ValueError(
+                f"{cls.__name__}: field_dims is missing: give the number of ids of each field of categories, which"
+                " DataModules such as Flights and Criteo have as field_dims."
+            )
+        return field_dims
 
     @override
     def setup(self, stage: str) -> None:
@@ -107,6 +124,11 @@ class ClickModule(ZooModule):
         logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
         return logit_B
 
+    def calibrated(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B,), float32, of evaluation: ``log_odds`` added."""
+        logit_B = self(batch).float()
+        return logit_B + batch["log_odds"].float() if "log_odds" in batch else logit_B
+
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean binary cross-entropy of a batch."""
@@ -118,7 +140,7 @@ class ClickModule(ZooModule):
     def _random(self, batch: Mapping[str, Tensor]) -> SampleRandom:
         """Random numbers of the rows of a training batch, whichever process has them."""
         if "index" not in batch:
-            return self.train_random(len(batch["sparse"]))
+            return self.train_random(len(batch["label"]))
         epoch = 0 if self._trainer is None else self.trainer.current_epoch
         return SampleRandom(self.random_seed, batch["index"], epoch=epoch)
 
@@ -132,16 +154,20 @@ class ClickModule(ZooModule):
         """AUC and log loss of a test batch."""
         self._evaluate("test", batch, self.test_auc, self.test_log_loss)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: Mean) -> None:
-        logit_B = self(batch).float()
-        auc.update(logit_B.sigmoid(), batch["label"].long())
-        log_loss.update(binary_cross_entropy_with_logits(logit_B, batch["label"].float(), reduction="none"))
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: Mean) -> Tensor:
+        """Add a batch to the metrics; returns its logits."""
+        logit_B = self.calibrated(batch)
+        counts_B = batch["index"] >= 0 if "index" in batch else torch.ones_like(logit_B, dtype=torch.bool)
+        label_B = batch["label"][counts_B]
+        auc.update(logit_B[counts_B].sigmoid(), label_B.long())
+        log_loss.update(binary_cross_entropy_with_logits(logit_B[counts_B], label_B.float(), reduction="none"))
         self.log_dict({f"{stage}/auc": auc, f"{stage}/log_loss": log_loss}, prog_bar=True, batch_size=len(logit_B))
+        return logit_B
 
     @override
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Probability of a click for each row: ``{"index", "probability"}``, and ``"label"`` (0 or 1) if it is known."""
-        found = {"index": batch["index"], "probability": self(batch).float().sigmoid()}
+        found = {"index": batch["index"], "probability": self.calibrated(batch).sigmoid()}
         return {**found, "label": batch["label"].long()} if "label" in batch else found
 
 
@@ -174,10 +200,69 @@ class XDeepFM(ClickModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4),
         **kwargs: Any,
     ) -> None:
-        if field_dims is None:
-            raise ValueError(
-                f"{type(self).__name__}: field_dims is missing: give the number of ids of each field of categories, which"
-                " DataModules such as Flights and Criteo have as field_dims."
-            )
-        network = XDeepFMNetwork(field_dims, num_dense or 0, embed_dim, cin, dnn, dropout)
+        network = XDeepFMNetwork(self.given(field_dims), num_dense or 0, embed_dim, cin, dnn, dropout)
+        super().__init__(network=network, optimizer=optimizer, **kwargs)
+
+
+class DCN(ClickModule):
+    """Predicts clicks from categories and numbers with DCN-v2: cross layers, then hidden layers.
+
+    Args:
+        field_dims: As of `XDeepFM`.
+        num_dense: As of `XDeepFM`.
+        embed_dim: Size of a field's vector.
+        num_cross: Number of cross layers.
+        dnn: Width of each hidden layer.
+        dropout: Dropout after each hidden layer.
+        optimizer: Makes the optimizer.
+        **kwargs: Arguments of `ClickModule`.
+
+    Raises:
+        ValueError: If ``field_dims`` is missing, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        field_dims: list[int] | None = None,
+        num_dense: int | None = None,
+        embed_dim: int = 10,
+        num_cross: int = 3,
+        dnn: Sequence[int] = (400, 400),
+        dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        **kwargs: Any,
+    ) -> None:
+        network = DCNNetwork(self.given(field_dims), num_dense or 0, embed_dim, num_cross, dnn, dropout)
+        super().__init__(network=network, optimizer=optimizer, **kwargs)
+
+
+class DLRM(ClickModule):
+    """Predicts clicks from categories and numbers with DLRM: products of all pairs of vectors, the numbers' among them.
+
+    Args:
+        field_dims: As of `XDeepFM`.
+        num_dense: As of `XDeepFM`.
+        embed_dim: Size of a field's vector.
+        bottom: Width of each hidden layer between the numbers and their vector.
+        top: Width of each hidden layer behind the products.
+        dropout: Dropout after each hidden layer of ``top``; published without.
+        optimizer: Makes the optimizer.
+        **kwargs: Arguments of `ClickModule`.
+
+    Raises:
+        ValueError: If ``field_dims`` is missing, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        field_dims: list[int] | None = None,
+        num_dense: int | None = None,
+        embed_dim: int = 16,
+        bottom: Sequence[int] = (512, 256, 64),
+        top: Sequence[int] = (512, 256),
+        dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1),
+        **kwargs: Any,
+    ) -> None:
+        network = DLRMNetwork(self.given(field_dims), num_dense or 0, embed_dim, bottom, top, dropout)
         super().__init__(network=network, optimizer=optimizer, **kwargs)

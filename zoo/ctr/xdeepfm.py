@@ -52,8 +52,10 @@ class XDeepFMNetwork(ClickNetwork):
         """Kept hidden units, of each layer bool (B, width)."""
         return self.dnn.draw(random)
 
-    def forward(self, sparse_BF: Tensor, dense_BN: Tensor, drawn: Sequence[Tensor] = ()) -> Tensor:
-        """Logits (B,), see :meth:`ClickNetwork.forward`."""
+    def forward(
+        self, sparse_BF: Tensor, dense_BN: Tensor, drawn: Sequence[Tensor] = (), vectors_BVE: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B,), see :meth:`ClickNetwork.forward`; there are no vectors."""
         vectors_BMD = self.embedding(sparse_BF, dense_BN)
         parts = [self.cin(vectors_BMD)]
         if len(self.dnn.layers):

@@ -1,5 +1,5 @@
 """Metrics of what is generated: of images, feature distances with their floor and a classifier's view; of text, spelling
-and calls of tools. And of recommendations: the ranks of items."""
+and calls of tools. And of recommendations: the ranks of items, areas under the curve inside of groups."""
 
 from zoo.metrics.agreement import ClassifierAgreement, classifier_agreement, logits_agreement
 from zoo.metrics.classifier import FeatureClassifier
@@ -22,6 +22,7 @@ from zoo.metrics.feature_statistics import (
     stream_features,
     write_statistics,
 )
+from zoo.metrics.grouped_auc import GroupedAUC, grouped_auc
 from zoo.metrics.item_table import ItemTable, TopItems
 from zoo.metrics.ranking import RankingMetrics, ranking_metrics, target_ranks
 from zoo.metrics.spelling import SpellingAccuracy, TextScores, english_dictionary, spelling_accuracy, text_scores, vocabulary
@@ -44,6 +45,7 @@ __all__ = [
     "FeatureNetwork",
     "FeatureStatistics",
     "FeatureStream",
+    "GroupedAUC",
     "ItemTable",
     "RankingMetrics",
     "SpellingAccuracy",
@@ -58,6 +60,7 @@ __all__ = [
     "folder_batches",
     "folder_distances",
     "frechet_distance",
+    "grouped_auc",
     "load_classifier",
     "logits_agreement",
     "match_calls",
