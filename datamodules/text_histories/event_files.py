@@ -48,9 +48,10 @@ def read_events(path: Path, on_error: OnError, features: Sequence[str] | None = 
         columns["feature"] = np.where(label_E == 1, "clicked", np.where(label_E == 0, "skipped", ""))
         features = features or ("clicked", "skipped")
     names = tuple(features or sorted({*columns["feature"].tolist()} - {""}))
-    if not names or (unknown := sorted({*columns["feature"].tolist()} - {"", *names})):
-        raise ValueError(f"{path} has no behaviours: name their lists in the column feature." if not names else
-                         f"{path} has behaviours of the list {unknown[0]!r}, the data have {', '.join(names)[:150]}.")  # fmt: skip
+    if not names:
+        raise ValueError(f"{path} has no behaviours: name their lists in the column feature.")
+    if unknown := sorted({*columns["feature"].tolist()} - {"", *names}):
+        raise ValueError(f"{path} has behaviours of the list {unknown[0]!r}, the data have {', '.join(names)[:150]}.")
     number = {"": -1, **{name: place for place, name in enumerate(names)}}
     feature_E = np.array([number[name] for name in columns["feature"].tolist()], dtype=np.int8)
     users, items, texts = (columns[name] for name in _TEXTS)

@@ -75,7 +75,7 @@ def exposures(
     """Products that were promoted in the store and week of a visit, all that were bought and some that were not.
 
     A visit is a household's week in a store, at the time of its first purchase there. Of its n promoted products, each draw, with
-    replacement, takes one; those that were bought are left out. So each product that was not bought comes ``negatives / n`` times.
+    replacement, takes one; those that were bought are left out. A product that was not bought so comes ``negatives / n`` times.
 
     Args:
         promotions: Store, week and product of each promotion, integers (S,).

@@ -36,8 +36,8 @@ _FORMAT = "1"  # another one makes the cache again
 class TextHistories(ZooDataModule):
     """Candidates with a text, and what their users did before, as lists of texts.
 
-    Distinct texts are *atoms*, and batches hold their numbers (:class:`~datamodules.text_histories.history_rows.TextHistoryBatch`).
-    A history holds behaviours of an earlier time than the candidate's only, never of the same.
+    Distinct texts are *atoms*; batches hold their numbers (:class:`~datamodules.text_histories.history_rows.TextHistoryBatch`). A
+    history holds behaviours of an earlier time than the candidate's only, never of the same.
 
     Args:
         source: ``movielens-100k`` (real: lists of films that the user ``liked``, with 4 stars or more, and ``disliked``; a rating
@@ -156,9 +156,9 @@ class TextHistories(ZooDataModule):
             log = read_events(Path(self.source).expanduser(), self.on_error)
         count, clicks = int((log.label_E >= 0).sum()), int((log.label_E == 1).sum())
         rank_zero_info(
-            f"{self.source}{' (simulated)' * (self.source == 'journey')}: {len(log.user_keys):,} users, {len(log.item_keys):,} items,"
-            f" {int((log.feature_E >= 0).sum()):,} behaviours ({', '.join(log.features)[:100]}), {count:,} candidates, of which"
-            f" {clicks:,} are clicks."
+            f"{self.source}{' (simulated)' * (self.source == 'journey')}: {len(log.user_keys):,} users, {len(log.item_keys):,}"
+            f" items, {int((log.feature_E >= 0).sum()):,} behaviours ({', '.join(log.features)[:100]}), {count:,} candidates, of"
+            f" which {clicks:,} are clicks."
         )
         return log
 
