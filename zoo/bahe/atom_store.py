@@ -21,7 +21,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,8 @@ __all__ = ["AtomStore"]
 
 _FORMAT = 1
 _SHARD_ROWS = 1 << 20
-_WAIT = 30.0
-"""Seconds that a reader waits for a transaction to end, and a transaction for readers."""
-_ASKED = 500
-"""Keys in a question to the index."""
+_WAIT = 30.0  # seconds that a reader waits for a transaction to end, and a transaction for readers
+_ASKED = 500  # keys in a question to the index
 
 
 class AtomStore:
@@ -61,8 +59,6 @@ class AtomStore:
     def __init__(self, folder: Path, dim: int, fingerprint: Mapping[str, Any], shard_rows: int) -> None:
         self.folder, self.dim, self.fingerprint = folder, dim, dict(fingerprint)
         self._shard_rows = shard_rows
-        self._num_rows = 1
-        self._shards: list[np.ndarray] = []
         self._map()
 
     @classmethod
@@ -84,7 +80,7 @@ class AtomStore:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            _write(partial / _shard(0), 0, np.zeros((1, dim), "<f2"))
+            np.zeros((1, dim), "<f2").tofile(partial / _shard(0))
             with closing(sqlite3.connect(partial / "index.sqlite")) as index:
                 index.execute("CREATE TABLE atoms (row INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, text TEXT NOT NULL)")
             partial.chmod(0o755)
@@ -115,26 +111,24 @@ class AtomStore:
         try:
             manifest = json.loads(path.read_text())
             dim, shard_rows, own = int(manifest["dim"]), int(manifest["shard_rows"]), dict(manifest["fingerprint"])
-            known = manifest["format"] == _FORMAT and manifest["dtype"] == "float16" and dim > 0 < shard_rows
+            if manifest["format"] != _FORMAT or manifest["dtype"] != "float16" or min(dim, shard_rows) < 1:
+                raise ValueError(f"its format is not {_FORMAT}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete the folder and build the store again.") from error
-        if not known:
-            raise ValueError(f"{path} is of another format than {_FORMAT}: delete the folder and build the store again.")
         if fingerprint is not None and own != json.loads(json.dumps(dict(fingerprint))):
             names = [name for name in {**own, **fingerprint} if own.get(name) != fingerprint.get(name)]
-            has, wants = (", ".join(f"{name}={_short(each.get(name))}" for name in names[:3]) for each in (own, fingerprint))
+            has, wants = (", ".join(f"{name}={str(each.get(name))[:24]}" for name in names[:3]) for each in (own, fingerprint))
             raise ValueError(f"{folder} holds vectors of {has}, and those of {wants} are needed: name another folder.")
         return cls(folder, dim, own, shard_rows)
 
     def __len__(self) -> int:
         """Number of texts; row 0 is none of them."""
-        with closing(self._index()) as index:
-            return _last_row(index)
+        return self._ask("SELECT COALESCE(MAX(row), 0) FROM atoms")[0][0]
 
     def missing(self, texts: Sequence[str]) -> list[str]:
         """Distinct texts that have no row, in their order."""
         keys = {_key(text): text for text in texts if text}
-        found = self._find(list(keys))
+        found = self._find(keys)
         return [text for key, text in keys.items() if key not in found]
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
@@ -143,8 +137,8 @@ class AtomStore:
         Raises:
             KeyError: A text is missing.
         """
-        keys = [_key(text) if text else b"" for text in texts]
-        found = {b"": 0, **self._find(list({key for key in keys if key}))}
+        keys = [_key(text) for text in texts]
+        found = {_key(""): 0, **self._find(keys)}
         if unknown := next((text for text, key in zip(texts, keys, strict=True) if key not in found), None):
             raise KeyError(f"{self.folder} has no row for {unknown[:80]!r}: append it first.")
         return np.array([found[key] for key in keys], dtype=np.int64)
@@ -183,28 +177,23 @@ class AtomStore:
             except sqlite3.OperationalError as error:
                 raise BlockingIOError(f"{self.folder}: another process appends ({error}): wait until it has finished.") from error
             index.execute(f"PRAGMA busy_timeout = {int(_WAIT * 1000)}")
-            self._map(index)
-            last = self._num_rows - 1
-            found = self._find(keys, index)
-            new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in found}
-            places = sorted(new.values())
+            self._map()
+            end, known = self._num_rows, self._find(keys)
+            places = list({key: place for place, key in enumerate(keys) if key not in known}.values())
             try:
-                self._write_rows(last + 1, vector_ND[places])
-                named = ((row, keys[place], texts[place]) for row, place in enumerate(places, last + 1))
+                self._write_rows(end, vector_ND[places])
+                named = ((row, keys[place], texts[place]) for row, place in enumerate(places, end))
                 index.executemany("INSERT INTO atoms VALUES (?, ?, ?)", named)
                 index.execute("COMMIT")
             except (OSError, sqlite3.OperationalError) as error:
                 with suppress(OSError):
-                    self._cut(last + 1)
-                with suppress(sqlite3.OperationalError):
-                    index.execute("ROLLBACK")
+                    self._cut(end)
                 raise OSError(
                     f"{self.folder}: {len(places)} rows could not be written ({error}): the store is as it was; make room on the"
                     " disk and append again."
                 ) from error
         self._map()
-        found |= {keys[place]: row for row, place in enumerate(places, last + 1)}
-        return np.array([found[key] for key in keys], dtype=np.int64)
+        return self.rows(texts)
 
     def read(self, rows: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
         """Vectors of rows.
@@ -247,14 +236,9 @@ class AtomStore:
             ValueError: Something is damaged.
         """
         self._map()
-        damage = None
-        with closing(self._index()) as index:
-            try:
-                atoms = enumerate(index.execute("SELECT row, key, text FROM atoms ORDER BY row"), start=1)
-                wrong = next((number for number, (row, key, text) in atoms if row != number or key != _key(text)), None)
-                damage = None if wrong is None else f"row {wrong} of the index has another number or another text"
-            except sqlite3.DatabaseError as error:
-                damage = f"index.sqlite: {error}"
+        atoms = enumerate(self._ask("SELECT row, key, text FROM atoms ORDER BY row"), start=1)
+        wrong = next((number for number, (row, key, text) in atoms if row != number or key != _key(text)), None)
+        damage = None if wrong is None else f"row {wrong} of the index has another number or another text"
         for number, shard_ND in enumerate(self._shards):
             finite_N = np.isfinite(shard_ND).all(axis=1)
             if not finite_N.all():
@@ -267,11 +251,9 @@ class AtomStore:
 
     def stats(self) -> dict[str, Any]:
         """Numbers of texts, characters and shards, bytes of rows and index, and the fingerprint."""
-        with closing(self._index()) as index:
-            characters = index.execute("SELECT COALESCE(SUM(LENGTH(text)), 0) FROM atoms").fetchone()[0]
         return {
             "texts": len(self),
-            "characters": characters,
+            "characters": self._ask("SELECT COALESCE(SUM(LENGTH(text)), 0) FROM atoms")[0][0],
             "shards": len(self._shards),
             "vector_bytes": sum(path.stat().st_size for path in self.folder.glob("vectors-*.f16")),
             "index_bytes": (self.folder / "index.sqlite").stat().st_size,
@@ -281,47 +263,46 @@ class AtomStore:
     def _index(self) -> sqlite3.Connection:
         """A connection of its own for each use, which no fork and no thread shares."""
         path = (self.folder / "index.sqlite").absolute()
+        return sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=_WAIT, isolation_level=None)
+
+    def _ask(self, question: str, values: Sequence[bytes] = ()) -> list[Any]:
         try:
-            index = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=_WAIT, isolation_level=None)
-            index.execute("SELECT row FROM atoms LIMIT 1")
+            with closing(self._index()) as index:
+                return index.execute(question, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise self._damaged(f"index.sqlite: {error}") from error
-        return index
 
-    def _find(self, keys: Sequence[bytes], index: sqlite3.Connection | None = None) -> dict[bytes, int]:
+    def _find(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """Rows of those keys that are there."""
-        if index is None:
-            with closing(self._index()) as own:
-                return self._find(keys, own)
-        found: dict[bytes, int] = {}
-        for start in range(0, len(keys), _ASKED):
-            asked = keys[start : start + _ASKED]
-            marks = ", ".join("?" * len(asked))
-            found |= dict(index.execute(f"SELECT key, row FROM atoms WHERE key IN ({marks})", asked))
+        asked, found = list(keys), {}
+        for start in range(0, len(asked), _ASKED):
+            part = asked[start : start + _ASKED]
+            found |= dict(self._ask(f"SELECT key, row FROM atoms WHERE key IN ({', '.join('?' * len(part))})", part))
         return found
 
-    def _map(self, index: sqlite3.Connection | None = None) -> None:
+    def _map(self) -> None:
         """Map the rows that the index names."""
-        if index is None:
-            with closing(self._index()) as own:
-                return self._map(own)
-        self._num_rows = _last_row(index) + 1
+        self._num_rows = len(self) + 1
         self._shards = []
         for start in range(0, self._num_rows, self._shard_rows):
             path = self.folder / _shard(len(self._shards))
             shape = (min(self._shard_rows, self._num_rows - start), self.dim)
-            if not path.is_file():
-                raise self._damaged(f"{path.name} is missing")
-            if path.stat().st_size < 2 * shape[0] * self.dim:
-                raise self._damaged(f"{path.name} has {path.stat().st_size} bytes, its rows {2 * shape[0] * self.dim}")
+            size = path.stat().st_size if path.is_file() else 0
+            if size < 2 * shape[0] * self.dim:
+                raise self._damaged(f"{path.name} has {size} bytes, its rows {2 * shape[0] * self.dim}")
             self._shards.append(np.memmap(path, "<f2", "r", shape=shape).view(np.ndarray))
 
     def _write_rows(self, row: int, vector_ND: np.ndarray) -> None:
-        """Write rows behind those that are there, to the disk itself."""
+        """Write rows behind those that are there, and sync them to the disk."""
         while len(vector_ND):
             shard, place = divmod(row, self._shard_rows)
             part_ND = vector_ND[: self._shard_rows - place]
-            _write(self.folder / _shard(shard), 2 * place * self.dim, part_ND)
+            # The name of a new file is synced with that of SQLite's journal, which is made later in the same folder.
+            with (self.folder / _shard(shard)).open("r+b" if place else "wb") as file:
+                file.seek(2 * place * self.dim)
+                file.write(part_ND.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
             row, vector_ND = row + len(part_ND), vector_ND[len(part_ND) :]
 
     def _cut(self, row: int) -> None:
@@ -343,29 +324,3 @@ def _key(text: str) -> bytes:
 
 def _shard(number: int) -> str:
     return f"vectors-{number:05d}.f16"
-
-
-def _last_row(index: sqlite3.Connection) -> int:
-    return index.execute("SELECT COALESCE(MAX(row), 0) FROM atoms").fetchone()[0]
-
-
-def _write(path: Path, offset: int, values: np.ndarray) -> None:
-    """Write values at a place of a file and sync it, and its name if the file is new, to the disk."""
-    is_new = not path.exists()
-    with path.open("w+b" if is_new else "r+b", buffering=0) as file:
-        file.seek(offset)
-        left = memoryview(np.ascontiguousarray(values)).cast("B")
-        while left:
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
-    if is_new:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:21]}..."
