@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from datamodules.base.json_lines import MalformedRows, OnError
+from datamodules.base.json_lines import OnError
 from datamodules.clicks.csv_columns import Columns, read_columns
 from datamodules.text_histories.event_log import EventLog, normalized
 
@@ -42,55 +44,41 @@ def read_events(path: Path, on_error: OnError, features: Sequence[str] | None = 
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a file of events, CSV or parquet.")
-    columns = _parquet(path, on_error) if path.suffix == ".parquet" else _csv(path, on_error)
+    with _lines(path) as file:
+        head = file.readline().strip().replace('"', "").split(",")
+        file.seek(0)
+        names = [*_TEXTS, *(["feature"] if "feature" in head else [])]
+        columns = read_columns(
+            file, str(path), names, ["time"], required=["time"], optional=["label"], check=_unsound, on_error=on_error
+        )
     label_E = columns.get("label", np.full(len(columns["time"]), np.nan))
     if "feature" not in columns:
         columns["feature"] = np.where(label_E == 1, "clicked", np.where(label_E == 0, "skipped", ""))
         features = features or ("clicked", "skipped")
-    names = tuple(features or sorted({*columns["feature"].tolist()} - {""}))
-    if not names:
+    lists = tuple(features or sorted({*columns["feature"].tolist()} - {""}))
+    if not lists:
         raise ValueError(f"{path} has no behaviours: name their lists in the column feature.")
-    if unknown := sorted({*columns["feature"].tolist()} - {"", *names}):
-        raise ValueError(f"{path} has behaviours of the list {unknown[0]!r}, the data have {', '.join(names)[:150]}.")
-    number = {"": -1, **{name: place for place, name in enumerate(names)}}
+    if unknown := sorted({*columns["feature"].tolist()} - {"", *lists}):
+        raise ValueError(f"{path} has behaviours of the list {unknown[0]!r}, the data have {', '.join(lists)[:150]}.")
+    number = {"": -1, **{name: place for place, name in enumerate(lists)}}
     feature_E = np.array([number[name] for name in columns["feature"].tolist()], dtype=np.int8)
     users, items, texts = (columns[name] for name in _TEXTS)
-    return EventLog.of(names, users, items, texts, columns["time"], label_E, feature_E)
+    return EventLog.of(lists, users, items, texts, columns["time"], label_E, feature_E)
 
 
-def _csv(path: Path, on_error: OnError) -> Columns:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        head = file.readline().strip().split(",")
-        file.seek(0)
-        texts = [*_TEXTS, *(["feature"] if "feature" in head else [])]
-        return read_columns(
-            file, str(path), texts, ["time"], required=["time"], optional=["label"], check=_unsound, on_error=on_error
-        )
-
-
-def _parquet(path: Path, on_error: OnError) -> Columns:
+def _lines(path: Path) -> TextIO:
+    """The rows as CSV."""
+    if path.suffix != ".parquet":
+        return path.open(encoding="utf-8-sig", newline="")
     if find_spec("pyarrow") is None:
         raise ModuleNotFoundError(f"{path} is parquet, which needs pyarrow: pip install 'lightning-zoo[recsys]'.")
+    from pyarrow.csv import write_csv
     from pyarrow.parquet import read_table
 
-    table = read_table(path)
-    if missing := [name for name in (*_TEXTS, "time") if name not in table.column_names]:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(table.column_names)[:150]}.")
-    columns: Columns = {
-        name: np.array(["" if value is None else str(value) for value in table[name].to_pylist()])
-        for name in (*_TEXTS, "feature")
-        if name in table.column_names
-    }
-    for name in ("time", "label"):
-        if name in table.column_names:
-            columns[name] = np.array(table[name].to_pylist(), dtype=np.float64)
-    unsound = _unsound(columns)
-    problems = MalformedRows(on_error)
-    for place, what in sorted(unsound.items()):
-        problems.add(f"row {place + 1}: {what}")
-    problems.report(path, len(columns["time"]))
-    kept = np.array([place not in unsound for place in range(len(columns["time"]))], dtype=bool)
-    return {name: column[kept] for name, column in columns.items()}
+    written = io.BytesIO()
+    write_csv(read_table(path), written)
+    written.seek(0)
+    return io.TextIOWrapper(written, encoding="utf-8", newline="")
 
 
 def _unsound(columns: Columns) -> dict[int, str]:
@@ -103,4 +91,4 @@ def _unsound(columns: Columns) -> dict[int, str]:
     for name in _TEXTS:
         blank = {text for text in np.unique(columns[name]).tolist() if not normalized(text)}
         wrong |= {int(place): f"{name} is missing" for place in np.flatnonzero(np.isin(columns[name], list(blank)))}
-    return wrong | {int(place): "time is missing" for place in np.flatnonzero(~np.isfinite(columns["time"]))}
+    return wrong

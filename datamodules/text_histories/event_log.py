@@ -59,16 +59,16 @@ class EventLog:
         feature_E: np.ndarray,
         log_odds_E: np.ndarray | None = None,
     ) -> EventLog:
-        """Number users, items and texts, and sort the events.
+        """Number users, items and texts, normalise these, and sort the events.
 
         Args:
             features: Names of the lists.
-            users: Their original ids (E,).
-            items: Their original ids (E,).
+            users: Their original ids, (E,).
+            items: Their original ids, (E,).
             texts: Texts, str (E,).
-            time_E: As of the log.
-            label_E: As of the log; NaN and -1 where it is not known.
-            feature_E: As of the log.
+            time_E: Times.
+            label_E: Labels; NaN or -1 where they are not known.
+            feature_E: Lists of behaviours, or -1.
             log_odds_E: As of the log. ``None``: 0.
         """
         (user_keys, user_E), (item_keys, item_E), (raw, raw_E) = (
@@ -77,17 +77,11 @@ class EventLog:
         number: dict[str, int] = {}
         text_R = np.array([number.setdefault(normalized(text), len(number)) for text in raw.tolist()], dtype=np.int64)
         order_E = np.lexsort((item_E, user_E, time_E))
-        columns = (
-            user_E.astype(np.int64),
-            item_E.astype(np.int64),
-            text_R[raw_E],
-            time_E.astype(np.float64),
-            np.nan_to_num(label_E, nan=-1).astype(np.int8),
-            feature_E.astype(np.int8),
-            (np.zeros(len(time_E)) if log_odds_E is None else log_odds_E).astype(np.float32),
-        )
+        log_odds_E = np.zeros(len(time_E)) if log_odds_E is None else log_odds_E
+        kinds = (np.int64, np.int64, np.int64, np.float64, np.int8, np.int8, np.float32)
+        columns = (user_E, item_E, text_R[raw_E], time_E, np.nan_to_num(label_E, nan=-1), feature_E, log_odds_E)
         keys = (list(map(str, user_keys.tolist())), list(map(str, item_keys.tolist())))
-        return cls(features, *keys, list(number), *(column[order_E] for column in columns))
+        return cls(features, *keys, list(number), *(x[order_E].astype(kind) for x, kind in zip(columns, kinds, strict=True)))
 
     def save(self, folder: Path) -> None:
         """Write arrays and texts into a folder."""

@@ -47,24 +47,22 @@ def read_exposures(folder: Path, negatives: int, seed: int) -> EventLog:
     visitor, shown, when, bought, rate = exposures(promotions, [household, store, week, product, time], negatives, seed)
     features = (*DEPARTMENTS, _OTHER)
     number = {name: features.index(domain) for domain, names in DEPARTMENTS.items() for name in names}
-    text: dict[int, str] = {}
-    feature: dict[int, int] = {}
+    found: dict[int, tuple[str, int]] = {}
     names = ("product_id", "product_type", "product_category", "brand", "department")
-    for key, kind, category, brand, department in zip(*(each.tolist() for each in columns("products", *names)), strict=True):
-        text[key] = ", ".join(part for part in (kind, category, brand) if part) or department or _OTHER
-        feature[key] = number.get(department, features.index(_OTHER))
+    for key, *parts, department in zip(*(each.tolist() for each in columns("products", *names)), strict=True):
+        text = ", ".join(part for part in parts if part)
+        found[key] = (text or department or _OTHER, number.get(department, len(DEPARTMENTS)))
     items = np.concatenate([product, shown])
     distinct, item_E = np.unique(items, return_inverse=True)
-    text_E = np.array([text.get(key, _OTHER) for key in distinct.tolist()])[item_E]
-    behavior_N = np.array([feature.get(key, features.index(_OTHER)) for key in distinct.tolist()])[item_E[: len(product)]]
+    texts, lists = zip(*(found.get(key, (_OTHER, len(DEPARTMENTS))) for key in distinct.tolist()), strict=True)
     return EventLog.of(
         features,
         np.concatenate([household, visitor]),
         items,
-        text_E,
+        np.array(texts)[item_E],
         np.concatenate([time, when]),
         np.concatenate([np.full(len(product), -1), bought]),
-        np.concatenate([behavior_N, np.full(len(shown), -1)]),
+        np.concatenate([np.array(lists)[item_E[: len(product)]], np.full(len(shown), -1)]),
         np.concatenate([np.zeros(len(product)), np.log(rate)]),
     )
 

@@ -84,16 +84,12 @@ class TextHistories(ZooDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("history", history), ("negatives", negatives)):
-            if value < 1:
-                raise ValueError(f"TextHistories: {name}={value} must be at least 1.")
+        if min(history, negatives) < 1:
+            raise ValueError(f"TextHistories: history={history} and negatives={negatives} must be at least 1.")
         if min(split) < 0 or abs(sum(split) - 1) > 1e-9:
             raise ValueError(f"TextHistories: split={list(split)} must be three shares that add up to 1.")
-        for name, choice, choices in (
-            ("split_by", split_by, ("time", "user")),
-            ("predict_split", predict_split, get_args(Split)),
-            ("on_error", on_error, get_args(OnError)),
-        ):
+        for name, choice, choices in (("split_by", split_by, ("time", "user")), ("predict_split", predict_split, SPLITS),
+                                      ("on_error", on_error, get_args(OnError))):  # fmt: skip
             if choice not in choices:
                 raise ValueError(f"TextHistories: {name}={choice!r} must be one of {', '.join(choices)}.")
         if train_until is not None and split_by == "user":
@@ -230,8 +226,8 @@ class TextHistories(ZooDataModule):
         log = self.log
         event_R = np.flatnonzero(log.label_E >= 0)
         if self.split_by == "user":
-            shares = (self.split[1] + self.split[2], self.split[2])
-            return event_R, sum(held_out(log.user_keys, share).astype(int) for share in shares)[log.user_E[event_R]]
+            part_U = 0 + held_out(log.user_keys, self.split[1] + self.split[2]) + held_out(log.user_keys, self.split[2])
+            return event_R, part_U[log.user_E[event_R]]
         if self.train_until is not None:
             return event_R, np.where(log.time_E[event_R] < self.train_until, 0, 2)
         bounds = np.round(np.cumsum(self.split[:2]) * len(event_R))
@@ -256,15 +252,23 @@ class TextHistories(ZooDataModule):
             "item_id": {log.item_keys[number]: number + 1 for number in np.unique(log.item_E[trained]).tolist()},
         }
 
+    @cached_property
+    def _tables(self) -> list[tuple[Behaviors, dict[str, np.ndarray]]]:
+        """Lists, and further entries of batches, of each log."""
+        found = []
+        for log, (behavior_E, item_E) in zip(self._logs, self._atoms[1], strict=True):
+            columns = {"item": item_E, "log_odds": log.log_odds_E}
+            for name, keys, number_E in (("user_id", log.user_keys, log.user_E), ("item_id", log.item_keys, log.item_E)):
+                columns[name] = np.array([self._known[name].get(key, 0) for key in keys], dtype=np.int64)[number_E]
+            if log is self.log:
+                columns["label"] = log.label_E.astype(np.float32)
+            found.append((Behaviors(log, behavior_E), columns))
+        return found
+
     def _rows(self, which: int, event_R: np.ndarray) -> HistoryRows:
-        """Rows of events of a log."""
-        log, (behavior_E, item_E) = self._logs[which], self._atoms[1][which]
-        columns = {"item": item_E, "log_odds": log.log_odds_E}
-        for name, keys, number_E in (("user_id", log.user_keys, log.user_E), ("item_id", log.item_keys, log.item_E)):
-            columns[name] = np.array([self._known[name].get(key, 0) for key in keys], dtype=np.int64)[number_E]
-        if which == 0:
-            columns["label"] = log.label_E.astype(np.float32)
-        return HistoryRows(Behaviors(log, behavior_E), self.history, event_R, columns)
+        """Events of a log as rows."""
+        behaviors, columns = self._tables[which]
+        return HistoryRows(behaviors, self.history, event_R, columns)
 
     def dataset(self, split: Split) -> HistoryRows:
         """Candidates of a split."""

@@ -161,7 +161,7 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "columns.csv").write_text("user_id,item_id,time\n")
     (tmp_path / "events.parquet").write_bytes(b"")
     for arguments, message in [
-        ({"history": 0}, "history=0 must be at least 1"),
+        ({"history": 0}, "history=0 and negatives=4 must be at least 1"),
         ({"negatives": 0}, "negatives=0 must be at least 1"),
         ({"split": (0.5, 0.1, 0.1)}, "three shares"),
         ({"split_by": "item"}, "split_by='item' must be one of"),
@@ -201,7 +201,7 @@ def test_parquet_needs_the_extra_and_is_read_as_csv_is(tmp_path: Path, monkeypat
     one, two = small(tmp_path), small(tmp_path, source=str(parquet))
     assert one.atoms == two.atoms and (whole(one.dataset("train"))["behaviors"] == whole(two.dataset("train"))["behaviors"]).all()
     write_table(table.set_column(2, "time", pyarrow.nulls(len(table), pyarrow.float64())), parquet)
-    with pytest.raises(ValueError, match=r"60 of 60 rows .*row 1: time is missing"):
+    with pytest.raises(ValueError, match=r"60 of 60 rows .*line 2: time is missing"):
         _ = small(tmp_path, source=str(parquet)).log
 
 

@@ -274,7 +274,8 @@ class AtomStore:
 
     def _find(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """Rows of those keys that are there."""
-        asked, found = list(keys), {}
+        asked = list(keys)
+        found: dict[bytes, int] = {}
         for start in range(0, len(asked), _ASKED):
             part = asked[start : start + _ASKED]
             found |= dict(self._ask(f"SELECT key, row FROM atoms WHERE key IN ({', '.join('?' * len(part))})", part))
@@ -283,7 +284,7 @@ class AtomStore:
     def _map(self) -> None:
         """Map the rows that the index names."""
         self._num_rows = len(self) + 1
-        self._shards = []
+        self._shards: list[np.ndarray] = []
         for start in range(0, self._num_rows, self._shard_rows):
             path = self.folder / _shard(len(self._shards))
             shape = (min(self._shard_rows, self._num_rows - start), self.dim)
