@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,6 +108,9 @@ def reads(record: Record, folder: Path, num_rows: int, batch: int, repeats: int)
                 if repeat >= 2:
                     times[name].append(seconds)
                     record.row(backend=name, batch=repeat - 2, milliseconds=seconds * 1000, size=backends[name][1] / exact)
+    for package in ("lmdb", "pyarrow"):
+        if find_spec(package):
+            record.row(package=package, version=metadata.version(package))
     median = {name: statistics.median(values) for name, values in times.items()}
     record.measure("read_over_lmdb", median["AtomStore"] / median["LMDB"] if "LMDB" in median else None)
     record.measure("read_over_arrow", median["AtomStore"] / median["Arrow"] if "Arrow" in median else None)
