@@ -24,6 +24,8 @@ from datamodules.text.text import LanguageData as LanguageData
 from datamodules.text.text import Text
 from datamodules.text.tokenizer import ByteTokenizer as ByteTokenizer
 from datamodules.text.tokenizer import load_tokenizer as load_tokenizer
+from datamodules.text_histories.history_rows import TextHistoryBatch as TextHistoryBatch
+from datamodules.text_histories.text_histories import TextHistories
 
 __all__ = [
     "CIFAR10",
@@ -44,5 +46,6 @@ __all__ = [
     "Shakespeare",
     "Text",
     "Text8",
+    "TextHistories",
     "ToolDialogues",
 ]

@@ -84,7 +84,9 @@ def test_a_configuration_that_is_no_yaml_is_one_sentence(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("verb", ["list", "assets", "convert", "plan", "plan paro", "plan rlhf", "simulate", "serve-data"])
+@pytest.mark.parametrize(
+    "verb", ["list", "assets", "convert", "plan", "plan paro", "plan rlhf", "simulate", "store", "serve-data"]
+)
 def test_every_verb_explains_itself(capsys, verb, option):
     with pytest.raises(SystemExit) as end:
         main([*verb.split(), option])
@@ -103,6 +105,8 @@ def test_every_verb_explains_itself(capsys, verb, option):
      ("simulate --arm 1", "error: unknown option --arm; did you mean arms?"),
      ("simulate antdt/simulate_1000", "did you mean -c antdt/simulate_1000?"),
      ("assets foo", "invalid choice: 'foo' (choose from"),
+     ("store fill", "invalid choice: 'fill' (choose from"),
+     ("store build -c ctr/flights", "error: zoo store: XDeepFM knows no store of texts: take BAHE."),
      ("list foo", "unrecognized arguments: foo"),
      ("serve-data --foo", "required: --folder"),
      ("plann", "unknown verb plann; did you mean plan?")],
@@ -114,3 +118,46 @@ def test_wrong_words_are_answered_in_a_line_or_two(capsys, words, message):
         status = end.code
     out, error = capsys.readouterr()
     assert status == 2 and message in error and error.count("\n") <= 3 and not out
+
+
+FAKE = """
+import torch
+from datamodules import TextHistories
+from zoo.bahe.atom_store import AtomStore
+from zoo.module import ZooModule
+
+class Lengths(ZooModule):
+    def __init__(self, store: str, num_features: int | None = None) -> None:
+        super().__init__(optimizer=torch.optim.SGD)
+        self.store = store
+
+    def fill_store(self, texts, fingerprint):
+        try:
+            store = AtomStore.open(self.store, {"text": fingerprint})
+        except FileNotFoundError:
+            store = AtomStore.create(self.store, 1, {"text": fingerprint})
+        missing = store.missing(texts)
+        store.append(missing, [[float(len(text))] for text in missing] or torch.zeros(0, 1))
+        return store
+"""
+
+
+def test_a_store_is_built_once_appended_to_verified_and_described(capsys, tmp_path, monkeypatch):
+    (tmp_path / "lengths.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_ZOO_CACHE", str(tmp_path / "cache"))
+    events = tmp_path / "events.csv"
+    events.write_text("user_id,item_id,time,text,label\n1,a,1,green tea,1\n1,b,2,black  tea,0\n")
+    words = ["--model", "lengths.Lengths", "--model.store", str(tmp_path / "store"), "--data", "TextHistories", "--data.source",
+             str(events)]  # fmt: skip
+
+    def said(verb: str) -> str:
+        assert main(["store", verb, *words]) == 0
+        return capsys.readouterr().out
+
+    assert main(["store", "append", *words]) == 2 and "is empty: fill it" in capsys.readouterr().err
+    assert "4 texts, 4 of them new" in said("build") and "4 texts, 0 of them new" in said("build")
+    with events.open("a") as file:
+        file.write("2,a,3,green tea,1\n2,c,4,milk,1\n")
+    assert "6 texts, 2 of them new" in said("append") and "6 texts, rows and index are sound" in said("verify")
+    assert "texts: 6\n" in said("stats")

@@ -56,7 +56,8 @@ WIRING = (
     "sasrec",
     "item_index",
 )
-WRAPPED = {"dc_ae": {"diffusers"}}  # science that is a library of an extra behind our own interface
+# Science that is a library of an extra behind our own interface, or rows on disk.
+WRAPPED = {"dc_ae": {"diffusers"}, "atom_store": {"numpy"}}
 FOUNDATION_OF_SCIENCE = (
     "zoo.base", "zoo.nn", "zoo.lm", "zoo.role_placement", "strategies.divided_rows", "strategies.mesh", "strategies.whole_state",
     "typing_extensions",

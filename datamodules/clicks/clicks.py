@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from datamodules.base.cached_folder import Preparing
+from datamodules.base.cached_folder import prepare
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.json_lines import OnError
 from datamodules.base.loader import ResumableLoader, epoch_generator
@@ -81,12 +81,7 @@ class ClickData(ZooDataModule, ABC):
     @override
     def prepare_data(self) -> None:
         """Make the table, unless it is in the cache."""
-        folder = self.folder()
-        if not folder.is_dir():
-            with Preparing(folder) as partial:
-                if not folder.is_dir():
-                    self.write(partial)
-                    partial.replace(folder)
+        prepare(self.folder(), self.write)
 
     @property
     def tables(self) -> dict[Split, Any]:

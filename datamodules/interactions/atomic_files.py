@@ -15,7 +15,7 @@ from datamodules.base.json_lines import OnError
 from datamodules.clicks.csv_columns import Columns, read_columns
 from datamodules.interactions.interaction_log import RawLog
 
-__all__ = ["GENRE_GROUPS", "read_atomic_files", "read_movielens"]
+__all__ = ["GENRE_GROUPS", "read_atomic_files", "read_movielens", "read_table"]
 
 GENRE_GROUPS = {
     "Family": {"Animation", "Children's", "Musical", "Fantasy"},
@@ -56,12 +56,12 @@ def read_atomic_files(folder: Path, domains: list[str] | None, on_error: OnError
             raise ValueError(f"{folder} has no file {name}.inter: domains can be {', '.join(found)[:180]}.")
         path = found[name].with_suffix(".item")
         title = next((column for column in _head(path) if "title" in column or "name" in column), "item_title")
-        items = _read_table(path, ["item_id", title], on_error)
+        items = read_table(path, ["item_id", title], on_error)
         number = {key: place for place, key in enumerate(items["item_id"].tolist(), start=len(keys))}
         keys += items["item_id"].tolist()
         titles += items[title].tolist()
         item_domain.append(np.full(len(items["index"]), domain))
-        rows = _read_table(found[name], ["user_id", "item_id"], on_error, ["timestamp"])
+        rows = read_table(found[name], ["user_id", "item_id"], on_error, ["timestamp"])
         user_N = np.array([users.setdefault(key, len(users)) for key in rows["user_id"].tolist()], dtype=np.int64)
         item_N = np.array([number.get(key, -1) for key in rows["item_id"].tolist()], dtype=np.int64)
         rating_N = np.nan_to_num(rows.get("rating", np.zeros(len(item_N))))
@@ -78,7 +78,7 @@ def read_movielens(folder: Path) -> RawLog:
         folder: Folder of the asset ``movielens-100k``.
     """
     raw = read_atomic_files(folder, ["ml-100k"], "raise")
-    genres = [set(text.split()) for text in _read_table(folder / "ml-100k.item", ["class"], "raise")["class"].tolist()]
+    genres = [set(text.split()) for text in read_table(folder / "ml-100k.item", ["class"], "raise")["class"].tolist()]
     groups = list(GENRE_GROUPS.values())
     domain_I = np.array([next(number for number, group in enumerate(groups) if group & own) for own in genres])
     return replace(raw, domains=list(GENRE_GROUPS), item_domain=domain_I, domain_N=domain_I[raw.item_N])
@@ -92,7 +92,8 @@ def _head(path: Path) -> list[str]:
         return [column.partition(":")[0] for column in file.readline().rstrip("\n").split("\t")]
 
 
-def _read_table(path: Path, texts: list[str], on_error: OnError, numbers: list[str] | None = None) -> Columns:
+def read_table(path: Path, texts: list[str], on_error: OnError, numbers: list[str] | None = None) -> Columns:
+    """Columns of an atomic file: texts, numbers that every row must have and, beside these, ``rating`` if it is there."""
     head, numbers = "\t".join(_head(path)), numbers or []
     with path.open(encoding="utf-8", newline="") as file:
         lines = chain([head], (line for number, line in enumerate(file) if number))

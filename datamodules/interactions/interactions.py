@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from datamodules.assets.fetch import MANIFEST, cache_folder, fetch
-from datamodules.base.cached_folder import Preparing
+from datamodules.base.cached_folder import prepare
 from datamodules.base.datamodule import ZooDataModule
 from datamodules.base.json_lines import MalformedRow, MalformedRows, OnError, encodable, read_json_lines
 from datamodules.base.loader import ResumableLoader
@@ -379,10 +379,4 @@ class Interactions(ZooDataModule):
 def _prepared(kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
     """A folder of the cache that depends on `parts`, written if it is not there."""
     name = hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:16]
-    folder = cache_folder() / "interactions" / f"{kind}-{name}"
-    if not folder.is_dir():
-        with Preparing(folder) as partial:
-            if not folder.is_dir():
-                write(partial)
-                partial.replace(folder)
-    return folder
+    return prepare(cache_folder() / "interactions" / f"{kind}-{name}", write)

@@ -31,6 +31,7 @@ VERBS = {
     "convert": Verb("zoo.cli.convert:convert", "write a checkpoint or official weights as a folder to share, or back"),
     "plan": Verb("zoo.cli.plan:plan", "predict memory and time of training on a cluster"),
     "simulate": Verb("zoo.cli.simulate:simulate", "simulate a job with stragglers on a cluster"),
+    "store": Verb("zoo.cli.store:store", "build, append to, verify or describe a store of text vectors"),
     "serve-data": Verb("strategies.antdt.server:main", "serve shards of data to the workers of AntDT"),
 }
 

@@ -1,0 +1,1 @@
+"""Histories of behaviours as lists of texts, and candidates to click on."""
