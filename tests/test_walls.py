@@ -22,6 +22,9 @@ GATEWAYS = ("zoo.cli", "zoo.__main__")
 WIRING = (
     "__init__",
     "module",
+    "history_clicks",
+    "baselines",
+    "refresh",
     "preference",
     "latent_encoder",
     "official",

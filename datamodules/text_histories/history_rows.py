@@ -26,6 +26,7 @@ class TextHistoryBatch(TypedDict, total=False):
         behaviors: int64 (B, N, M), numbers of atoms in each list, the oldest first, 0 for padding on the right. All are of events
             of an earlier time than the candidate's.
         item: int64 (B,), number of the atom of the candidate's text.
+        user: int64 (B,), number of the user in its log, known to training or not.
         user_id: int64 (B,), 1 to ``num_users``; 0 for a user that training does not know.
         item_id: int64 (B,), 1 to ``num_items``; 0 for an item that training does not know.
         label: float32 (B,), 1 for a click, else 0; absent where it is not known.
@@ -35,6 +36,7 @@ class TextHistoryBatch(TypedDict, total=False):
 
     behaviors: Tensor
     item: Tensor
+    user: Tensor
     user_id: Tensor
     item_id: Tensor
     label: Tensor
@@ -110,6 +112,10 @@ class HistoryRows(Dataset[Any]):
     def blank(self) -> TextHistoryBatch:
         """A batch in which nothing counts."""
         return {**self.batch([0]), "index": torch.tensor([-1])}
+
+    def column(self, name: str) -> Tensor:
+        """An entry of the batch, but for ``behaviors`` and ``index``, of all rows."""
+        return torch.from_numpy(np.array(self.columns[name][self.event_R]))
 
     @property
     def num_slots(self) -> int:

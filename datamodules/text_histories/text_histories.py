@@ -257,7 +257,7 @@ class TextHistories(ZooDataModule):
         """Lists, and further entries of batches, of each log."""
         found = []
         for log, (behavior_E, item_E) in zip(self._logs, self._atoms[1], strict=True):
-            columns = {"item": item_E, "log_odds": log.log_odds_E}
+            columns = {"item": item_E, "log_odds": log.log_odds_E, "user": log.user_E}
             for name, keys, number_E in (("user_id", log.user_keys, log.user_E), ("item_id", log.item_keys, log.item_E)):
                 columns[name] = np.array([self._known[name].get(key, 0) for key in keys], dtype=np.int64)[number_E]
             if log is self.log:

@@ -124,10 +124,9 @@ class ClickModule(ZooModule):
         logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
         return logit_B
 
-    def calibrated(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B,), float32, of evaluation: ``log_odds`` added."""
-        logit_B = self(batch).float()
-        return logit_B + batch["log_odds"].float() if "log_odds" in batch else logit_B
+    def calibrated(self, logit_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (B,), float32, with ``log_odds`` added, for evaluation."""
+        return logit_B.float() + batch["log_odds"].float() if "log_odds" in batch else logit_B.float()
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -156,7 +155,7 @@ class ClickModule(ZooModule):
 
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor], auc: BinaryAUROC, log_loss: Mean) -> Tensor:
         """Add a batch to the metrics; returns its logits."""
-        logit_B = self.calibrated(batch)
+        logit_B = self.calibrated(self(batch), batch)
         counts_B = batch["index"] >= 0 if "index" in batch else torch.ones_like(logit_B, dtype=torch.bool)
         label_B = batch["label"][counts_B]
         auc.update(logit_B[counts_B].sigmoid(), label_B.long())
@@ -167,7 +166,7 @@ class ClickModule(ZooModule):
     @override
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Probability of a click for each row: ``{"index", "probability"}``, and ``"label"`` (0 or 1) if it is known."""
-        found = {"index": batch["index"], "probability": self.calibrated(batch).sigmoid()}
+        found = {"index": batch["index"], "probability": self.calibrated(self(batch), batch).sigmoid()}
         return {**found, "label": batch["label"].long()} if "label" in batch else found
 
 

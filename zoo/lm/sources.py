@@ -12,7 +12,7 @@ from typing import Any
 from zoo.base.checkpoint import CONFIG_FILE, fetch_repository
 from zoo.base.named_weights import NamedSource
 
-__all__ = ["ADAPTER_FILE", "PretrainedSource", "find_source", "need_extra"]
+__all__ = ["ADAPTER_FILE", "PretrainedSource", "cached", "find_source", "need_extra"]
 
 ADAPTER_FILE = "adapter_config.json"
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -103,6 +103,13 @@ def _in_folder(name: str, folder: Path) -> PretrainedSource:
         f"{folder} has no {CONFIG_FILE}, no {ADAPTER_FILE} and not exactly one GGUF file: give the folder that"
         " save_pretrained wrote, or the path of a GGUF file."
     )
+
+
+def cached(*names: str) -> Path:
+    """Path of a folder in the cache of the zoo, beside its assets."""
+    from datamodules.assets.fetch import cache_folder
+
+    return cache_folder().joinpath(*names)
 
 
 def _asset(name: str) -> Path:

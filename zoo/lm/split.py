@@ -28,14 +28,25 @@ class LowBlocks(nn.Module):
 
 
 class HighBlocks(nn.Module):
-    """Last blocks and what follows them: vectors to vectors."""
+    """Last blocks and what follows them: vectors to vectors.
 
-    def __init__(self, network: nn.Module) -> None:
+    Attributes:
+        is_causal: Whether a vector sees those before it only.
+        is_rotary: Whether blocks know positions; else those of the embedding are all there is.
+    """
+
+    def __init__(self, network: nn.Module, is_causal: bool, is_rotary: bool) -> None:
         super().__init__()
         self.network = network
+        self.is_causal, self.is_rotary = is_causal, is_rotary
 
     def forward(self, vectors_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); rotary positions are counted from the first vector."""
+        """(B, T, D) to (B, T, D); rotary positions are counted from the first vector.
+
+        Args:
+            vectors_BTD: Vectors.
+            mask_BT: 1 for vectors, 0 for padding; or bool (B, 1, T, T), true where a query (rows) sees a key.
+        """
         return self.network(inputs_embeds=vectors_BTD, attention_mask=mask_BT, use_cache=False).last_hidden_state
 
 
@@ -86,10 +97,10 @@ def split_network(network: nn.Module, n: int) -> tuple[LowBlocks, HighBlocks]:
         high.embeddings = _Vectors()
     else:
         raise ValueError(
-            f"split: models of type {kind} are not cut: take a BERT-, LLaMA/Qwen-, GPT-2- or OPT-like one"
-            f" ({', '.join((*ENCODERS, *ROTARY, 'gpt2', 'opt'))})."
+            f"split: models of type {kind} are not cut: take one of {', '.join((*ENCODERS, *ROTARY, 'gpt2', 'opt'))}, or add the"
+            " family to split_network in zoo/lm/split.py: its list of blocks, and what stands before and behind it."
         )
-    return LowBlocks(low), HighBlocks(high)
+    return LowBlocks(low), HighBlocks(high, is_causal=kind not in ENCODERS, is_rotary=kind in ROTARY)
 
 
 def _halves(stack: nn.Module, blocks: str, n: int) -> tuple[Any, Any]:
