@@ -4,6 +4,7 @@ Shape suffixes: A texts, T tokens, D width.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ class AtomEncoder:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What vectors depend on, but for the texts."""
-        tokens = self.tokenizer.backend_tokenizer.to_str()
+        tokens = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        del tokens["truncation"], tokens["padding"]  # those of the last call
+        tokens = json.dumps(tokens)
         return {
             "weights": weights_sha256(self.low),
             "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
