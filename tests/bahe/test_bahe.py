@@ -417,7 +417,7 @@ def test_stores_and_data_that_do_not_fit_are_refused(tokenizer: str, data: TextH
     fit = trainer(tmp_path, max_steps=1)
     fit.fit(module, data)
     fit.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="holds vectors of .*n_low=2.* and those of .*n_low=1.* are needed"):
+    with pytest.raises(ValueError, match=r"holds vectors of .*n_low=2.* and those of .*n_low=1.* are needed"):
         trainer(tmp_path).fit(model(tokenizer, tmp_path / "store", n_low=1), data)
     with pytest.raises(ValueError, match=r"trained on vectors of max_tokens=32, but these are of max_tokens=7"):
         BAHE.load_from_checkpoint(tmp_path / "one.ckpt", max_tokens=7)
@@ -427,7 +427,7 @@ def test_stores_and_data_that_do_not_fit_are_refused(tokenizer: str, data: TextH
         trainer(tmp_path).test(again, others, verbose=False)
     with pytest.raises(ValueError, match="up to 9 behaviours of a list, BAHE has 8 positions"):
         trainer(tmp_path).fit(model(tokenizer, tmp_path / "store"), data_of(tmp_path, history=9))
-    with pytest.raises(ValueError, match="give --model.num_features 2"):
+    with pytest.raises(ValueError, match=r"give --model\.num_features 2"):
         trainer(tmp_path).fit(model(tokenizer, tmp_path / "store", num_features=3), data)
     with pytest.raises(ValueError, match="the lower blocks do not change"):
         trainer(tmp_path, callbacks=[AtomStoreRefresh()]).fit(module, data)

@@ -80,7 +80,7 @@ def weights_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.named_parameters()):
         digest.update(f"{name} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -119,6 +119,11 @@ class HistoryClicks(ClickModule):
         """
         raise NotImplementedError
 
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Floating-point type of the head."""
+        return next(self.network.parameters()).dtype
+
     def score(self, user_BND: Tensor, item_BD: Tensor, batch: Mapping[str, Tensor], drawn: Sequence[Tensor] = ()) -> Tensor:
         """Logits (B,) of vectors, which may have been kept from before.
 
@@ -131,7 +136,7 @@ class HistoryClicks(ClickModule):
         parts = [user_BND, item_BD[:, None]]
         if self.head.interaction == "product":
             parts.append(user_BND * item_BD[:, None])
-        return self._logits(batch, drawn, torch.cat(parts, dim=1).to(self.network.output.weight.dtype))  # type: ignore[union-attr]
+        return self._logits(batch, drawn, torch.cat(parts, dim=1).to(self.head_dtype))
 
     def _logits(self, batch: Mapping[str, Tensor], drawn: Sequence[Tensor], vectors_BVD: Tensor | None) -> Tensor:
         ids_BF = torch.stack([batch["user_id"], batch["item_id"]], dim=1)

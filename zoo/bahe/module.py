@@ -197,8 +197,7 @@ class BAHE(HistoryClicks):
             raise ValueError("BAHE has no store yet, which a Trainer fills in its setup: call use_store, or run it by one.")
         distinct, place_B = number_B.unique(return_inverse=True)
         vector_UD = self._atoms.read(self._row_A[distinct.cpu().numpy()])
-        dtype = self.network.output.weight.dtype  # type: ignore[union-attr]
-        return vector_UD.to(number_B.device, dtype)[place_B]
+        return vector_UD.to(number_B.device, self.head_dtype)[place_B]
 
     @override
     def encode(self, behaviors_BNM: Tensor, item_B: Tensor) -> tuple[Tensor, Tensor]:
