@@ -3,14 +3,12 @@
 ``python -m benchmarks.bahe`` predicts which films of MovieLens-100K a user will like, with MiniLM (6 blocks), on the CPU:
 
 - Time of a trained row, and memory: the peak of a process of its own over its 32 rows, by K lower blocks and M behaviours of a
-  list. The token-level model trains all blocks on up to 256 tokens a list, or on as many as BAHE's operations pay for, at least 3.
-- AUC on every fifth row of the test split after 90 s in which each run builds its own store. Ids stop after 3 epochs if those
-  take less; the token-level model has batches of 16 rows.
-- Days as deployed: a day's rows continue from yesterday's weights, texts are appended when they first come, and the next day's
-  rows are scored, also by the model of before the first day. Rows a day of 8 devices are predicted.
+  list. The token-level model trains all blocks on up to 256 tokens a list, or as many as BAHE's operations pay for, at least 3.
+- AUC on every fifth row of the test split after 90 s in which each run builds its own store; ids stop after 3 epochs.
+- Days: rows of a day continue from yesterday's weights and append their texts, and the next day's are scored, also by the model
+  of before the first day. Rows a day of 8 devices are predicted.
 
-On a GPU also: the AUC after one epoch each; a random decoder of 1.3 B parameters on 4 lists of 32 texts of 16 tokens, in the
-largest batch that fits 16 GiB.
+On a GPU also: the AUC after an epoch; a random decoder on 4 lists of 32 texts of 16 tokens, in the largest batch that fits 16 GiB.
 
 Claim: arXiv 2403.19347, a fifth of the time and of the memory of the model that reads all tokens.
 """
@@ -18,9 +16,7 @@ Claim: arXiv 2403.19347, a fifth of the time and of the memory of the model that
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import io
+import json
 import math
 import statistics
 import tempfile
@@ -35,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -46,22 +43,19 @@ from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from datamodules import TextHistories
-from zoo.__main__ import main as zoo_main
 from zoo.bahe import BAHE, BlockSize, ClickRates
 from zoo.cli.command import ZooCLI
 from zoo.cli.configs import packaged_configs
 from zoo.metrics.grouped_auc import GroupedAUC
 
-TINY, EPOCH, TOKENS, IDS, LARGE = (
-    f"bahe/{name}" for name in ("movielens_tiny", "movielens", "movielens_tokens", "movielens_ids", "qwen2_1b5_efficiency")
-)
+TINY, EPOCH, TOKENS, IDS = (f"bahe/movielens{name}" for name in ("_tiny", "", "_tokens", "_ids"))
+LARGE = "bahe/qwen2_1b5_efficiency"
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 GPU = ["--trainer.accelerator", "gpu"]
 MINILM, BLOCKS = BlockSize(384, 1536), 6
 T, TEXT = 256, 11  # tokens of a list; the mean of a text's, without special ones
-BATCH, DAY = 32, 86_400
-LINK = 1.25e9
-"""Bytes a second between devices that the prediction assumes."""
+BATCH, DAY, LINK = 32, 86_400, 1.25e9  # rows, seconds, and bytes a second between devices that the prediction assumes
+POPULARITY = "popularity and users' means"
 
 
 class Clock(Callback):
@@ -107,11 +101,8 @@ class Clock(Callback):
         paused = time.perf_counter()
         pl_module.eval()
         with torch.no_grad():
-            found = quality(
-                trainer.datamodule,  # type: ignore[attr-defined]
-                self.every,
-                lambda batch: pl_module(pl_module.transfer_batch_to_device(batch, pl_module.device, 0)).float().cpu(),
-            )
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            found = quality(data, self.every, lambda batch: pl_module(move_data_to_device(batch, pl_module.device)).float().cpu())
         pl_module.train()
         self.found.append({"seconds": self.ticks[-1][0], "trained": self.rows, **found})
         self.begin += time.perf_counter() - paused
@@ -129,18 +120,11 @@ def quality(data: Any, every: int, score: Callable[[Any], Tensor]) -> dict[str, 
     return {"auc": float(binary_auroc(score_B, label_B)), "gauc": float(gauc.compute()["auc"])}
 
 
-def silently(call: Callable[[], Any]) -> Any:
-    """The result of a call whose output is dropped."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return call()
-
-
 def fit(config: str, folder: Path, options: Sequence[str], clock: Clock, seed: int = 0) -> ZooCLI:
     """A command ``zoo fit``, in this process."""
     quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
     words = zoo("fit", config, folder, *quiet, "--seed_everything", str(seed), *options)[3:]
-    cli: ZooCLI = silently(lambda: ZooCLI(words, trainer_defaults={"callbacks": [clock]}))
-    return cli
+    return ZooCLI(words, trainer_defaults={"callbacks": [clock]})
 
 
 def cell(config: str, options: Sequence[str], rows: int, batch: int = BATCH) -> dict[str, float]:
@@ -166,34 +150,24 @@ def alone(*arguments: Any) -> dict[str, float]:
 def grid(record: Record, folder: Path, rows: int, token_rows: int) -> None:
     """Time and memory of rows, by lower blocks and history."""
 
-    def add(arm: str, history: int, lengths: Sequence[int], blocks: int, found: dict[str, float]) -> dict[str, float]:
-        flops = MINILM.flops(lengths, blocks)
-        record.row(cell=f"{arm}, M={history}", by_history=arm, history=history, gflop=flops / 1e9, **found)
+    def add(arm: str, history: int, lengths: Sequence[int], blocks: int, *arguments: Any) -> dict[str, float]:
+        found = alone(*arguments)
+        flops = MINILM.flops(lengths, blocks) / 1e9
+        record.row(cell=f"{arm}, M={history}", by_history=arm, history=history, gflop=flops, **found)
         return found
 
-    def tokens(arm: str, most: int, history: int) -> dict[str, float]:
-        options = ["--model.max_tokens", str(most), "--data.history", str(history)]
-        lengths = [*[min(most, history * TEXT + 2)] * 2, min(most, TEXT + 2)]
-        return add(arm, history, lengths, BLOCKS, alone(TOKENS, [*CPU, *options], token_rows))
-
-    for low in (1, 3, 5):
+    for low, history in ((1, 16), (1, 32), (3, 16), (3, 32), (5, 32), (5, 8), (5, 16)):
         store = ["--model.n_low", str(low), "--model.store", str(folder / f"grid_{low}")]
-        begin = time.perf_counter()
-        if silently(lambda: zoo_main(["store", "build", "-c", TINY, *store])):  # noqa: B023 (called at once)
-            raise SystemExit(f"zoo store build -c {TINY} {' '.join(store)} failed: type it to see why.")
-        record.row(store=f"K={low}", build_seconds=time.perf_counter() - begin)
-        for history in (16, 32) if low < 5 else (32, 8, 16):
-            lengths = ["--model.max_behaviors", str(history), "--data.history", str(history)]
-            found = alone(TINY, [*CPU, *store, *lengths], rows)
-            ours = add(f"BAHE, K={low}", history, [history, history, 1], BLOCKS - low, found)
-    for low, history in ((1, 32), (5, 16)):
-        paid = MINILM.flops([history, history, 1], BLOCKS - low)
-        most = max((t for t in range(3, T) if MINILM.flops([t, t, min(t, TEXT + 2)], BLOCKS) <= paid), default=3)
-        tokens(f"tokens, {most} a list, as BAHE, K={low}", most, history)
-    for history in (8, 16, 32):
-        theirs = tokens(f"tokens, up to {T} a list", T, history)
-    for name, key in (("time_ratio", "ms_per_row"), ("memory_ratio", "mib_per_row")):
-        record.measure(name, theirs[key] / ours[key])
+        lengths = ["--model.max_behaviors", str(history), "--data.history", str(history)]
+        ours = add(f"BAHE, K={low}", history, [history, history, 1], BLOCKS - low, TINY, [*CPU, *store, *lengths], rows)
+    paid = [max((t for t in range(3, T) if MINILM.flops([t, t, min(t, TEXT)], BLOCKS) <= MINILM.flops([m, m, 1], BLOCKS - low)),
+                default=3) for low, m in ((1, 32), (5, 16))]  # fmt: skip
+    for most, history in ((paid[0], 32), (paid[1], 16), (T, 32), (T, 8), (T, 16)):
+        options = ["--model.max_tokens", str(most), "--data.history", str(history)]
+        lengths = [*[min(most, history * TEXT)] * 2, min(most, TEXT)]
+        theirs = add(f"tokens, {most} a list", history, lengths, BLOCKS, TOKENS, [*CPU, *options], token_rows)
+    record.measure("time_ratio", theirs["ms_per_row"] / ours["ms_per_row"])
+    record.measure("memory_ratio", theirs["mib_per_row"] / ours["mib_per_row"])
     for history in (16, 32):
         data = TextHistories(history=history)
         record.row(dedup=f"M={history}", atoms=len(data.atoms) - 1, factor=data.dedup_factor)
@@ -202,12 +176,11 @@ def grid(record: Record, folder: Path, rows: int, token_rows: int) -> None:
 def arms(record: Record, folder: Path, seeds: Sequence[int], budget: float, every: int) -> Path:
     """AUC after equal seconds; returns a checkpoint of BAHE."""
     data = TextHistories(history=16)
-    train, popularity = data.dataset("train"), "popularity and users' means"
-    rates = ClickRates(*(train.column(name) for name in ("user_id", "item_id", "label")))
+    rates = ClickRates(*(data.dataset("train").column(name) for name in ("user_id", "item_id", "label")))
     popular = quality(data, every, lambda batch: rates(batch["user_id"], batch["item_id"]))
-    record.row(arm=popularity, seed=0, **popular)
+    record.row(arm=POPULARITY, seed=0, **popular)
     for seconds in (0.0, budget):
-        record.row(curve=popularity, seed=0, seconds=seconds, test_auc=popular["auc"])
+        record.row(curve=POPULARITY, seed=0, seconds=seconds, test_auc=popular["auc"])
     moments = [budget * share for share in (1 / 18, 1 / 9, 1 / 3, 2 / 3, 1)]
     epoch = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]
     plan: dict[str, tuple[str, list[str]]] = {
@@ -265,11 +238,9 @@ def shares(record: Record, module: Any, data: Any, clock: Clock, steps: int = 20
         optimizer.zero_grad()
         end("optimizer")
     once = clock.before / clock.ticks[-1][0]
-    for part, share in {
-        "encoder, and store, writes": once,
-        **{x: (1 - once) * s / sum(spent.values()) for x, s in spent.items()},
-    }.items():
-        record.row(part=part, share=share)
+    record.row(part="encoder, and store, writes", share=once)
+    for part, seconds in spent.items():
+        record.row(part=part, share=(1 - once) * seconds / sum(spent.values()))
 
 
 class KnownTexts(TextHistories):
@@ -288,15 +259,14 @@ def days(record: Record, folder: Path, checkpoint: Path, num_days: int) -> None:
     """Daily updates of a model that was trained on the first four fifths of the rows."""
     split = TextHistories()
     begin = float(split.log.time_E[split.dataset("val").event_R[0]])
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    ) | {"accelerator": "cpu"}  # fmt: skip
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: dict[str, Any] = {"accelerator": "cpu", **dict.fromkeys(off, False)}
     store = str(folder / "daily")
     frozen = BAHE.load_from_checkpoint(checkpoint, store=store)
     before = KnownTexts(history=16, train_until=begin, test_until=begin)
     known = len(frozen.fill_store(before.atoms, before.text_fingerprint))
     scores: dict[str, list[Tensor]] = {"label": [], "never updated": [], "updated daily": []}
-    seconds_of_rows = []
+    seconds_of_rows: list[float] = []
     for day in range(num_days):
         morning, evening, next_evening = (begin + (day + each) * DAY for each in range(3))
         data = KnownTexts(history=16, batch_size=64, train_from=morning, train_until=evening, test_until=next_evening)
@@ -310,9 +280,8 @@ def days(record: Record, folder: Path, checkpoint: Path, num_days: int) -> None:
             scores[name] += [batch["probability"] for batch in found]
         scores["label"] += [batch["label"] for batch in found]
         texts, seconds = len(module.use_store()), clock.ticks[-1][0] - clock.before
-        record.row(day=day + 1, rows=clock.rows, new_texts=texts - known, setup_seconds=clock.before, seconds=seconds)
-        known = texts
-        seconds_of_rows.append(seconds / clock.rows)
+        record.row(day=day + 1, day_rows=clock.rows, new_texts=texts - known, setup_seconds=clock.before, seconds=seconds)
+        known, seconds_of_rows = texts, [*seconds_of_rows, seconds / clock.rows]
     label_B = torch.cat(scores.pop("label"))
     for name, parts in scores.items():
         record.row(daily=name, auc=float(binary_auroc(torch.cat(parts), label_B)), rows=len(label_B))
@@ -330,27 +299,32 @@ def on_a_gpu(record: Record, folder: Path, seeds: Sequence[int]) -> None:
             clock = Clock([math.inf])
             fit(config, folder / "run", [*GPU, *more], clock, seed)
             record.row(arm=f"{arm}, one epoch on a GPU", seed=seed, equal_rows=clock.found[-1]["auc"], trained=clock.rows)
-    random, words = np.random.default_rng(0), "one two three four five six seven eight nine ten".split()
-    with (folder / "long.csv").open("w", newline="") as file:  # 64 users with full lists, then 64 candidates each
-        csv.writer(file).writerow(["user_id", "item_id", "time", "text", "label", "feature"])
-        for user, place in np.ndindex(64, 192):
-            kind = ["", f"list {place % 4}"] if place < 128 else [place % 2, ""]
-            csv.writer(file).writerow([user, place, min(place, 128), " ".join(random.choice(words, 16)), *kind])
-    config = yaml.safe_load(packaged_configs()[LARGE].read_text())
-    model = config["model"]["init_args"]
-    model["backbone"]["init_args"]["activation_checkpointing"] = True
-    kept = {key: value for key, value in model.items() if key not in ("n_low", "atom_pooling", "max_behaviors")}
-    config["model"] = {"class_path": "TokenCTR", "init_args": {**kept, "max_tokens": 512}}
-    (folder / "tokens.yaml").write_text(yaml.safe_dump(config))
-    data = ["--data.source", str(folder / "long.csv"), "--data.history", "32", "--data.behavior_template", "{text}"]
+    words = [f"{' '.join(text)}" for text in np.random.default_rng(0).choice(["one", "two", "three", "four"], (64 * 192, 16))]
+    events = [  # 64 users with full lists, then 64 candidates each
+        f"{user},{place},{min(place, 128)},{words[user * 192 + place]},"
+        + (f",list{place % 4}" if place < 128 else f"{place % 2},")
+        for user, place in np.ndindex(64, 192)
+    ]
+    (folder / "long.csv").write_text("\n".join(["user_id,item_id,time,text,label,feature", *events, ""]))
+    source = yaml.safe_load(packaged_configs()[LARGE].read_text())["model"]["init_args"]["backbone"]["init_args"]["source"]
+    network = {"source": json.dumps(source), "tokenizer": "minilm-l6", "dtype": "bfloat16", "activation_checkpointing": "true"}
+    tokens = ["--model.max_tokens", "512", "--trainer.precision", "bf16-true"]
+    tokens += [f"--model.backbone.init_args.{key}={value}" for key, value in network.items()]
     found = []
-    for arm, name, more in (
-        ("BAHE, K=12", LARGE, ["--model.store", str(folder / "large")]),
-        ("tokens", str(folder / "tokens.yaml"), []),
-    ):
-        small, double = (alone(name, [*GPU, *data, *more], 1, batch)["peak_gib"] for batch in (2, 4))
+    for arm, name, more in (("BAHE, K=12", LARGE, ["--model.store", str(folder / "large")]), ("tokens", TOKENS, tokens)):
+        more = [
+            *GPU,
+            "--data.source",
+            str(folder / "long.csv"),
+            "--data.history",
+            "32",
+            "--data.behavior_template",
+            "{text}",
+            *more,
+        ]
+        small, double = (alone(name, more, 1, batch)["peak_gib"] for batch in (2, 4))
         batch = max(1, int(2 + 0.95 * 2 * (16 - small) / (double - small)))
-        found.append(alone(name, [*GPU, *data, *more], 10 * batch, batch))
+        found.append(alone(name, more, 10 * batch, batch))
         record.row(large=arm, batch=batch, **found[-1])
     record.measure("gpu_rows_per_second", found[1]["ms_per_row"] / found[0]["ms_per_row"])
     record.measure("gpu_memory_per_row", found[1]["mib_per_row"] / found[0]["mib_per_row"])
@@ -367,17 +341,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     costs = ["ms_per_row", "mib_per_row", "peak_gib"]
     record = Record("bahe", seeds=seeds, smoke=quick, tables=[
         Table(f"A trained row of MovieLens-100K, MiniLM, batches of {BATCH}, CPU", "cell", [*costs, "gflop"]),
-        Table("Every fifth row of the test split, after 90 s", "arm", ["auc", "gauc", "trained", *["equal_rows"] * gpu], digits=4),
+        Table("Every fifth row of the test split, after 90 s", "arm", ["auc", "gauc", "trained", *gpu * ["equal_rows"]], digits=4),
         Table("Shares of the time of BAHE's 90 s", "part", ["share"], digits=3),
         Table("Behaviours over distinct texts", "dedup", ["factor", "atoms"], digits=0),
-        Table("Seconds of zoo store build", "store", ["build_seconds"], digits=1),
         Table("Candidates of the next day", "daily", ["auc", "rows"], digits=4),
-        Table("Updates", "day", ["rows", "new_texts", "setup_seconds", "seconds"]),
+        Table("Updates", "day", ["day_rows", "new_texts", "setup_seconds", "seconds"]),
         Table("Rows a day, in millions", "devices", ["million_rows_a_day"]),
         *[Table("2,048 tokens, 1.3 B random parameters, the largest batch in 16 GiB", "large", ["batch", *costs])] * gpu,
     ], plots=[
         Plot("AUC over wall clock, building of stores included", "seconds", "test_auc", "curve",
-             reference="popularity and users' means"),
+             reference=POPULARITY),
         Plot("Time of a trained row over behaviours of a list", "history", "ms_per_row", "by_history", log="xy"),
         Plot("Memory of a trained row over behaviours of a list", "history", "mib_per_row", "by_history", log="xy"),
     ])  # fmt: skip
