@@ -121,8 +121,9 @@ def quality(data: Any, every: int, score: Callable[[Any], Tensor]) -> dict[str, 
 
 def fit(config: str, folder: Path, options: Sequence[str], clock: Clock, seed: int = 0) -> ZooCLI:
     """A command ``zoo fit``, in this process."""
-    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.limit_val_batches=0"]
-    words = zoo("fit", config, folder, *quiet, f"--seed_everything={seed}", *options)[3:]
+    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_model_summary")]
+    quiet += ["--trainer.limit_val_batches=0", f"--seed_everything={seed}"]
+    words = zoo("fit", config, folder, *quiet, *options)[3:]
     return ZooCLI(words, trainer_defaults={"callbacks": [clock]})
 
 
@@ -174,7 +175,8 @@ def grid(record: Record, folder: Path, rows: int, token_rows: int) -> None:
 def arms(record: Record, folder: Path, seeds: Sequence[int], budget: float, every: int) -> Path:
     """AUC after equal seconds; returns a checkpoint of BAHE."""
     data = TextHistories(history=16)
-    rates = ClickRates(*(data.dataset("train").column(name) for name in ("user_id", "item_id", "label")))
+    user_B, item_B, label_B = (data.dataset("train").column(name) for name in ("user_id", "item_id", "label"))
+    rates = ClickRates(user_B, item_B, label_B)
     popular = quality(data, every, lambda batch: rates(batch["user_id"], batch["item_id"]))
     record.row(arm=POPULARITY, seed=0, **popular)
     for seconds in (0.0, budget):
@@ -229,7 +231,7 @@ def shares(record: Record, module: Any, data: Any, clock: Clock, steps: int = 20
         given = [vectors.detach().requires_grad_() for vectors in made]
         binary_cross_entropy_with_logits(module.score(*given, batch), batch["label"]).backward()
         end("head")
-        torch.autograd.backward(made, [vectors.grad for vectors in given])  # type: ignore[misc]
+        torch.autograd.backward(made, [vectors.grad for vectors in given])
         end("upper blocks")
         optimizer.step()
         optimizer.zero_grad()
@@ -247,7 +249,7 @@ class KnownTexts(TextHistories):
     @override
     def atoms(self) -> list[str]:
         rows = [self.dataset(split) for split in ("train", "test")]
-        batches = [each.batch(np.arange(len(each))) for each in rows]
+        batches = [each.batch(range(len(each))) for each in rows]
         read = {number for batch in batches for name in ("behaviors", "item") for number in batch[name].unique().tolist()}
         return [text if number in read else "" for number, text in enumerate(super().atoms)]
 
