@@ -42,6 +42,17 @@ STEPS = {TINY: 120, WHOLE: 785, SASREC: 1200}
 BACKBONES = {"MiniLM": ("minilm-l6", "encoder"), "SmolLM2": ("smollm2-135m", "causal")}
 NEIGHBOURS = ("Toy Story", "Star Wars", "Alien", "Fargo", "Titanic", "Scream", "Casablanca", "Aladdin", "Clueless", "Psycho")
 
+OF_A_GPU = [
+    Table(
+        "NDCG@10 on the last 20 ratings of each user, MiniLM whole, by steps (times 785; SASRec 1200)",
+        "sparse",
+        ["ndcg"],
+        "times",
+        digits=3,
+    ),
+    Table("The same by backbone, one model", "backbone", [*NAMES], digits=3),
+]
+
 
 class Arms:
     """Runs of the command line, in this process, which has read the packages already.
@@ -206,9 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Table("zoo fit -c llmrec/movielens_tiny: loss of the last 20 steps, NDCG@10 of validation", "fit",
               ["minutes", "loss", "untrained", "trained", "killed_at", "loss_difference"], digits=3),
         Table("The three nearest titles, by the vectors of movielens_tiny", "title", ["untrained", "trained"]),
-        Table("NDCG@10 on the last 20 ratings of each user, MiniLM whole, by steps (times 785; SASRec 1200)", "sparse", ["ndcg"],
-              "times", digits=3),
-        Table("The same by backbone, one model", "backbone", [*NAMES], digits=3),
+        *(OF_A_GPU if options.gpu_arms else []),
     ], plots=[Plot("NDCG@10 by group of genres", "domain", "ndcg", "by_domain")])  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
