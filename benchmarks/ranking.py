@@ -41,7 +41,7 @@ from zoo.metrics import ItemTable, RankingMetrics, target_ranks
 
 KS = (1, 5, 10, 20)
 USERS, WIDTH, SEEN, FEW = 2048, 384, 20, 20
-SIZES = (2_000, 10_000, 50_000)
+SIZES = (2_000, 50_000)
 RECBOLE_BATCH, BATCH = 4096, 256
 CLASSES = {"Recall": RetrievalRecall, "HitRate": RetrievalHitRate, "NDCG": RetrievalNormalizedDCG, "MRR": RetrievalMRR}
 FUNCTIONS = {

@@ -371,6 +371,15 @@ def test_the_first_blocks_are_those_of_the_whole(family: str) -> None:
     refused(ValueError, "first_n=4 must lie in 1 ... 3", lambda: tiny(family, first_n=4))
 
 
+def test_dropout_of_all_layers_is_one_option() -> None:
+    ids, mask = batch()
+    for family in ("bert", "gpt2", "opt", "t5"):
+        without = tiny(family, dropout=0.0).train()
+        assert torch.equal(without(ids, mask), without(ids, mask)), family
+        torch.testing.assert_close(without(ids, mask), tiny(family).eval()(ids, mask))
+    refused(ValueError, "dropout=1.5 must lie in", lambda: tiny("bert", dropout=1.5))
+
+
 @pytest.mark.slow
 def test_assets_load() -> None:
     torch.set_default_dtype(torch.float32)

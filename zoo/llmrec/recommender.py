@@ -167,7 +167,7 @@ class Recommender(ZooModule):
     def candidates(self, number_BC: Tensor) -> Tensor:
         """Vectors (B, C, D) of items, of which each distinct one is computed once."""
         distinct_M, place_BC = number_BC.unique(return_inverse=True)
-        return self.items(distinct_M)[place_BC]
+        return F.embedding(place_BC, self.items(distinct_M))  # unlike indexing, its gradient is summed in one order
 
     def _in_batch(self, user_BD: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         target_B, domain_B = batch["target"], batch["domain"]

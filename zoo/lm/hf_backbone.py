@@ -20,7 +20,7 @@ from zoo.base.hyperparameters import build, class_path
 from zoo.base.named_weights import NamedSource
 from zoo.lm.backbone import Backbone, BackboneKind
 from zoo.lm.hf_decoder import HFModel
-from zoo.lm.loading import build_network, kind_of, load_network, read_hf_config
+from zoo.lm.loading import build_network, kind_of, load_network, read_hf_config, set_dropout
 from zoo.lm.pooling import PoolingKind
 from zoo.lm.positions import check_padding, counts_own_positions, document_mask
 from zoo.lm.sources import find_source
@@ -49,6 +49,7 @@ class HFBackbone(Backbone):
         lora: Options of ``tuning="lora"``.
         last_n: Number of blocks that ``tuning="last_n"`` trains, with the norm after them.
         first_n: Number of blocks that are kept, from the first; None: all.
+        dropout: Probability of all dropout of the network; None: as its configuration says.
         pooling: How the vectors of a text's tokens become one.
         scalar_head: Whether vectors are mapped to a number, without bias.
         activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them.
@@ -76,6 +77,7 @@ class HFBackbone(Backbone):
         tokenizer: str | None = None,
         seed: int = 0,
         first_n: int | None = None,
+        dropout: float | None = None,
     ) -> None:
         super().__init__()
         if tuning not in ("full", "lora", "last_n", "frozen"):
@@ -87,6 +89,8 @@ class HFBackbone(Backbone):
         self._stores_all = False
         self._peft: Any = None
         config = read_hf_config(self.source or cast(dict[str, Any], source))
+        if dropout is not None:
+            set_dropout(config, dropout)
         self.kind = kind or kind_of(config)
         own_type = torch.get_default_dtype() if dtype is None else getattr(torch, dtype)
         with torch.random.fork_rng(devices=[]):

@@ -83,6 +83,29 @@ def _auto_class(config: Any, kind: BackboneKind) -> Any:
     return chosen
 
 
+def set_dropout(config: Any, probability: float) -> None:
+    """Set all probabilities of dropout in a configuration of transformers; those of leaving out whole layers stay.
+
+    Args:
+        config: The configuration; changed in place.
+        probability: In [0, 1).
+
+    Raises:
+        ValueError: If the probability is out of range, or this type of model has no dropout.
+    """
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if "drop" in name and "layerdrop" not in name and isinstance(value, float | int) and not isinstance(value, bool)
+    ]
+    if not 0 <= probability < 1:
+        raise ValueError(f"HFBackbone: dropout={probability} must lie in [0, 1).")
+    if not names:
+        raise ValueError(f"HFBackbone: a model of type {config.model_type} has no dropout: leave dropout={probability} out.")
+    for name in names:
+        setattr(config, name, probability)
+
+
 def build_network(config: Any, kind: BackboneKind, dtype: torch.dtype) -> nn.Module:
     """A network with random weights.
 
