@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Table("Candidates of the next day", "daily", ["auc", "rows"], digits=4),
         Table("Updates", "day", ["day_rows", "new_texts", "setup_seconds", "seconds"]),
         Table("Rows a day, in millions", "devices", ["million_rows_a_day"]),
-        *[Table("2,048 tokens, 1.3 B random parameters, the largest batch in 16 GiB", "large", ["batch", *costs])] * gpu,
+        *[Table("2,048 tokens, 1.5 B random parameters, the largest batch in 16 GiB", "large", ["batch", *costs])] * gpu,
     ], plots=[
         Plot("AUC over wall clock, building of stores included", "seconds", "test_auc", "curve", reference=POPULARITY),
         Plot("Time of a trained row over behaviours of a list", "history", "ms_per_row", "by_history", log="xy"),

@@ -60,6 +60,11 @@ NEEDS_WEIGHTS = {
 
 #: Those that need a file that the user brings or large weights, or train nothing.
 NEEDS_A_FILE = (
+    "bahe/journey",
+    "bahe/movielens",
+    "bahe/movielens_tiny",
+    "bahe/movielens_tokens",
+    "bahe/qwen2_1b5_efficiency",
     "kpod/distill_gsm_symbolic",
     "kpod/flan_t5_xl_csqa",
     "kpod/llama_7b_gsm8k",
@@ -89,7 +94,7 @@ LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "ctr/flights_dcn"
 #: Those that train longer than the others, on data that a method of FIRST reads as well.
 LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")
 #: One of each method.
-FIRST = ("bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "llmrec/movielens_sasrec",
+FIRST = ("bahe/movielens_ids", "bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "llmrec/movielens_sasrec",
          "lm/tiny", "rlhf/ppo_vader")  # fmt: skip
 #: Of the published ones one of each kind of network; the others differ in sizes.
 BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
