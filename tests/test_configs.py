@@ -94,7 +94,8 @@ LIKE_ANOTHER = ("bfn/digits_k2", "bfn/digits_k4", "bfn/mnist", "ctr/flights_dcn"
 #: Those that train longer than the others, on data that a method of FIRST reads as well.
 LONGER = ("bfn/digits_discretized", "bfn/fashion_mnist", "emigm/fashion_mnist", "metrics/fd_digits_mlp", "metrics/fd_fashion_cnn")
 #: One of each method.
-FIRST = ("bahe/movielens_ids", "bfn/digits", "ctr/flights", "emigm/digits", "kpod/weighter_gsm_symbolic", "ling/tiny", "llmrec/movielens_sasrec",
+FIRST = ("bahe/movielens_ids", "bfn/digits", "ctr/flights", "emigm/digits",
+         "kpod/weighter_gsm_symbolic", "ling/tiny", "llmrec/movielens_sasrec",
          "lm/tiny", "rlhf/ppo_vader")  # fmt: skip
 #: Of the published ones one of each kind of network; the others differ in sizes.
 BUILT = ("bfn/cifar10_16d", "bfn/mnist_binarized", "bfn/text8", "ctr/criteo", "emigm/cifar10", "emigm/imagenet256_xsmall",
