@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
@@ -132,7 +133,8 @@ class BAHE(HistoryClicks):
         if not self.train_low:
             self.encoder.low.cpu()
         done = f"{encoded:,} texts encoded" if encoded else "encodes nothing"
-        rank_zero_info(f"{folder}: {done}, {len(store):,} texts are there.")
+        if any(atoms):
+            rank_zero_info(f"{folder}: {done}, {len(store):,} texts are there.")
         return AtomStore.open(folder, own)
 
     def _folder(self, fingerprint: Mapping[str, Any]) -> Path:
@@ -204,7 +206,7 @@ class BAHE(HistoryClicks):
         if self.train_low and self.training:
             distinct, place_B = item_B.unique(return_inverse=True)
             texts = [self._texts[number] for number in distinct.tolist()]
-            item_BD = self.encoder(texts, item_B.device)[place_B]
+            item_BD = F.embedding(place_B, self.encoder(texts, item_B.device))  # its gradient adds in a fixed order
             behavior_BNMD = self.vectors(behaviors_BNM)
         else:
             both = self.vectors(torch.cat([behaviors_BNM.flatten(), item_B]))
