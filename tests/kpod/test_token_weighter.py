@@ -177,12 +177,12 @@ def test_weights_depend_on_the_rationale_alone_and_the_parts_of_the_loss_are_mea
     own, divided = learner("llama"), divide_rows(rows())
     found = own(divided, random(), "all")
     other = divided._replace(ids_BP=divided.ids_BP.where(divided.rationale_BP, 31))
-    assert torch.equal(own(other, random(), "all").weight_BP, found.weight_BP)
-    assert torch.equal(found.weight_BP > 0, divided.rationale_BP)
-    assert 0.5 < found.weight_BP[divided.rationale_BP].mean() < 0.95  # 0.82 but for the weights' part
+    weight_BP = own.logits(divided).sigmoid()
+    assert torch.equal(own.logits(other).sigmoid()[divided.rationale_BP], weight_BP[divided.rationale_BP])
+    assert 0.5 < weight_BP[divided.rationale_BP].mean() < 0.95  # 0.82 but for the weights' part
     unmasked = own(divided, random(), "all", masked=False)
-    assert unmasked.kept_B.tolist() == [1, 1] and bool((found.kept_B < 1).all())
-    (found.answer_B + found.kept_B).sum().backward()
+    assert unmasked[1].tolist() == [1, 1] and bool((found[1] < 1).all())
+    (found[0] + found[1]).sum().backward()
     trained = {name for name, p in own.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
     assert {"mask_embedding", "head.query_key_value.weight", "head.perceptron.3.bias"} <= trained
     assert "embedding.weight" not in trained
@@ -193,15 +193,15 @@ def test_draws_are_those_of_the_sample_in_any_batch() -> None:
     both = own(divided, SampleRandom(0, torch.tensor([4, 9]), 1), 2)
     second = DividedRows(*(part[1:] for part in divided))
     alone = own(second, SampleRandom(0, torch.tensor([9]), 1), 2)
-    torch.testing.assert_close(alone.answer_B, both.answer_B[1:])
-    torch.testing.assert_close(alone.kept_B, both.kept_B[1:])
+    for one, two in zip(alone, both, strict=True):
+        torch.testing.assert_close(one, two[1:])
 
 
 def test_predictor_of_another_width_and_kind() -> None:
     narrow = HFBackbone({**TINY["llama"], "hidden_size": 8})
     own = MaskLearner(narrow, backbone("t5"), heads=2)
     assert own.predictor.projection.weight.shape == (16, 8)
-    loss = own(divide_rows(rows()), random(), 2).answer_B
+    loss = own(divide_rows(rows()), random(), 2)[0]
     assert loss.shape == (2,) and bool(torch.isfinite(loss).all())
     with pytest.raises(ValueError, match="an encoder generates no text"):
         MaskLearner(narrow, HFBackbone(dict(TINY["bert"])), heads=2)

@@ -1,5 +1,6 @@
 """Classes of tokens: digits and operators, and the rest."""
 
+import functools
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ __all__ = ["arithmetic_tokens"]
 _ARITHMETIC = re.compile(r".*\d.*|[-+*/=<>%^×÷]+")
 
 
+@functools.lru_cache(maxsize=2)
 def arithmetic_tokens(tokenizer: Any, vocab_size: int) -> Tensor:
     """Whether tokens hold a digit or are operators, bool (V,).
 

@@ -17,18 +17,17 @@ from torch import Tensor
 
 __all__ = ["kmeans", "mean_word_vectors", "read_glove"]
 
-_MAX_ITERATIONS = 300
+_MAX_ITERATIONS, _STARTS = 300, 10
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def kmeans(x_ND: Tensor, clusters: int = 5, seed: int = 0, n_init: int = 10) -> Tensor:
-    """Lloyd's algorithm from k-means++ centres, the best of several starts; float64 on the CPU.
+def kmeans(x_ND: Tensor, clusters: int = 5, seed: int = 0) -> Tensor:
+    """Lloyd's algorithm from k-means++ centres, the best of ten starts (least sum of squared distances); float64 on the CPU.
 
     Args:
         x_ND: Embeddings; rows may be equal, or 0.
         clusters: K. Where fewer rows differ, some clusters stay empty.
         seed: Seed of the starts; equal seeds and embeddings give equal labels.
-        n_init: Number of starts, of which the one with the least sum of squared distances counts, the first if equal.
 
     Returns:
         Labels 0 to K - 1, int64 (N,), numbered in the order of their first questions.
@@ -41,15 +40,13 @@ def kmeans(x_ND: Tensor, clusters: int = 5, seed: int = 0, n_init: int = 10) -> 
         tensor([0, 1, 0, 1])
     """
     x_ND = x_ND.detach().cpu().double()
-    if not 1 <= clusters <= len(x_ND) or n_init < 1:
-        raise ValueError(
-            f"kmeans: clusters={clusters} must be from 1 to the number of questions, {len(x_ND)}, and n_init={n_init} positive."
-        )
+    if not 1 <= clusters <= len(x_ND):
+        raise ValueError(f"kmeans: clusters={clusters} must be from 1 to the number of questions, {len(x_ND)}.")
     if not bool(x_ND.isfinite().all()):
         raise ValueError("kmeans: an embedding is not finite: check the embeddings; a question without words may be all zeros.")
     x_ND = x_ND - x_ND.mean(0)  # distances stay, and are rounded less
     generator = torch.Generator().manual_seed(seed)
-    runs = [_lloyd(x_ND, _spread_centres(x_ND, clusters, generator)) for _ in range(n_init)]
+    runs = [_lloyd(x_ND, _spread_centres(x_ND, clusters, generator)) for _ in range(_STARTS)]
     _, label_N = min(runs, key=lambda run: run[0])
     names: dict[int, int] = {}
     return torch.tensor([names.setdefault(label, len(names)) for label in label_N.tolist()])

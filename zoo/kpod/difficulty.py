@@ -22,10 +22,6 @@ class Difficulties(NamedTuple):
     Attributes:
         offsets: int64 (N + 1,); the steps of question i are ``values[offsets[i] : offsets[i + 1]]``.
         values: float64 (M,).
-
-    Example:
-        >>> Difficulties.of_rows([[1.0, 2.0], [3.0]]).offsets
-        tensor([0, 2, 3])
     """
 
     offsets: Tensor

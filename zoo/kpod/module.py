@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Metric
 from typing_extensions import override
 
 from zoo.kpod.arithmetic_tokens import arithmetic_tokens
@@ -24,7 +23,7 @@ from zoo.lm.decoder import Decodes
 from zoo.lm.evaluation import TokenLosses
 from zoo.lm.language_module import LanguageModule
 from zoo.lm.tuned_backbone import TunedBackbone
-from zoo.metrics.mean_and_error import Mean
+from zoo.metrics.mean_and_error import Float64Sums, Mean
 
 __all__ = ["KPOD"]
 
@@ -80,8 +79,7 @@ class KPOD(TunedBackbone, LanguageModule):
         #: Leading steps that are given, int64 by number of the training example; None: none.
         self.given_steps: Tensor | None = None
         self._weights: TokenWeights | None = None
-        self._arithmetic_V: Tensor | None = None
-        self.accuracy: Any = nn.ModuleDict({f"of_{group}": _Accuracy() for group in ("items", "templates")})
+        self.accuracy: Any = nn.ModuleDict({f"of_{group}": _Accuracy("sums", shape=(2,)) for group in ("items", "templates")})
         self.class_losses: Any = nn.ModuleDict(
             {f"{group}_{kind}": Mean() for group in ("items", "templates") for kind in ("arithmetic", "words")}
         )
@@ -193,9 +191,7 @@ class KPOD(TunedBackbone, LanguageModule):
         loss_N, label_N, counted_BS = self._losses(batch)
         each_BS = loss_N.new_zeros(counted_BS.shape).masked_scatter(counted_BS, loss_N)
         metrics.update(loss_N.sum() / max(1, len(loss_N)), each_BS, batch)
-        if self._arithmetic_V is None:
-            self._arithmetic_V = arithmetic_tokens(self._tokenizer(), self.vocab_size)
-        arithmetic_N = self._arithmetic_V.to(label_N.device)[label_N]
+        arithmetic_N = arithmetic_tokens(self._tokenizer(), self.vocab_size).to(label_N.device)[label_N]
         new_N = batch["new_template"][:, None].expand(counted_BS.shape)[counted_BS]
         for group, of_group_N in (("items", ~new_N), ("templates", new_N)):
             self.class_losses[f"{group}_arithmetic"].update(loss_N[of_group_N & arithmetic_N])
@@ -242,17 +238,13 @@ class KPOD(TunedBackbone, LanguageModule):
         }
 
 
-class _Accuracy(Metric):
+class _Accuracy(Float64Sums):
     """Correct answers, and those that count, over batches and processes."""
 
     sums: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, correct: bool, counted: bool) -> None:
-        self.sums += torch.tensor([int(correct), int(counted)], device=self.sums.device)
+    def update(self, *correct_and_counted: bool) -> None:
+        self.sums += torch.tensor(correct_and_counted, device=self.sums.device)
 
     def compute(self) -> Tensor:
         return self.sums

@@ -41,7 +41,6 @@ class Schedule(NamedTuple):
         budget: (T + 1,), D(t).
         reached: (T + 1,), H(t).
         total: (), B.
-        num_selected: int64 (T,), questions that got harder at stages 1 to T.
         budget_term: (T,), ``-(dD - sum delta)`` of the selected questions, the first term of the objective.
         diversity_term: (T,), ``beta sum_k sqrt(|C_k & S|)``, the second one.
     """
@@ -50,7 +49,6 @@ class Schedule(NamedTuple):
     budget: Tensor
     reached: Tensor
     total: Tensor
-    num_selected: Tensor
     budget_term: Tensor
     diversity_term: Tensor
 
@@ -124,21 +122,19 @@ class ProgressiveSchedule:
         delta_s = math.ceil(int(steps.count_N.max()) / self.stages) if self.delta_s == "auto" else self.delta_s
         budget = budget_curve(steps.total, self.stages, self.p, self.c0)
         given_N = self._start(steps, label_N, float(budget[0]), delta_s)
-        given, reached, terms, num_selected = [given_N], [steps.difficulty(given_N)], [], []
+        given, reached, terms = [given_N], [steps.difficulty(given_N)], []
         for target in budget.tolist()[1:]:
             room = target - reached[-1]
             given_N, chosen, cost = self._harder(steps, given_N, label_N, room, delta_s)
             given.append(given_N)
             reached.append(steps.difficulty(given_N))
             terms.append(objective(cost, label_N[chosen], room, self.beta))
-            num_selected.append(len(chosen))
         budget_term, diversity_term = torch.tensor(terms, dtype=torch.float64).T
         return Schedule(
             given=torch.stack(given).to(torch.int16),
             budget=budget,
             reached=torch.tensor(reached, dtype=torch.float64),
             total=torch.tensor(steps.total, dtype=torch.float64),
-            num_selected=torch.tensor(num_selected),
             budget_term=budget_term.contiguous(),
             diversity_term=diversity_term.contiguous(),
         )

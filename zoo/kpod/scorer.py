@@ -122,18 +122,16 @@ def _mcc_plain(number: str) -> str:
     return re.sub(r",|\.0+$", "", number)
 
 
-def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share, inside [0, 1]; all of it for no trials.
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Wilson score interval of 95 % of a share, inside [0, 1]; all of it for no trials.
 
     Example:
         >>> [round(end, 3) for end in wilson_interval(8, 10)]
         [0.49, 0.943]
     """
-    if not 0 <= correct <= count or not 0 < level < 1:
-        raise ValueError(f"wilson_interval: {correct} of {count} correct, level={level}: give 0 to all, and a level in (0, 1).")
     if count == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf(0.975)
     share, narrow = correct / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / narrow
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / narrow

@@ -6,21 +6,20 @@ from collections.abc import Iterable, Sequence
 __all__ = ["heatmap"]
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>Weights of rationales</title><style>
 body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; }}
 p {{ white-space: pre-wrap; }} small {{ color: #666; }} span {{ padding: 0.15em 0; border-radius: 0.2em; }}
-</style></head><body><h1>{title}</h1>
+</style></head><body><h1>Weights of rationales</h1>
 {body}
 </body></html>
 """
 
 
-def heatmap(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]], title: str = "Weights of rationales") -> str:
+def heatmap(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> str:
     """A page without scripts; a token's weight is shown where the pointer rests on it.
 
     Args:
         rows: Name, texts of the tokens, and weights in [0, 1] of each rationale.
-        title: Heading.
     """
     paragraphs = []
     for name, tokens, weights in rows:
@@ -29,4 +28,4 @@ def heatmap(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]], title: s
             for token, weight in zip(tokens, weights, strict=True)
         )
         paragraphs.append(f"<p><small>{html.escape(name)}</small>\n{''.join(spans)}</p>")
-    return _PAGE.format(title=html.escape(title), body="\n".join(paragraphs))
+    return _PAGE.format(body="\n".join(paragraphs))

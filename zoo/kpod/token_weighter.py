@@ -28,7 +28,6 @@ __all__ = [
     "AnswerPredictor",
     "DividedRows",
     "MaskLearner",
-    "MaskLoss",
     "PrefixSamples",
     "WeightHead",
     "divide_rows",
@@ -240,20 +239,6 @@ class AnswerPredictor(nn.Module):
         return hidden.unflatten(0, (B, K))
 
 
-class MaskLoss(NamedTuple):
-    """Parts of the loss of masks.
-
-    Attributes:
-        answer_B: Cross-entropies of the answers in nats, mean over prefixes (L_p / L).
-        kept_B: Mean of the mask over the tokens of a rationale (L_m / L).
-        weight_BP: Probabilities that tokens are kept, without gradient; 0 outside of rationales.
-    """
-
-    answer_B: Tensor
-    kept_B: Tensor
-    weight_BP: Tensor
-
-
 class MaskLearner(nn.Module):
     """All that learns masks: the head of the weights, the vector of masked tokens, and the predictor of answers.
 
@@ -295,8 +280,10 @@ class MaskLearner(nn.Module):
         loss_BK = self.predictor(masked_BPE, rows.question_B, prefix_BK, rows.answer_BA)
         return (loss_BK * weight_BK).sum(1)
 
-    def forward(self, rows: DividedRows, random: SampleRandom, samples: PrefixSamples = 1, masked: bool = True) -> MaskLoss:
-        """Parts of the loss with drawn masks and prefixes.
+    def forward(
+        self, rows: DividedRows, random: SampleRandom, samples: PrefixSamples = 1, masked: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of answers in nats, mean over prefixes (L_p / L), and means of the masks (L_m / L), (B,) each.
 
         Args:
             rows: The examples.
@@ -309,5 +296,4 @@ class MaskLearner(nn.Module):
         mask_BP = relaxed_mask(logit_BP, uniform_BP, self.tau, self.hard) if masked else 1 + 0 * logit_BP  # keeps the head in use
         mask_BP = mask_BP * rows.rationale_BP
         answer_B = self.answer_loss(rows, mask_BP, *draw_prefixes(rows.rationale_B, samples, random))
-        kept_B = mask_BP.sum(1) / rows.rationale_B.clamp(min=1)
-        return MaskLoss(answer_B, kept_B, logit_BP.detach().sigmoid() * rows.rationale_BP)
+        return answer_B, mask_BP.sum(1) / rows.rationale_B.clamp(min=1)

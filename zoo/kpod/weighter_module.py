@@ -15,14 +15,7 @@ from typing_extensions import override
 
 from zoo.base.random import SampleRandom
 from zoo.kpod.arithmetic_tokens import arithmetic_tokens
-from zoo.kpod.token_weighter import (
-    DividedRows,
-    MaskLearner,
-    MaskLoss,
-    PrefixSamples,
-    divide_rows,
-    draw_prefixes,
-)
+from zoo.kpod.token_weighter import DividedRows, MaskLearner, PrefixSamples, divide_rows, draw_prefixes
 from zoo.lm.backbone import Backbone
 from zoo.lm.batches import check_vocabulary
 from zoo.lm.cross_entropy import IGNORED
@@ -101,7 +94,6 @@ class TokenWeighter(ZooModule):
         self.own_predictor = predictor is not None
         self.metrics: Any = nn.ModuleDict({name: Mean() for name in ("kept", "masked", "hard", "weight")})
         self.curve = BinaryAUROC()
-        self._arithmetic_V: Tensor | None = None
 
     @override
     def networks(self) -> list[nn.Module]:
@@ -163,9 +155,9 @@ class TokenWeighter(ZooModule):
         rows, index_B = batch["rows"], batch["index"]
         after = self.applied_steps - self.warmup_steps
         random = SampleRandom(self.random_seed, index_B, self.trainer.current_epoch)
-        found: MaskLoss = self.learner(rows, random, self.prefix_samples, masked=after >= 0)
+        found = self.learner(rows, random, self.prefix_samples, masked=after >= 0)
         trained_B = torch.ones_like(index_B) if self.fold is None else (index_B % self.folds != self.fold).long()
-        answer, kept = ((part * trained_B).sum() / trained_B.sum().clamp(min=1) for part in (found.answer_B, found.kept_B))
+        answer, kept = ((part * trained_B).sum() / trained_B.sum().clamp(min=1) for part in found)
         self.log_dict({"train/answer_loss": answer.detach(), "train/kept": kept.detach()}, prog_bar=True, batch_size=len(index_B))
         if self.multiplier is not None and self.keep_ratio is not None:
             excess = (kept - self.keep_ratio) * float(after >= 0)
@@ -195,7 +187,8 @@ class TokenWeighter(ZooModule):
         of_rationale_BP = rows.rationale_BP & counts_B[:, None]
         self.metrics["weight"].update(weight_BP[of_rationale_BP])
         if self._tokenizer is not None:
-            self.curve.update(weight_BP[of_rationale_BP].float(), self._arithmetic(rows.ids_BP[of_rationale_BP]))
+            arithmetic_V = arithmetic_tokens(self._tokenizer, self.learner.embedding.num_embeddings)
+            self.curve.update(weight_BP[of_rationale_BP].float(), arithmetic_V.to(self.device)[rows.ids_BP[of_rationale_BP]])
 
     @override
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -251,13 +244,6 @@ class TokenWeighter(ZooModule):
             raise ValueError(message)
         rank_zero_warn(message)
         return self.on_collapse == "uniform"
-
-    def _arithmetic(self, ids_N: Tensor) -> Tensor:
-        """Whether tokens hold a digit or are operators, bool (N,)."""
-        if self._arithmetic_V is None:
-            self._arithmetic_V = arithmetic_tokens(self._tokenizer, self.learner.embedding.num_embeddings)
-        self._arithmetic_V = self._arithmetic_V.to(ids_N.device)
-        return self._arithmetic_V[ids_N]
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
