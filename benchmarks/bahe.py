@@ -5,7 +5,8 @@
 - Time of a trained row, and memory: the peak of a process of its own over its 32 rows, by K lower blocks and M behaviours of a
   list. The token-level model trains all blocks on up to 256 tokens a list, or as many as BAHE's operations pay for, at least 3;
   bars compare M = 16 of both.
-- AUC on every fifth row of the test split after 90 s in which each run builds its own store; ids stop after 3 epochs.
+- AUC on every fifth row of the test split after 90 s in which each run builds its own store; ids stop after 3 epochs, and BAHE
+  with ids begins with their weights, whose seconds count.
 - Days: rows of a day continue from yesterday's weights and append their texts, and the next day's are scored, also by the model
   of before the first day. Rows a day of 8 devices are predicted.
 
@@ -64,17 +65,18 @@ class Clock(Callback):
     Args:
         moments: Seconds after which the test split is scored; training stops at the last. None: nothing is.
         every: One of so many rows is scored.
+        spent: Seconds that count as spent before the setup.
     """
 
-    def __init__(self, moments: Sequence[float] = (), every: int = 5) -> None:
-        self.moments, self.every = [*moments], every
+    def __init__(self, moments: Sequence[float] = (), every: int = 5, spent: float = 0.0) -> None:
+        self.moments, self.every, self.spent = [*moments], every, spent
         self.begin, self.before, self.rows = 0.0, 0.0, 0
         self.ticks: list[tuple[float, int]] = []
         self.found: list[dict[str, float]] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.begin = time.perf_counter()
+        self.begin = time.perf_counter() - self.spent
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,17 +188,23 @@ def arms(record: Record, folder: Path, seeds: Sequence[int], budget: float, ever
     epoch = ["--trainer.max_steps=-1", "--trainer.max_epochs=1"]
     plan: dict[str, tuple[str, list[str]]] = {
         "BAHE": (TINY, epoch),
-        "BAHE with ids": (TINY, [*epoch, "--model.head.id_dim=32"]),
         "ids": (IDS, []),
+        "BAHE with ids": (TINY, [*epoch, "--model.head.id_dim=32"]),
         "tokens": (TOKENS, [f"--model.max_tokens={T}", "--data.history=16", "--data.batch_size=16"]),
     }
     last: dict[str, list[float]] = {arm: [] for arm in plan}
+    spent = 0.0
     for seed, (arm, (config, options)) in itertools.product(seeds, plan.items()):
         if arm == "tokens" and seed != seeds[0]:
             continue
         store = [f"--model.store={folder / f'{arm}_{seed}'}"] if config == TINY else []
-        clock = Clock(moments[-1:] if arm == "tokens" else moments, every)
+        if arm == "BAHE with ids":  # begins with the model on ids, whose seconds count
+            options = [*options, f"--model.ids_from={folder / 'ids.ckpt'}"]
+        clock = Clock(moments[-1:] if arm == "tokens" else moments, every, spent if arm == "BAHE with ids" else 0.0)
         cli = fit(config, folder / "run", [*CPU, *options, *store], clock, seed)
+        if arm == "ids":
+            cli.trainer.save_checkpoint(folder / "ids.ckpt")
+            spent = clock.ticks[-1][0]
         for found in clock.found:
             record.row(curve=arm, seed=seed, seconds=5 * round(found["seconds"] / 5), test_auc=found["auc"])
         record.row(arm=arm, seed=seed, **found)

@@ -314,6 +314,22 @@ def test_baselines_learn_on_the_same_data_behind_the_same_head(
         assert ids[0, -1] == 2 and not module.encode(torch.zeros(1, 2, 4).long(), torch.tensor([1]))[0].any()
 
 
+def test_a_hybrid_starts_with_the_predictions_of_the_model_on_ids(tokenizer: str, data: TextHistories, tmp_path: Path) -> None:
+    ids: Any = IDClicks(ClickHead(dnn=(8, 4), dropout=0.0, id_dim=4), num_features=2, num_users=12, num_items=16)
+    trainer(tmp_path, max_steps=5).fit(ids, datamodule=data)
+    ids.trainer.save_checkpoint(tmp_path / "ids.ckpt")
+    options = {"num_users": 12, "num_items": 16, "ids_from": tmp_path / "ids.ckpt"}
+    hybrid = model(tokenizer, tmp_path / "store", head=ClickHead(dnn=(8, 4), dropout=0.0, id_dim=4), **options)
+    trainer(tmp_path, max_steps=0).fit(hybrid, datamodule=data)
+    batch = data.dataset("train").batch(range(6))
+    torch.testing.assert_close(hybrid.eval()(batch), ids.eval()(batch))
+    trainer(tmp_path, max_steps=2).fit(hybrid, datamodule=data)
+    assert hybrid.network.dnn.layers[0].weight[:, 8:].abs().sum() > 0  # type: ignore[union-attr,index]
+    other = model(tokenizer, tmp_path / "store", head=ClickHead(dnn=(8,), dropout=0.0, id_dim=4), **options)
+    with pytest.raises(ValueError, match="is another one: train IDClicks with the same head"):
+        trainer(tmp_path, max_steps=1).fit(other, datamodule=data)
+
+
 def test_a_lower_part_that_is_trained_refreshes_its_store(tokenizer: str, data: TextHistories, tmp_path: Path) -> None:
     module = model(tokenizer, tmp_path / "store", train_low=True, encoder_lr=1e-2)
     folders = []

@@ -5,6 +5,7 @@ Shape suffixes: B rows, N lists, M behaviours of a list, D width of vectors, V v
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,6 +66,8 @@ class HistoryClicks(ClickModule):
         num_items: Largest number of an item; likewise.
         head: Behind the vectors.
         encoder_lr: Rate of learning of what makes the vectors; the optimizer's own is that of the head.
+        ids_from: Checkpoint of `IDClicks` with the same head, whose predictions training starts from: ids need many more rows
+            than a language model reads in the same time.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the schedule, stepped each step.
         compile: Compile the networks.
@@ -81,6 +84,7 @@ class HistoryClicks(ClickModule):
         num_items: int | None = None,
         head: ClickHead = ClickHead(),  # noqa: B008 (read only)
         encoder_lr: float = 5e-5,
+        ids_from: Path | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
@@ -95,7 +99,7 @@ class HistoryClicks(ClickModule):
         num_cross = head.num_cross if head.interaction == "dcn" else 0
         network = DCNNetwork(dims, 0, head.id_dim, num_cross, head.dnn, head.dropout, num_vectors, width)
         super().__init__(network=network, optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
-        self.num_features, self.head, self.encoder_lr = num_lists, head, encoder_lr
+        self.num_features, self.head, self.encoder_lr, self.ids_from = num_lists, head, encoder_lr, ids_from
         self.val_gauc, self.test_gauc = GroupedAUC(), GroupedAUC()
         self.rates_auc = BinaryAUROC()
         self._rates: ClickRates | None = None
@@ -107,6 +111,17 @@ class HistoryClicks(ClickModule):
         own = {id(parameter) for parameter in head}
         others = [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in own]
         return [{"params": head}, *([{"params": others, "lr": self.encoder_lr}] if others else [])]
+
+    @torch.no_grad()
+    def _start_from_ids(self, path: Path) -> None:
+        """Take all weights of a head of ids; those of the texts' vectors in its first layer are 0."""
+        own, theirs = self.network.state_dict(), HistoryClicks.load_from_checkpoint(path).network.state_dict()
+        wide = "dnn.layers.0.weight"
+        if own.keys() != theirs.keys() or any(own[name].shape != value.shape for name, value in theirs.items() if name != wide):
+            raise ValueError(f"ids_from: the head of {path} is another one: train IDClicks with the same head (none or product).")
+        own[wide].zero_()
+        for name, value in theirs.items():
+            own[name][tuple(map(slice, value.shape))] = value
 
     # Passes
 
@@ -170,6 +185,8 @@ class HistoryClicks(ClickModule):
                 f"The model is built for num_features={self.num_features}, but the data have the {len(self.data.features)} lists"
                 f" {', '.join(self.data.features)[:100]}: give --model.num_features {len(self.data.features)}."
             )
+        if stage == "fit" and self.ids_from is not None and self.trainer.ckpt_path is None:
+            self._start_from_ids(self.ids_from)
 
     @override
     def check(self, batch: Mapping[str, Any]) -> None:
