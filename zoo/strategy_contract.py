@@ -14,12 +14,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zoo.nn.row_lookup import LocalRows, RowLink
+
 __all__ = [
     "AveragesShards",
     "BalancesRanks",
     "CallbackContract",
     "CountsTraffic",
     "HasLossDenominator",
+    "HasRows",
     "Request",
     "ShardedAverage",
     "StrategyContract",
@@ -35,6 +38,7 @@ __all__ = [
     "keeps_float32_weights",
     "loss_denominator",
     "replicas_diverge",
+    "row_link",
     "sample_positions",
     "shards_parameters",
     "step_group",
@@ -113,6 +117,12 @@ class StrategyContract:
             None: rank r of W has samples r, r + W, r + 2 W, ..., as of Lightning's ``DistributedSampler``.
         """
         return None
+
+    # Rows of tables
+
+    def row_link(self) -> RowLink:
+        """Fetches rows of the module's tables, wherever they are."""
+        return LocalRows()
 
     # Agreement
 
@@ -210,6 +220,11 @@ def data_replicas(strategy: Strategy) -> tuple[int, int]:
     return strategy.distributed_sampler_kwargs["num_replicas"], strategy.distributed_sampler_kwargs["rank"]
 
 
+def row_link(strategy: Strategy) -> RowLink:
+    """Fetches rows of the module's tables, wherever they are; ask in each step."""
+    return strategy.row_link() if isinstance(strategy, StrategyContract) else LocalRows()
+
+
 def agrees_without_waiting(strategy: Strategy) -> bool:
     """Whether `agree` waits for no other rank, so that it may be asked at every batch."""
     return isinstance(strategy, StrategyContract) and strategy.agrees_without_waiting()
@@ -275,6 +290,15 @@ class BalancesRanks(Protocol):
 
 
 # What strategies ask modules and callbacks
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """A module with tables whose rows it asks of `row_link` in each step, so that a strategy may divide them."""
+
+    def row_tables(self) -> dict[str, torch.nn.Parameter]:
+        """The tables by the names of the parameters in the module's ``network``; all have the same rows."""
+        ...
 
 
 @runtime_checkable
