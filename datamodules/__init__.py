@@ -18,6 +18,8 @@ from datamodules.images.in_memory import ImageDataModule as ImageDataModule
 from datamodules.images.latents import CachedLatents
 from datamodules.interactions.interaction_rows import InteractionBatch as InteractionBatch
 from datamodules.interactions.interactions import Interactions
+from datamodules.tasks.task_sets import TaskBatch as TaskBatch
+from datamodules.tasks.tasks import Tasks
 from datamodules.text.characters import CharacterText as CharacterText
 from datamodules.text.characters import Shakespeare, Text8
 from datamodules.text.text import LanguageData as LanguageData
@@ -44,6 +46,7 @@ __all__ = [
     "Rationales",
     "RolloutPrompts",
     "Shakespeare",
+    "Tasks",
     "Text",
     "Text8",
     "TextHistories",

@@ -17,19 +17,25 @@ __all__ = ["divide", "held_out"]
 T = TypeVar("T")
 
 
-def held_out(keys: Sequence[str], share: float) -> np.ndarray:
+def held_out(keys: Sequence[str], share: float, exact: bool = False) -> np.ndarray:
     """Choose the samples that are held out.
 
     Args:
         keys: A key for each sample; paths may have bytes that are not UTF-8, as Python writes them (``surrogateescape``).
         share: Expected share, from 0 to less than 1. Unless it is 0, and if there are two keys at least, neither side stays
             empty: the least hash is held out, the greatest is not.
+        exact: Whether to hold out the ``round(share * samples)`` least hashes instead of those below the share; samples that are
+            added later may then move a few others.
 
     Returns:
         bool (samples,).
     """
     raw = (key.encode(errors="surrogateescape") for key in keys)
     hashes = np.array([int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "little") for key in raw])
+    if exact:
+        chosen = np.zeros(len(hashes), dtype=bool)
+        chosen[np.argsort(hashes, kind="stable")[: round(share * len(hashes))]] = True
+        return chosen
     chosen = hashes < share * 2.0**48
     if share and len(keys):
         chosen |= hashes == hashes.min()

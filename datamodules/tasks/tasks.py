@@ -1,0 +1,204 @@
+"""Tasks for meta learning (Meta-IO): from MovieLens-100K, or from any data of clicks, in blocks that are read in large reads.
+
+Batches are :class:`~datamodules.tasks.task_sets.TaskBatch`. Source of the name: "G-Meta: Distributed Meta Learning in GPU
+Clusters for Large-Scale Recommender Systems", Xiao et al., CIKM 2023, arXiv 2401.04338; the layout on disk is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from datamodules.assets.fetch import MANIFEST, cache_folder, fetch
+from datamodules.base.cached_folder import prepare
+from datamodules.base.datamodule import ZooDataModule
+from datamodules.base.json_lines import OnError
+from datamodules.base.loader import ResumableLoader
+from datamodules.clicks.click_table import SPLITS, ClickColumns, Split
+from datamodules.clicks.clicks import ClickData
+from datamodules.tasks.film_tasks import TaskKey, read_film_tasks, read_films_to_score
+from datamodules.tasks.task_sets import RowOrder, Share, TaskSet, TasksToScore
+from datamodules.tasks.task_table import ColdBy, RowSource, TaskTable, open_tasks, write_tasks
+
+__all__ = ["Tasks"]
+
+_FORMAT = "1"  # another one makes the cache again
+_ASSET = "movielens-100k"
+
+
+class Tasks(ZooDataModule):
+    """Tasks with a support and a query set: users of MovieLens-100K (fetched once), or the values of a field of any click data.
+
+    Training tasks come in the order of shuffled runs; validation and test both give the cold tasks, which training never
+    sees. Tasks with fewer rows than support and query are left out, and their number is logged. ``batch_size`` counts tasks.
+
+    Args:
+        task_key: Whether a task of MovieLens is a user or a film.
+        clicks: Data of clicks to take instead of MovieLens: the rows of all its splits.
+        task_field: Field of ``clicks`` whose values are the tasks.
+        support: Rows of a task to adapt on.
+        query: Rows of a task to learn from, or to test.
+        order: Whether support and query are drawn among all rows of a task, anew in each epoch, or are its first rows by time
+            and those that follow.
+        cold_share: Share of the tasks that is held out whole.
+        cold_by: Whether a hash of a task holds it out, or that its first row is among the latest.
+        run: Tasks that stay neighbours when training shuffles, rounded up to whole global batches, so that a batch is one large
+            read; 1 shuffles task by task, for data that memory holds.
+        predict_file: The user's own rows: those with a label are adapted on, those without are scored. Of MovieLens a CSV file
+            with the columns ``user_id, item_id, age, gender, occupation, zip_code, rating``. Without one, cold tasks are scored.
+        on_error: Treatment of malformed rows of it.
+        batch_size: Tasks in a batch of one process.
+        **kwargs: Arguments of `ZooDataModule`.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    model_arguments: ClassVar[tuple[str, ...]] = ("field_dims", "num_dense")
+
+    def __init__(
+        self,
+        task_key: TaskKey = "user",
+        clicks: ClickData | None = None,
+        task_field: str | None = None,
+        support: int = 10,
+        query: int = 10,
+        order: RowOrder = "random",
+        cold_share: float = 0.25,
+        cold_by: ColdBy = "task",
+        run: int = 64,
+        predict_file: Path | None = None,
+        on_error: OnError = "raise",
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, **kwargs)
+        for name, size in (("support", support), ("query", query), ("run", run)):
+            if size < 1:
+                raise ValueError(
+                    f"Tasks: {name}={size} must be at least 1: a task needs rows to adapt on, and others to learn from."
+                )
+        choices = {"task_key": TaskKey, "order": RowOrder, "cold_by": ColdBy, "on_error": OnError}
+        for name, value in (("task_key", task_key), ("order", order), ("cold_by", cold_by), ("on_error", on_error)):
+            if value not in get_args(choices[name]):
+                raise ValueError(f"Tasks: {name}={value!r} must be one of {', '.join(get_args(choices[name]))}.")
+        if not 0 <= cold_share < 1:
+            raise ValueError(f"Tasks: cold_share={cold_share} must lie in 0 ... 1, without 1.")
+        if (clicks is None) != (task_field is None):
+            raise ValueError("Tasks: give clicks and task_field together, the data and the field whose values are the tasks.")
+        if clicks is not None and predict_file is not None:
+            raise ValueError("Tasks: predict_file is read for MovieLens only; with clicks, predict scores cold tasks.")
+        self.task_key = task_key
+        self.clicks = clicks
+        self.task_field = task_field
+        self.support = support
+        self.query = query
+        self.order = order
+        self.cold_share = cold_share
+        self.cold_by = cold_by
+        self.run = run
+        self.predict_file = None if predict_file is None else Path(predict_file)
+        self.on_error = on_error
+        self._tables: list[dict[Split, TaskTable]] | None = None
+
+    def folder(self) -> Path:
+        """Folder of the blocks in the cache; its name depends on everything that they depend on."""
+        source = [MANIFEST[_ASSET].sha256, self.task_key]
+        if self.clicks is not None:
+            source = [self.clicks.folder().name, str(self.task_field)]
+        key = repr((_FORMAT, source, self.support + self.query, self.cold_share, self.cold_by))
+        return cache_folder() / "tasks" / f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def write(self, folder: Path) -> None:
+        """Write the blocks into an empty folder."""
+        source = read_film_tasks(fetch(_ASSET), self.task_key) if self.clicks is None else self._click_tasks(self.clicks)
+        train, cold, short = write_tasks(folder, source, self.support + self.query, self.cold_share, self.cold_by)
+        rank_zero_info(
+            f"Tasks: {train} for training and {cold} cold ones; {short} with fewer than {self.support} + {self.query} rows are"
+            " left out."
+        )
+
+    def _click_tasks(self, clicks: ClickData) -> RowSource:
+        columns, parts = clicks.columns, [clicks.tables[split] for split in SPLITS]
+        if self.task_field not in columns.fields:
+            raise ValueError(
+                f"Tasks: task_field={self.task_field!r} is no field of {type(clicks).__name__}, which has"
+                f" {', '.join(columns.fields)[:160]}."
+            )
+        field = columns.fields.index(str(self.task_field))
+        return RowSource(columns, parts, np.concatenate([part.sparse[:, field] for part in parts]).astype(np.int64))
+
+    @override
+    def prepare_data(self) -> None:
+        """Write the blocks, unless they are in the cache."""
+        prepare(self.folder(), self.write)
+
+    @property
+    def tables(self) -> list[dict[Split, TaskTable]]:
+        """The blocks, ``train`` and ``test`` of each part; opened on first use, and made if they are not there."""
+        if self._tables is None:
+            self.prepare_data()
+            self._tables = [open_tasks(self.folder())]
+        return self._tables
+
+    @property
+    def columns(self) -> ClickColumns:
+        """The encoded columns."""
+        return self.tables[-1]["train"].table.columns
+
+    @property
+    def field_dims(self) -> tuple[int, ...]:
+        """Number of ids of each field of categories, an argument of models."""
+        return self.columns.field_dims
+
+    @property
+    def num_dense(self) -> int:
+        """Numbers of a row."""
+        return len(self.columns.numbers)
+
+    def dataset(self, split: Split) -> TaskSet:
+        """Tasks for training (``train``) or cold ones (``val`` and ``test``)."""
+        train = split == "train"
+        tables = [part["train" if train else "test"] for part in self.tables]
+        return TaskSet(tables, self.support, self.query, self.order, self.data_seed, self._task_share(), train, self.run)
+
+    def _task_share(self) -> Share:
+        return Share((*self._share(), self.batch_size))
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Open the blocks."""
+        _ = self.tables
+
+    @override
+    def train_dataloader(self) -> ResumableLoader[Any]:
+        dataset, processes = self.dataset("train"), self._share()[0]
+        if len(dataset) < processes:
+            raise ValueError(
+                f"Tasks: {len(dataset)} task(s) cannot be shared out to {processes} processes: run on fewer devices."
+            )
+        return self.train_loader(dataset)
+
+    @override
+    def val_dataloader(self) -> ResumableLoader[Any] | list[Any]:
+        """Cold tasks; none where none are held out."""
+        return self.eval_loader(self.dataset("val")) if len(self.dataset("val")) else []
+
+    @override
+    def test_dataloader(self) -> ResumableLoader[Any]:
+        return self.eval_loader(self.dataset("test"))
+
+    @override
+    def predict_dataloader(self) -> ResumableLoader[Any]:
+        """Batches of the tasks to score."""
+        if self.predict_file is None:
+            return self.test_dataloader()
+        if not self.predict_file.is_file():
+            raise FileNotFoundError(f"predict_file: {self.predict_file} does not exist: give a CSV file of ratings.")
+        rows, task_N = read_films_to_score(fetch(_ASSET), self.predict_file, self.task_key, self.on_error)
+        return self.eval_loader(TasksToScore(self.columns, rows, task_N, self._task_share()))
