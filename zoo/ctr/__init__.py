@@ -1,4 +1,4 @@
-"""Click-through rates: xDeepFM, DCN-v2 and DLRM, and the parts of their networks."""
+"""Click-through rates: xDeepFM, DCN-v2, DLRM and MeLU's network, and the parts of their networks."""
 
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.compressed_interaction import CompressedInteraction
@@ -7,6 +7,7 @@ from zoo.ctr.dcn import DCNNetwork
 from zoo.ctr.deep_layers import DeepLayers
 from zoo.ctr.dlrm import DLRMNetwork
 from zoo.ctr.field_embedding import FieldEmbedding
+from zoo.ctr.melu import MeLUNetwork
 from zoo.ctr.module import DCN, DLRM, XDeepFM
 from zoo.ctr.module import ClickModule as ClickModule
 from zoo.ctr.xdeepfm import XDeepFMNetwork
@@ -21,6 +22,7 @@ __all__ = [
     "DLRMNetwork",
     "DeepLayers",
     "FieldEmbedding",
+    "MeLUNetwork",
     "XDeepFM",
     "XDeepFMNetwork",
 ]

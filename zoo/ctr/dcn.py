@@ -56,6 +56,10 @@ class DCNNetwork(ClickNetwork):
         self.output = nn.Linear(self.dnn.num_outputs, 1)
         nn.init.zeros_(self.output.bias)
 
+    def decision_layers(self) -> tuple[str, ...]:
+        """See :meth:`ClickNetwork.decision_layers`."""
+        return ("cross", "dnn", "output")
+
     def draw(self, random: SampleRandom) -> list[Tensor]:
         """Kept hidden units, of each layer bool (B, width)."""
         return self.dnn.draw(random)

@@ -4,7 +4,8 @@ Shape suffixes: B samples, F fields of categories, N numbers, D size of the vect
 K vectors in all, P pairs of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.deep_layers import DeepLayers
+from zoo.ctr.dlrm_weights import from_dlrm
 from zoo.ctr.field_embedding import FieldEmbedding
 
 __all__ = ["DLRMNetwork"]
@@ -57,6 +59,14 @@ class DLRMNetwork(ClickNetwork):
         self.top = DeepLayers(count * (count - 1) // 2 + (embed_dim if num_dense else 0), top, dropout)
         self.output = nn.Linear(self.top.num_outputs, 1)
         nn.init.zeros_(self.output.bias)
+
+    def decision_layers(self) -> tuple[str, ...]:
+        """See :meth:`ClickNetwork.decision_layers`."""
+        return ("top", "output")
+
+    def from_official(self, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See :meth:`ClickNetwork.from_official`; of ``dlrm_s_pytorch.py`` and of TorchRec."""
+        return from_dlrm(weights)
 
     def draw(self, random: SampleRandom) -> list[Tensor]:
         """Kept hidden units, of each layer bool (B, width)."""

@@ -1,6 +1,7 @@
 """Lightning modules that predict clicks: wiring only."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +11,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 from typing_extensions import override
 
+from zoo.base.checkpoint import check_weights, read_plain
+from zoo.base.hyperparameters import class_path
 from zoo.base.random import SampleRandom
 from zoo.ctr.click_network import ClickNetwork
 from zoo.ctr.dcn import DCNNetwork
 from zoo.ctr.dlrm import DLRMNetwork
+from zoo.ctr.dlrm_weights import dlrm_arguments
 from zoo.ctr.xdeepfm import XDeepFMNetwork
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
+from zoo.nn.row_lookup import LocalRows, places
+from zoo.strategy_contract import row_link
 
 __all__ = ["DCN", "DLRM", "ClickModule", "XDeepFM"]
 
@@ -119,10 +125,30 @@ class ClickModule(ZooModule):
                 f" {dims[field]} for it: build it with the field_dims of the data."
             )
 
+    @override
+    def load_official(self, path: str | Path) -> None:
+        """Load weights of the network's published code: DLRM's, TorchRec's.
+
+        Raises:
+            ValueError: If the network has none, or the file's are not of its shapes.
+        """
+        weights = self.network.from_official(read_plain(path))
+        check_weights(self.network, weights, str(path))
+        self.network.load_state_dict(weights)
+
+    def row_tables(self) -> dict[str, torch.nn.Parameter]:
+        """Tables of categories, which a strategy may divide by rows; see `zoo.strategy_contract.HasRows`."""
+        return self.network.row_tables()
+
     def forward(self, batch: Mapping[str, Tensor], drawn: Sequence[Tensor] = ()) -> Tensor:
         """Logits (B,) of a batch."""
-        logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
-        return logit_B
+        link = LocalRows() if self._trainer is None else row_link(self.trainer.strategy)
+        if isinstance(link, LocalRows):
+            logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
+            return logit_B
+        numbers_BF = self.network.row_numbers(batch["sparse"])
+        rows = link.fetch(self.row_tables(), [numbers_BF])
+        return self.network.run_on_rows(rows.values, places(rows.ids_U, numbers_BF), batch["dense"], drawn)
 
     def calibrated(self, logit_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits (B,), float32, with ``log_odds`` added, for evaluation."""
@@ -265,3 +291,11 @@ class DLRM(ClickModule):
     ) -> None:
         network = DLRMNetwork(self.given(field_dims), num_dense or 0, embed_dim, bottom, top, dropout)
         super().__init__(network=network, optimizer=optimizer, **kwargs)
+
+    @classmethod
+    @override
+    def infer_official_config(cls, path: str | Path) -> dict[str, Any] | None:
+        """The model of a checkpoint of DLRM's published code, or of TorchRec's DLRM."""
+        found = read_plain(path) if Path(path).is_file() else None
+        arguments = dlrm_arguments(found) if isinstance(found, Mapping) else None
+        return None if arguments is None else {"class_path": class_path(cls), "init_args": arguments}

@@ -48,6 +48,10 @@ class XDeepFMNetwork(ClickNetwork):
         self.output = nn.Linear(self.cin.num_outputs + (self.dnn.num_outputs if dnn else 0), 1)
         nn.init.zeros_(self.output.bias)
 
+    def decision_layers(self) -> tuple[str, ...]:
+        """See :meth:`ClickNetwork.decision_layers`."""
+        return ("cin", "dnn", "output")
+
     def draw(self, random: SampleRandom) -> list[Tensor]:
         """Kept hidden units, of each layer bool (B, width)."""
         return self.dnn.draw(random)
