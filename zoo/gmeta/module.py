@@ -5,7 +5,7 @@ Shape suffixes: T tasks, S samples of support, Q of query, F fields of categorie
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -179,7 +179,7 @@ class GMeta(ClickModule):
                 if name == str(self.inner_steps):
                     auc.update(probability_B, label_B.long())
                     log_loss.update(loss_B)
-        self.log_dict(logged, prog_bar=False, batch_size=1)
+        self.log_dict(logged, batch_size=1)
         return found.get(str(self.inner_steps), label_B)
 
     def _unadapted(self, rows: Rows, tasks: Mapping[str, Any], name: str) -> Tensor:
@@ -212,3 +212,24 @@ class GMeta(ClickModule):
             return {**found, "probability": torch.zeros(0, device=mask.device)}
         logit_TQ = query_logits(self.network, rows, tasks, self.adaptation, [self.inner_steps], self.vmap)[:, 0]
         return {**found, "probability": logit_TQ[mask].float().sigmoid()}
+
+    def grown(self, field_dims: Sequence[int]) -> Self:
+        """A copy for more ids: rows of known ids stay, those of new ones begin as in a new model.
+
+        Args:
+            field_dims: Number of ids of each field, none smaller than now; new ids follow the known ones.
+
+        Raises:
+            ValueError: There are other fields, or fewer ids.
+        """
+        before = self.network.field_dims
+        if len(field_dims) != len(before) or any(new < old for new, old in zip(field_dims, before, strict=True)):
+            raise ValueError(f"Tables of {list(before)} ids cannot grow to {list(field_dims)}: each field must keep its ids.")
+        module = self._build(dict(self.hparams_initial), {"field_dims": list(field_dims)})
+        starts = [sum(field_dims[:field]) for field in range(len(before))]
+        kept = torch.cat([start + torch.arange(old) for start, old in zip(starts, before, strict=True)])
+        weights, tables = module.state_dict(), {f"network.{name}" for name in self.row_tables()}
+        for name, value in self.state_dict().items():
+            weights[name][kept if name in tables else ...] = value.to(weights[name].device)
+        module.load_state_dict(weights)
+        return module
