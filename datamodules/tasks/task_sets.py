@@ -6,7 +6,7 @@ D numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -22,6 +22,8 @@ from zoo.base.random import SampleRandom
 __all__ = ["Share", "TaskBatch", "TaskRows", "TaskSet", "TasksToScore"]
 
 RowOrder = Literal["random", "chronological"]
+_AHEAD = 2
+"""Batches after which one is read that the system is asked for now."""
 
 
 class TaskRows(TypedDict):
@@ -138,6 +140,7 @@ class TaskSet(_TaskBatches):
         self.columns = self.tables[-1].table.columns
         self.support, self.query, self.order, self.seed, self.run = support, query, order, seed, run
         self.epoch = 0
+        self._stream: np.ndarray | None = None
 
     @property
     def tasks(self) -> np.ndarray:
@@ -147,6 +150,7 @@ class TaskSet(_TaskBatches):
     def set_epoch(self, epoch: int) -> None:
         """Draw support and query of this epoch from now on."""
         self.epoch = epoch
+        self._stream = None
 
     def epoch_order(self, epoch: int, seed: int) -> np.ndarray:
         """Tasks of an epoch of training, a pure function of (seed, epoch) and the size of the global batch.
@@ -165,10 +169,23 @@ class TaskSet(_TaskBatches):
         by_process = order[:full].reshape(-1, self.share[0], self.share[2]).transpose(0, 2, 1)
         return np.concatenate([by_process.ravel(), order[full:]])
 
+    def _ask_ahead(self, number_T: np.ndarray) -> None:
+        """Let the system fetch a later batch of this process, unless it follows on disk, where the system reads on by itself."""
+        if self._stream is None:
+            processes, rank, _ = self.share
+            self._stream = self.epoch_order(self.epoch, self.seed)[rank::processes]
+            self._place = np.full(self.length, -1)
+            self._place[self._stream] = np.arange(len(self._stream))
+        first = int(self._place[number_T[0]]) + _AHEAD * len(number_T)
+        asked = self._stream[first : first + len(number_T)]
+        if len(asked) and asked[0] != number_T[0] + _AHEAD * len(number_T):
+            for table, start, stop in self._stretches(asked):
+                table.ask(start, stop)
+
     def batch(self, indices: Sequence[int]) -> TaskBatch:
         """A whole batch."""
         number_T = np.asarray(indices, dtype=np.int64)
-        rows, begin_T, count_T, task_T = self._read(number_T)
+        rows, begin_T, count_T, task_T = self.read(number_T)
         place_TK = begin_T[:, None] + self._chosen(number_T, count_T)
         support, query = place_TK[:, : self.support], place_TK[:, self.support :]
         return {
@@ -189,20 +206,27 @@ class TaskSet(_TaskBatches):
         drawn_TK[np.arange(width) >= count_T[:, None]] = 2
         return np.argsort(drawn_TK, axis=1, kind="stable")[:, :chosen]
 
-    def _read(self, number_T: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, number_T: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """Rows of some tasks, one read for each stretch of neighbours; where each begins, its number of rows, its name."""
-        table_T = np.searchsorted(self.first_T, number_T, side="right") - 1
-        ends = np.flatnonzero((np.diff(number_T) != 1) | (np.diff(table_T) != 0)) + 1
         parts, counts, tasks = [], [], []
-        for first, last in zip([0, *ends], [*ends, len(number_T)], strict=True):
-            table, start = self.tables[table_T[first]], int(number_T[first] - self.first_T[table_T[first]])
-            parts.append(table.read(start, start + int(last - first)))
-            own = table.tasks[start : start + int(last - first)]
-            counts.append(own["count"])
-            tasks.append(own["task"])
+        for table, start, stop in self._stretches(number_T):
+            parts.append(table.read(start, stop))
+            counts.append(table.tasks["count"][start:stop])
+            tasks.append(table.tasks["task"][start:stop])
+        if self.train and self.run > 1:
+            self._ask_ahead(number_T)
         rows = parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         count_T = np.concatenate(counts).astype(np.int64)
         return rows, np.cumsum(count_T) - count_T, count_T, np.concatenate(tasks)
+
+    def _stretches(self, number_T: np.ndarray) -> Iterator[tuple[TaskTable, int, int]]:
+        """Tables and their tasks from ... to that stretches of neighbours among some tasks are."""
+        table_T = np.searchsorted(self.first_T, number_T, side="right") - 1
+        ends = np.flatnonzero((np.diff(number_T) != 1) | (np.diff(table_T) != 0)) + 1
+        for first, last in zip([0, *ends], [*ends, len(number_T)], strict=True):
+            if last > first:
+                start = int(number_T[first] - self.first_T[table_T[first]])
+                yield self.tables[table_T[first]], start, start + int(last - first)
 
 
 class TasksToScore(_TaskBatches):

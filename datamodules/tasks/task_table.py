@@ -201,17 +201,18 @@ class TaskTable:
     def __init__(self, table: ClickTable, tasks: np.ndarray) -> None:
         self.table = table
         self.tasks = tasks
-        self._checked = np.zeros(len(tasks), dtype=bool)
+        self.checked = np.zeros(len(tasks), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is not forked opens the files itself.
-        return {name: value for name, value in vars(self).items() if name != "_files"}
+        return {name: value for name, value in vars(self).items() if name != "files"}
 
     @cached_property
-    def _files(self) -> dict[str, _Column]:
+    def files(self) -> dict[str, _Column]:
+        """The columns, opened when they are first asked for."""
         table = self.table
         shapes = {"sparse": (len(table.columns.fields),), "dense": (len(table.columns.numbers),)}
         kinds = {"sparse": np.int32, "dense": np.float32, "label": np.uint8, "index": np.int64}
@@ -220,23 +221,31 @@ class TaskTable:
             for name in _COLUMNS
         }
 
+    def _rows(self, first: int, last: int) -> tuple[int, int]:
+        tasks = self.tasks
+        return int(tasks["offset"][first]), int(tasks["offset"][last - 1]) + int(tasks["count"][last - 1])
+
+    def ask(self, first: int, last: int) -> None:
+        """Let the system fetch the rows of the tasks number ``first`` to ``last - 1`` while others are at work."""
+        for file in self.files.values():
+            file.ask(*self._rows(first, last))
+
     def read(self, first: int, last: int) -> dict[str, np.ndarray]:
         """Rows of the tasks number ``first`` to ``last - 1``: ``sparse``, ``dense``, ``label`` and ``index``, one read each.
 
         Raises:
             ValueError: A block is corrupt.
         """
-        tasks = self.tasks[first:last]
-        start, stop = int(tasks["offset"][0]), int(tasks["offset"][-1]) + int(tasks["count"][-1])
-        rows = {name: file.read(start, stop) for name, file in self._files.items()}
-        if not self._checked[first:last].all():
+        tasks, (start, stop) = self.tasks[first:last], self._rows(first, last)
+        rows = {name: file.read(start, stop) for name, file in self.files.items()}
+        if not self.checked[first:last].all():
             wrong = np.flatnonzero(_crcs(rows, tasks) != tasks["crc"])
             if len(wrong):
                 raise ValueError(
                     f"The block of task {tasks['task'][wrong[0]]} (number {first + wrong[0]} of {self.table.split}) in"
                     f" {self.table.folder.name} is corrupt, its CRC differs: delete the folder {self.table.folder}."
                 )
-            self._checked[first:last] = True
+            self.checked[first:last] = True
         return rows
 
 
@@ -259,6 +268,12 @@ class _Column:
                 f" written with other columns; delete the folder {path.parent}."
             )
         self.begin = int(getattr(found, "offset", 0))
+
+    def ask(self, start: int, stop: int) -> None:
+        """Let the system fetch rows ``start`` to ``stop - 1``, where it takes advice."""
+        if self.row_bytes and hasattr(os, "posix_fadvise"):
+            place, length = self.begin + start * self.row_bytes, (stop - start) * self.row_bytes
+            os.posix_fadvise(self.file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop - 1``."""
