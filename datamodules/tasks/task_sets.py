@@ -220,13 +220,15 @@ class TaskSet(_TaskBatches):
         return rows, np.cumsum(count_T) - count_T, count_T, np.concatenate(tasks)
 
     def _stretches(self, number_T: np.ndarray) -> Iterator[tuple[TaskTable, int, int]]:
-        """Tables and their tasks from ... to that stretches of neighbours among some tasks are."""
-        table_T = np.searchsorted(self.first_T, number_T, side="right") - 1
-        ends = np.flatnonzero((np.diff(number_T) != 1) | (np.diff(table_T) != 0)) + 1
-        for first, last in zip([0, *ends], [*ends, len(number_T)], strict=True):
-            if last > first:
-                start = int(number_T[first] - self.first_T[table_T[first]])
-                yield self.tables[table_T[first]], start, start + int(last - first)
+        """Stretches of neighbours among some tasks: their table, and numbers of the first and the one after the last in it."""
+        ends = np.flatnonzero(number_T[1:] != number_T[:-1] + 1) + 1
+        for first, last in zip([0, *ends.tolist()], [*ends.tolist(), len(number_T)], strict=True):
+            start, stop = int(number_T[first]), int(number_T[last - 1]) + 1
+            while start < stop:
+                place = int(np.searchsorted(self.first_T, start, side="right")) - 1
+                until = min(stop, int(self.first_T[place + 1]))
+                yield self.tables[place], start - int(self.first_T[place]), until - int(self.first_T[place])
+                start = until
 
 
 class TasksToScore(_TaskBatches):
