@@ -4,8 +4,9 @@
 of time, and as blocks. Each arm reads all rows into memory of its own in batches of 64 tasks, with one thread, one arm after
 another in each repeat; CRCs are checked by the arm that says so, as in a first epoch. Gathering knows the rows of each task and
 takes them from mapped columns, in the order of the batch or in that of the file; the one that is faster in the median counts. To
-drop the page cache, files are closed (mapped pages stay) and `posix_fadvise` lets go of them, before each pass or each batch; megabytes
-that came from the disk stand beside. pandas and Arrow are measured where they are installed (``pip install pandas pyarrow``).
+drop the page cache, files are closed (mapped pages stay) and `posix_fadvise` lets go of them, before each pass or each batch;
+megabytes that came from the disk stand beside. pandas and Arrow are measured where they are installed (``pip install pandas
+pyarrow``).
 
 Claim: blocks are read faster than CSV is parsed, and faster than the rows of tasks are collected.
 """
