@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 __all__ = ["DividedRows", "Layout"]
@@ -75,6 +75,20 @@ class DividedRows:
         start = rank * few + min(rank, more)
         return slice(start, start + few + (rank < more))
 
+    def places(self, rows_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Where rows are: the ranks that keep them, and their places there, both int64 (N,).
+
+        Args:
+            rows_N: Rows, int64.
+            num_rows: Of the parameter.
+        """
+        if self.layout == "mod":
+            return rows_N % self.size, rows_N // self.size
+        few, more = divmod(num_rows, self.size)
+        longer = more * (few + 1)  # rows of the ranks that keep one more
+        owner_N = torch.where(rows_N < longer, rows_N // (few + 1), (rows_N - longer) // few + more)
+        return owner_N, rows_N - owner_N * few - owner_N.clamp(max=more)
+
     # Parameters
 
     @torch.no_grad()
@@ -120,7 +134,7 @@ class DividedRows:
         others: list[Tensor] = []
         for parameter in parameters:
             if parameter.grad is not None:
-                (divided if self.holds(parameter) else others).append(parameter.grad)
+                (divided if self.holds(parameter) else others).append(_numbers(parameter))
         square, square_of_divided = (
             norm.to(self.device, torch.promote_types(norm.dtype, torch.float32)).square()
             for norm in (get_total_norm(others), get_total_norm(divided))
@@ -128,16 +142,32 @@ class DividedRows:
         dist.all_reduce(square_of_divided, group=self.group)
         return (square + square_of_divided).sqrt()
 
+    @torch.no_grad()
     def clip_gradients(self, parameters: Iterable[Tensor], max_norm: float) -> None:
         """Clip the gradients of parameters, divided and others, by their one norm; a collective call of the group."""
         trained = [parameter for parameter in parameters if parameter.grad is not None]
-        clip_grads_with_norm_(trained, max_norm, self.gradient_norm(trained))
+        factor = (max_norm / (self.gradient_norm(trained) + 1e-6)).clamp(max=1.0)
+        for numbers in map(_numbers, trained):
+            numbers.mul_(factor.to(numbers.device))
 
     # Checkpoints
 
     def part_of_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with this rank's rows, wherever it has weights by name, of the module or a part of it."""
         return self._map_weights(checkpoint, self._part_of)
+
+    def check_weights(self, weights: Mapping[str, Any], source: object) -> None:
+        """Refuse the weights of a module, whole, that have other numbers of rows.
+
+        Raises:
+            ValueError: One has, its name and both numbers are given.
+        """
+        for name, num_rows in self._num_rows_of.items():
+            if name in weights and len(weights[name]) != num_rows:
+                raise ValueError(
+                    f"{source} has {len(weights[name])} rows of {name}, the module {num_rows}: build the module with the"
+                    " sizes of the checkpoint."
+                )
 
     def whole_weights(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """A checkpoint with all rows in the group's first rank (the others keep theirs); a collective call of the group."""
@@ -206,3 +236,12 @@ def _starts(name: str) -> list[int]:
     """Possible starts of a parameter's name for a part of the module: each module above it."""
     starts = [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
     return starts[:-1] or starts
+
+
+def _numbers(parameter: Tensor) -> Tensor:
+    """The numbers of a parameter's gradient, in place; of a sparse one those that are stored, each row once."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()

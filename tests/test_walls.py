@@ -37,6 +37,7 @@ WIRING = (
     "lm_eval_adapter",
     "hf_decoder",
     "strategy",
+    "divided_strategy",
     "paro_role",
     "refusals",
     "data_statistics_writer",
