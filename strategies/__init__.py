@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from strategies.antdt.strategy import AntDTStrategy
     from strategies.edit import EDiTShardedStrategy, EDiTStrategy
     from strategies.expert import ExpertParallelStrategy
+    from strategies.hybrid import HybridStrategy
     from strategies.paro import PaROStrategy
     from strategies.placement import FlatteningStrategy, InterleavingStrategy, PlacementStrategy, SeparationStrategy
 
@@ -19,6 +20,7 @@ __all__ = [
     "EDiTStrategy",
     "ExpertParallelStrategy",
     "FlatteningStrategy",
+    "HybridStrategy",
     "InterleavingStrategy",
     "PaROStrategy",
     "ParameterServerStrategy",
@@ -32,6 +34,7 @@ _HOME = {
     "EDiTStrategy": "edit",
     "ExpertParallelStrategy": "expert",
     "FlatteningStrategy": "placement",
+    "HybridStrategy": "hybrid",
     "InterleavingStrategy": "placement",
     "PaROStrategy": "paro",
     "ParameterServerStrategy": "antdt.ps.strategy",

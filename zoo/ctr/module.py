@@ -1,6 +1,7 @@
 """Lightning modules that predict clicks: wiring only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zoo.ctr.xdeepfm import XDeepFMNetwork
 from zoo.metrics.mean_and_error import Mean
 from zoo.module import ZooModule
 from zoo.nn.row_lookup import LocalRows, places
+from zoo.nn.row_optimizers import RowsAndRest, row_groups, takes_sparse
 from zoo.strategy_contract import row_link
 
 __all__ = ["DCN", "DLRM", "ClickModule", "XDeepFM"]
@@ -43,6 +45,8 @@ class ClickModule(ZooModule):
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the schedule, stepped each step.
         compile: Compile the network.
+        row_optimizer: Makes an optimizer of its own for tables, such as `zoo.nn.row_optimizers.RowAdagrad`. One that takes sparse
+            gradients gets them, of the rows of a step only, in meta learning and where the strategy ``hybrid`` divides tables.
     """
 
     def __init__(
@@ -51,8 +55,12 @@ class ClickModule(ZooModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
+        row_optimizer: OptimizerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler, compile=compile)
+        both = optimizer if row_optimizer is None else partial(RowsAndRest, rows=row_optimizer, rest=optimizer)
+        super().__init__(optimizer=both, lr_scheduler=lr_scheduler, compile=compile)
+        self._rows_apart = row_optimizer is not None
+        self._sparse_rows = False
         self.network = network
         self.val_auc, self.test_auc = BinaryAUROC(), BinaryAUROC()
         self.val_log_loss, self.test_log_loss = Mean(), Mean()
@@ -136,6 +144,19 @@ class ClickModule(ZooModule):
         check_weights(self.network, weights, str(path))
         self.network.load_state_dict(weights)
 
+    @override
+    def parameter_groups(self) -> Iterable[Any]:
+        """All parameters; tables in a group of their own where they have an optimizer of their own."""
+        groups = super().parameter_groups()
+        return row_groups(self.row_tables().values(), groups) if self._rows_apart else groups
+
+    @override
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        optimizer = found["optimizer"] if isinstance(found, dict) else found
+        self._sparse_rows = isinstance(optimizer, RowsAndRest) and takes_sparse(optimizer.parts[0])
+        return found
+
     def row_tables(self) -> dict[str, torch.nn.Parameter]:
         """Tables of categories, which a strategy may divide by rows; see `zoo.strategy_contract.HasRows`."""
         return self.network.row_tables()
@@ -147,7 +168,7 @@ class ClickModule(ZooModule):
             logit_B: Tensor = self.network(batch["sparse"], batch["dense"], drawn)
             return logit_B
         numbers_BF = self.network.row_numbers(batch["sparse"])
-        rows = link.fetch(self.row_tables(), [numbers_BF])
+        rows = link.fetch(self.row_tables(), [numbers_BF], self._sparse_rows)
         return self.network.run_on_rows(rows.values, places(rows.ids_U, numbers_BF), batch["dense"], drawn)
 
     def calibrated(self, logit_B: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

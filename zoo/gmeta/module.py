@@ -121,7 +121,7 @@ class GMeta(ClickModule):
         ]
         if not groups:
             groups = [numbers["support"].flatten()]
-        rows = row_link(self.trainer.strategy).fetch(self.row_tables(), groups)
+        rows = row_link(self.trainer.strategy).fetch(self.row_tables(), groups, self._sparse_rows)
         if draw:
             for each in sets.values():
                 random = SampleRandom(self.random_seed, each["index"].flatten(), epoch=self.trainer.current_epoch)
