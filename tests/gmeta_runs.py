@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import get_rank, get_world_size, is_initialized
 from torch.utils.data import DataLoader
 
+from strategies import HybridStrategy
 from zoo.ctr import DLRMNetwork, XDeepFMNetwork
 from zoo.gmeta import GMeta
 
@@ -102,16 +103,31 @@ CASES = {
 }
 
 
-def run(folder: Path, options: dict[str, Any], strategy: str) -> dict[str, Any]:
-    """Fit and test on the ranks of the present group."""
+def run(folder: Path, options: dict[str, Any], strategy: Any = "auto", **fit_options: Any) -> dict[str, Any]:
+    """Fit and test on the ranks of the present group.
+
+    Args:
+        folder: Where the run lies.
+        options: Of the model.
+        strategy: Its name, or the arguments of ``HybridStrategy``.
+        fit_options: Of the Trainer; ``ckpt_path`` continues, ``save`` names a checkpoint that is written after two steps.
+    """
     ranks = get_world_size() if is_initialized() else 1
     torch.set_default_dtype(torch.float64)
     seed_everything(3, verbose=False)
-    module, data = model(**options), Drawn()
-    fit = trainer(folder, devices=ranks, strategy=strategy if ranks > 1 else "auto", precision="64-true")
+    module, data = model(**options), Drawn(steps=fit_options.pop("steps", 4))
+    saved, path = fit_options.pop("save", None), fit_options.pop("ckpt_path", None)
+    chosen = HybridStrategy(**strategy) if isinstance(strategy, dict) else strategy
+    fit = trainer(folder, devices=ranks, strategy=chosen, precision="64-true", **fit_options)
     losses: list[float] = []
-    module.on_train_batch_end = lambda *_: losses.append(float(fit.callback_metrics["train/loss"]))  # type: ignore[method-assign]
-    fit.fit(module, data)
+
+    def after_step(*_: Any) -> None:
+        losses.append(float(fit.callback_metrics["train/loss"]))
+        if saved and fit.global_step == 2:
+            fit.save_checkpoint(saved)
+
+    module.on_train_batch_end = after_step  # type: ignore[method-assign]
+    fit.fit(module, data, ckpt_path=path)
     (test,) = fit.test(module, data, verbose=False)
     weights = {name: value.detach().clone() for name, value in LightningModule.state_dict(module).items()}
     return {"weights": weights, "test": dict(test), "losses": losses}

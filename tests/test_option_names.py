@@ -23,7 +23,7 @@ NAMES: dict[type, str] = {
         val_times record_trajectory pretrained tied_token_source optimizer lr_scheduler lr_scheduler_interval compile""",
     Ling: _LING,
     LingDPO: f"beta nll_weight reference {_LING}",
-    XDeepFM: "field_dims num_dense embed_dim cin dnn dropout optimizer lr_scheduler compile",
+    XDeepFM: "field_dims num_dense embed_dim cin dnn dropout optimizer row_optimizer lr_scheduler compile",
     SampleQuality: f"{_COMPARISON} extractor weights_path kid_subset_size statistics",
     TextQuality: f"{_COMPARISON} min_count",
 }

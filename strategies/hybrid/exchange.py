@@ -127,7 +127,9 @@ class _Fetch(torch.autograd.Function):
         parts = got_AD.div_(exchange.parts.size).split([shape[1] for shape in ctx.shapes], dim=1)
         pairs = zip(parts, ctx.shapes, strict=True)
         if ctx.sparse:
-            found = [torch.sparse_coo_tensor(plan.place_A[None], part, shape, check_invariants=False) for part, shape in pairs]
+            # A single row of a wider tensor counts as contiguous; torch's sparse kernels write beside such values.
+            copies = [(part.clone(memory_format=torch.contiguous_format), shape) for part, shape in pairs]
+            found = [torch.sparse_coo_tensor(plan.place_A[None], part, shape, check_invariants=False) for part, shape in copies]
         else:
             found = [part.new_zeros(shape).index_add_(0, plan.place_A, part) for part, shape in pairs]
         return None, None, None, *found

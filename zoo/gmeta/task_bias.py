@@ -18,6 +18,7 @@ def task_bias(logit_TS: Tensor, label_TS: Tensor, mask_TS: Tensor, prior: float 
         prior: Precision of a normal prior of the constant, whose mean is 0.
 
     Example:
+        >>> import torch
         >>> task_bias(torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
         tensor([[1.]])
     """
