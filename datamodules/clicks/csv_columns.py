@@ -6,16 +6,42 @@ Shape suffixes: N rows.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from datamodules.base.json_lines import MalformedRows, OnError
 
-__all__ = ["Columns", "read_columns"]
+__all__ = ["Columns", "open_columns", "read_columns"]
 
 Columns = dict[str, np.ndarray]
 """Columns by name: str or float64 (N,); ``index`` is int64 (N,), the number of each row in the file, from 0."""
+
+
+def open_columns(path: Path) -> TextIO:
+    """Open a CSV file, or a parquet file (by its name) as one.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ModuleNotFoundError: Parquet without the extra ``recsys``.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a file with a line of names and rows, CSV or parquet.")
+    if path.suffix != ".parquet":
+        return path.open(encoding="utf-8-sig", newline="")
+    if find_spec("pyarrow") is None:
+        raise ModuleNotFoundError(f"{path} is parquet, which needs pyarrow: pip install 'lightning-zoo[recsys]'.")
+    from pyarrow.csv import write_csv
+    from pyarrow.parquet import read_table
+
+    written = io.BytesIO()
+    write_csv(read_table(path), written)
+    written.seek(0)
+    return io.TextIOWrapper(written, encoding="utf-8", newline="")
 
 
 def read_columns(

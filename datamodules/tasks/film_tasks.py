@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.base.json_lines import OnError
 from datamodules.clicks.click_table import ClickColumns, ClickRows
-from datamodules.clicks.csv_columns import Columns, read_columns
+from datamodules.clicks.csv_columns import Columns, open_columns, read_columns
 from datamodules.interactions.atomic_files import read_table
 from datamodules.tasks.task_table import RowSource
 
@@ -62,7 +62,7 @@ def read_film_tasks(folder: Path, task_key: TaskKey) -> RowSource:
 
 
 def read_films_to_score(folder: Path, path: Path, task_key: TaskKey, on_error: OnError) -> tuple[ClickRows, np.ndarray]:
-    """Read a user's CSV file ``user_id, item_id, age, gender, occupation, zip_code, rating``, where rating may be empty.
+    """Read a user's file ``user_id, item_id, age, gender, occupation, zip_code, rating``, where rating may be empty.
 
     Args:
         folder: Folder of the asset, for the year and genres of films.
@@ -74,9 +74,10 @@ def read_films_to_score(folder: Path, path: Path, task_key: TaskKey, on_error: O
         The rows, with labels NaN where there is no rating, and the task of each, int64 (N,).
 
     Raises:
+        FileNotFoundError: No such file.
         ValueError: A column is missing, rows are malformed, or there is none.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with open_columns(path) as file:
         columns = read_columns(
             file, str(path), _USER, ["user_id", "item_id", "age", "rating"], required=["user_id", "item_id", "age"],
             check=_unsound, on_error=on_error,

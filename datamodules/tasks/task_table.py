@@ -111,7 +111,7 @@ def write_tasks(
         least: Rows that a task must have; shorter ones are left out.
         cold_share: Share of the tasks that is held out.
         cold_by: Whether a hash of a task holds it out, or that its first row is among the latest.
-        exact: Whether a hash holds out exactly that share; else tasks that come later do not move others.
+        exact: Whether a hash holds out exactly that share; else tasks that come later, with greater numbers, do not move others.
 
     Returns:
         Number of tasks for training, of cold ones, and of those left out.
@@ -128,7 +128,9 @@ def write_tasks(
         cold_K = np.zeros(len(task_K), dtype=bool)
         cold_K[np.argsort(first_K, kind="stable")[len(task_K) - round(cold_share * len(task_K)) :]] = True
     else:
-        cold_K = held_out([str(task) for task in task_K.tolist()], cold_share, exact)
+        names = task_K if exact else np.arange(int(task_K.max()) + 1)
+        cold_K = held_out([str(task) for task in names.tolist()], cold_share, exact)
+        cold_K = cold_K if exact else cold_K[task_K]
     shuffled = torch.randperm(len(task_K), generator=epoch_generator(0, 0, "tasks")).numpy()
     sides: dict[Split, np.ndarray] = {"train": shuffled[~cold_K[shuffled]], "test": shuffled[cold_K[shuffled]]}
     sides["val"] = shuffled[:0]

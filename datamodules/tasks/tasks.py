@@ -1,4 +1,4 @@
-"""Tasks for meta learning (Meta-IO): from MovieLens-100K, or from any data of clicks, in blocks that are read in large reads.
+"""Tasks for meta learning (Meta-IO): from MovieLens-100K, any data of clicks or the user's files, in blocks for large reads.
 
 Batches are :class:`~datamodules.tasks.task_sets.TaskBatch`. Source of the name: "G-Meta: Distributed Meta Learning in GPU
 Clusters for Large-Scale Recommender Systems", Xiao et al., CIKM 2023, arXiv 2401.04338; the layout on disk is ours.
@@ -7,6 +7,7 @@ Clusters for Large-Scale Recommender Systems", Xiao et al., CIKM 2023, arXiv 240
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -22,6 +23,7 @@ from datamodules.base.loader import ResumableLoader
 from datamodules.clicks.click_table import SPLITS, ClickColumns, Split
 from datamodules.clicks.clicks import ClickData
 from datamodules.tasks.film_tasks import TaskKey, read_film_tasks, read_films_to_score
+from datamodules.tasks.task_files import TaskFiles
 from datamodules.tasks.task_sets import RowOrder, Share, TaskSet, TasksToScore
 from datamodules.tasks.task_table import ColdBy, RowSource, TaskTable, open_tasks, write_tasks
 
@@ -32,7 +34,7 @@ _ASSET = "movielens-100k"
 
 
 class Tasks(ZooDataModule):
-    """Tasks with a support and a query set: users of MovieLens-100K (fetched once), or the values of a field of any click data.
+    """Tasks with a support and a query set: users of MovieLens-100K (fetched once), a field of any click data, or files.
 
     Training tasks come in the order of shuffled runs; validation and test both give the cold tasks, which training never
     sees. Tasks with fewer rows than support and query are left out, and their number is logged. ``batch_size`` counts tasks.
@@ -41,6 +43,7 @@ class Tasks(ZooDataModule):
         task_key: Whether a task of MovieLens is a user or a film.
         clicks: Data of clicks to take instead of MovieLens: the rows of all its splits.
         task_field: Field of ``clicks`` whose values are the tasks.
+        files: Files of yours to take instead, CSV or parquet.
         support: Rows of a task to adapt on.
         query: Rows of a task to learn from, or to test.
         order: Whether support and query are drawn among all rows of a task, anew in each epoch, or are its first rows by time
@@ -50,8 +53,9 @@ class Tasks(ZooDataModule):
         run: Tasks that stay neighbours when training shuffles, rounded up to whole global batches, so that a batch is one large
             read; 1 shuffles task by task, for data that memory holds.
         predict_file: The user's own rows: those with a label are adapted on, those without are scored. Of MovieLens a CSV file
-            with the columns ``user_id, item_id, age, gender, occupation, zip_code, rating``. Without one, cold tasks are scored.
-        on_error: Treatment of malformed rows of it.
+            with the columns ``user_id, item_id, age, gender, occupation, zip_code, rating``; of ``files`` with their columns.
+            Without one, cold tasks are scored.
+        on_error: Treatment of malformed rows of it, and of ``files``.
         batch_size: Tasks in a batch of one process.
         **kwargs: Arguments of `ZooDataModule`.
 
@@ -66,6 +70,7 @@ class Tasks(ZooDataModule):
         task_key: TaskKey = "user",
         clicks: ClickData | None = None,
         task_field: str | None = None,
+        files: TaskFiles | None = None,
         support: int = 10,
         query: int = 10,
         order: RowOrder = "random",
@@ -91,11 +96,18 @@ class Tasks(ZooDataModule):
             raise ValueError(f"Tasks: cold_share={cold_share} must lie in 0 ... 1, without 1.")
         if (clicks is None) != (task_field is None):
             raise ValueError("Tasks: give clicks and task_field together, the data and the field whose values are the tasks.")
-        if clicks is not None and predict_file is not None:
-            raise ValueError("Tasks: predict_file is read for MovieLens only; with clicks, predict scores cold tasks.")
+        if clicks is not None and (predict_file is not None or files is not None):
+            raise ValueError(
+                "Tasks: clicks goes neither with files nor with predict_file; with clicks, predict scores cold tasks."
+            )
+        if files is not None and cold_by == "time":
+            raise ValueError(
+                "Tasks: with files, cold tasks are chosen by their hash, so that later files move none: cold_by: task."
+            )
         self.task_key = task_key
         self.clicks = clicks
         self.task_field = task_field
+        self.files = files
         self.support = support
         self.query = query
         self.order = order
@@ -106,21 +118,32 @@ class Tasks(ZooDataModule):
         self.on_error = on_error
         self._tables: list[dict[Split, TaskTable]] | None = None
 
-    def folder(self) -> Path:
-        """Folder of the blocks in the cache; its name depends on everything that they depend on."""
-        source = [MANIFEST[_ASSET].sha256, self.task_key]
-        if self.clicks is not None:
-            source = [self.clicks.folder().name, str(self.task_field)]
-        key = repr((_FORMAT, source, self.support + self.query, self.cold_share, self.cold_by))
-        return cache_folder() / "tasks" / f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    def folders(self) -> list[Path]:
+        """Folders of the blocks in the cache, one for each file; their names depend on everything that they depend on."""
+        if self.files is not None:
+            sources: list[Any] = self.files.keys()
+        elif self.clicks is not None:
+            sources = [[self.clicks.folder().name, str(self.task_field)]]
+        else:
+            sources = [[MANIFEST[_ASSET].sha256, self.task_key]]
+        keys = [repr((_FORMAT, source, self.support + self.query, self.cold_share, self.cold_by)) for source in sources]
+        return [cache_folder() / "tasks" / f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}" for key in keys]
 
-    def write(self, folder: Path) -> None:
-        """Write the blocks into an empty folder."""
-        source = read_film_tasks(fetch(_ASSET), self.task_key) if self.clicks is None else self._click_tasks(self.clicks)
-        train, cold, short = write_tasks(folder, source, self.support + self.query, self.cold_share, self.cold_by)
+    def _write(self, folder: Path, number: int, before: Path | None) -> None:
+        """Write the blocks of a part into an empty folder."""
+        if self.files is not None:
+            path = self.files.paths[number]
+            source, names = self.files.read(Path(path), self.files.names(before) if before else {}, self.on_error)
+            self.files.write_names(folder, names)
+            of = f"{path}: "
+        else:
+            of = ""
+            source = read_film_tasks(fetch(_ASSET), self.task_key) if self.clicks is None else self._click_tasks(self.clicks)
+        least = self.support + self.query
+        train, cold, short = write_tasks(folder, source, least, self.cold_share, self.cold_by, exact=self.files is None)
         rank_zero_info(
-            f"Tasks: {train} for training and {cold} cold ones; {short} with fewer than {self.support} + {self.query} rows are"
-            " left out."
+            f"Tasks: {of}{train} for training and {cold} cold ones; {short} with fewer than {self.support} + {self.query} rows"
+            " are left out."
         )
 
     def _click_tasks(self, clicks: ClickData) -> RowSource:
@@ -135,15 +158,18 @@ class Tasks(ZooDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Write the blocks, unless they are in the cache."""
-        prepare(self.folder(), self.write)
+        """Write the blocks that are not in the cache."""
+        before = None
+        for number, folder in enumerate(self.folders()):
+            prepare(folder, partial(self._write, number=number, before=before))
+            before = folder
 
     @property
     def tables(self) -> list[dict[Split, TaskTable]]:
         """The blocks, ``train`` and ``test`` of each part; opened on first use, and made if they are not there."""
         if self._tables is None:
             self.prepare_data()
-            self._tables = [open_tasks(self.folder())]
+            self._tables = [open_tasks(folder) for folder in self.folders()]
         return self._tables
 
     @property
@@ -198,7 +224,10 @@ class Tasks(ZooDataModule):
         """Batches of the tasks to score."""
         if self.predict_file is None:
             return self.test_dataloader()
-        if not self.predict_file.is_file():
-            raise FileNotFoundError(f"predict_file: {self.predict_file} does not exist: give a CSV file of ratings.")
-        rows, task_N = read_films_to_score(fetch(_ASSET), self.predict_file, self.task_key, self.on_error)
+        if self.files is not None:
+            self.prepare_data()
+            names = self.files.names(self.folders()[-1])
+            rows, task_N = self.files.read_to_score(self.predict_file, names, self.on_error)
+        else:
+            rows, task_N = read_films_to_score(fetch(_ASSET), self.predict_file, self.task_key, self.on_error)
         return self.eval_loader(TasksToScore(self.columns, rows, task_N, self._task_share()))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from datamodules.base.json_lines import OnError
-from datamodules.clicks.csv_columns import Columns, read_columns
+from datamodules.clicks.csv_columns import Columns, open_columns, read_columns
 from datamodules.text_histories.event_log import EventLog, normalized
 
 __all__ = ["read_events"]
@@ -42,9 +39,7 @@ def read_events(path: Path, on_error: OnError, features: Sequence[str] | None = 
         ModuleNotFoundError: Parquet without the extra ``recsys``.
         ValueError: A column is missing, or rows are malformed and not skipped.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a file of events, CSV or parquet.")
-    with _lines(path) as file:
+    with open_columns(path) as file:
         head = file.readline().strip().replace('"', "").split(",")
         file.seek(0)
         names = [*_TEXTS, *(["feature"] if "feature" in head else [])]
@@ -64,21 +59,6 @@ def read_events(path: Path, on_error: OnError, features: Sequence[str] | None = 
     feature_E = np.array([number[name] for name in columns["feature"].tolist()], dtype=np.int8)
     users, items, texts = (columns[name] for name in _TEXTS)
     return EventLog.of(lists, users, items, texts, columns["time"], label_E, feature_E)
-
-
-def _lines(path: Path) -> TextIO:
-    """The rows as CSV."""
-    if path.suffix != ".parquet":
-        return path.open(encoding="utf-8-sig", newline="")
-    if find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(f"{path} is parquet, which needs pyarrow: pip install 'lightning-zoo[recsys]'.")
-    from pyarrow.csv import write_csv
-    from pyarrow.parquet import read_table
-
-    written = io.BytesIO()
-    write_csv(read_table(path), written)
-    written.seek(0)
-    return io.TextIOWrapper(written, encoding="utf-8", newline="")
 
 
 def _unsound(columns: Columns) -> dict[int, str]:

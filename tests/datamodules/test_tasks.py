@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from datamodules import Tasks
 from datamodules.clicks.click_table import ClickColumns, ClickRows
+from datamodules.tasks.task_files import TaskFiles
 from datamodules.tasks.task_sets import Share, TaskSet
 from datamodules.tasks.task_table import RowSource, TaskTable, open_tasks, write_tasks
 
@@ -107,3 +109,85 @@ def test_ranks_have_the_tasks_of_one_process_step_by_step(tmp_path: Path, world:
     for step in range(len(table) // 8):
         expected, found = (each[8 * step : 8 * step + 8] for each in (order, shared))
         assert np.array_equal(expected, found.reshape(-1, world).T.ravel()), "rank by rank, neighbours"
+
+
+# Files of the user's
+
+
+def days(folder: Path, number: int, parquet: bool = False) -> TaskFiles:
+    """A file a day; day d has users d ... d + 29, twelve rows each, and films that begin with its number."""
+    paths = []
+    for day in range(number):
+        rows = [
+            {
+                "user": f"u{day * 5 + place % 30}",
+                "film": f"{day}-{place % 7}",
+                "price": place / 10,
+                "time": -place,
+                "label": place % 2,
+            }
+            for place in range(360)
+        ]
+        path = folder / f"day{day}.{'parquet' if parquet else 'csv'}"
+        if parquet:
+            parquet_files = pytest.importorskip("pyarrow.parquet", reason="not measured: pyarrow is not installed")
+            parquet_files.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        else:
+            lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+            path.write_text("\n".join(lines) + "\n")
+        paths.append(path)
+    return TaskFiles(paths, "user", ["user", "film"], ["price"], time="time")
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_day_is_appended_without_rewriting(parquet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_ZOO_CACHE", str(tmp_path / "cache"))
+    arguments: dict[str, Any] = {"support": 4, "query": 4, "batch_size": 4, "order": "chronological"}
+    first = Tasks(files=days(tmp_path, 1, parquet), **arguments)
+    first.setup("fit")
+    assert first.field_dims == (31, 8) and first.num_dense == 1
+    (folder,) = first.folders()
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    second = Tasks(files=days(tmp_path, 2, parquet), **arguments)
+    second.setup("fit")
+    assert second.folders()[0] == folder and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
+    # Five users are new and seven films; what was known keeps its id.
+    assert second.field_dims == (36, 15)
+    train, cold = second.dataset("train"), second.dataset("test")
+    assert len(train) + len(cold) == 60 and not {*train.tasks} & {*cold.tasks}
+    assert {*first.dataset("test").tasks} <= {*cold.tasks}, "who is cold stays so"
+    for part, table in enumerate(second.tables):
+        for split in ("train", "test"):
+            rows = table[split].read(0, len(table[split]))
+            assert (rows["sparse"][:, 1] > 7 * part).all() and (rows["sparse"][:, 1] <= 7 * (part + 1)).all()
+            assert np.array_equal(rows["label"], rows["index"] % 2)
+            np.testing.assert_allclose(rows["dense"][:, 0], rows["index"] / 10, rtol=1e-6)
+            assert (np.diff(rows["index"].reshape(-1, 12)) < 0).all(), "in the order of time"
+
+
+def test_rows_of_a_file_without_a_label_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_ZOO_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "asked.csv"
+    path.write_text("user,film,price,time,label\nu3,0-1,1.5,0,1\nu3,9-9,2.5,1,\nnew,0-2,1,1,0\nnew,0-3,1,1,\n")
+    data = Tasks(files=days(tmp_path, 1), support=4, query=4, predict_file=path)
+    (batch,) = data.predict_dataloader()
+    assert batch["task"].tolist() == [data.files.names(data.folders()[0])["user"].names.index("u3") + 1, 31]
+    assert batch["support"]["label"].tolist() == [[1.0], [0.0]] and batch["query"]["index"].tolist() == [[1], [3]]
+    # What is new has id 0.
+    assert batch["query"]["sparse"][0, 0].tolist()[1] == 0 and batch["query"]["sparse"][1, 0].tolist()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("u1,0-1,1.5,0,2", "label is 2, not 0 or 1"), (",0-1,1,1,0", "user is missing"), ("u1,0-1,,1,0", "price is missing"),
+     ("u1,0-1,1,1,", "label is missing")],
+)  # fmt: skip
+def test_a_malformed_row_is_one_sentence(line: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_ZOO_CACHE", str(tmp_path / "cache"))
+    files = days(tmp_path, 1)
+    with files.paths[0].open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=says) as refused:
+        Tasks(files=files, support=4, query=4).setup("fit")
+    assert "line 362" in str(refused.value) and len(str(refused.value)) <= 300
+    Tasks(files=files, support=4, query=4, on_error="skip").setup("fit")

@@ -190,7 +190,7 @@ def test_parquet_needs_the_extra_and_is_read_as_csv_is(tmp_path: Path, monkeypat
     parquet = tmp_path / "events.parquet"
     parquet.write_bytes(b"")
     with monkeypatch.context() as patched, pytest.raises(ModuleNotFoundError, match=r"lightning-zoo\[recsys\]"):
-        patched.setattr("datamodules.text_histories.event_files.find_spec", lambda name: None)
+        patched.setattr("datamodules.clicks.csv_columns.find_spec", lambda name: None)
         _ = small(tmp_path, source=str(parquet)).log
     pyarrow = pytest.importorskip("pyarrow", reason="not measured: pyarrow is not installed")
     from pyarrow.csv import read_csv
