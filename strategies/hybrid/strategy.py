@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from strategies.divided_rows import DividedRows, Layout
@@ -18,7 +19,7 @@ from zoo.nn.row_lookup import LocalRows, RowLink
 from zoo.nn.row_optimizers import row_optimizer, updates_by_row
 from zoo.strategy_contract import HasRows
 
-__all__ = ["HybridStrategy"]
+__all__ = ["HybridStrategy", "gather_and_broadcast"]
 
 
 class HybridStrategy(DividedStrategy[DividedRows]):
@@ -63,10 +64,8 @@ class HybridStrategy(DividedStrategy[DividedRows]):
                 raise ValueError(f"HybridStrategy: {name}={value!r} must be one of {', '.join(known)}.")
         if bucket == "per_tensor":
             kwargs["bucket_cap_mb"] = 2**-20  # a byte
-        if outer == "gather":
-            kwargs["ddp_comm_hook"] = _gather_and_broadcast
         super().__init__(**kwargs)
-        self.partition, self.lookup, self.dedup = partition, lookup, dedup
+        self.partition, self.lookup, self.dedup, self.outer = partition, lookup, dedup, outer
         self._group: dist.ProcessGroup | None = None
         self._exchange: RowExchange | None = None
 
@@ -89,6 +88,12 @@ class HybridStrategy(DividedStrategy[DividedRows]):
         parts.divide()
         self._exchange = RowExchange(parts, num_rows, self.lookup, self.dedup)
         return parts
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        super()._register_ddp_hooks()
+        if self.outer == "gather" and isinstance(self.model, DistributedDataParallel):  # Lightning's own are for GPUs only
+            self.model.register_comm_hook(None, gather_and_broadcast)
 
     @override
     def row_link(self) -> RowLink:
@@ -115,8 +120,8 @@ class HybridStrategy(DividedStrategy[DividedRows]):
                     )
 
 
-def _gather_and_broadcast(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Rank 0 gathers the gradients of all, sums them and sends the mean to all."""
+def gather_and_broadcast(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+    """A hook for DDP: rank 0 gathers the gradients of all, sums them and sends the mean to all."""
     buffer, size = bucket.buffer(), dist.get_world_size()
     gathered = [torch.empty_like(buffer) for _ in range(size)] if dist.get_rank() == 0 else None
     dist.gather(buffer, gathered)

@@ -50,16 +50,18 @@ def test_four_ranks_are_one_process(variant: str, pool: RankPool, tmp_path: Path
 
 
 def all_switches(folder: Path) -> list[dict[str, Any]]:
-    return [
-        run(folder, MAML, strategy)
-        for strategy in (
-            {"lookup": "two_call"},
-            {"lookup": "per_task", "partition": "block"},
-            {"dedup": False},
-            {"dedup": False, "lookup": "two_call", "outer": "gather"},
-            {"bucket": "per_tensor"},
-        )
-    ]
+    found = []
+    for strategy in (
+        {"lookup": "two_call"},
+        {"lookup": "per_task", "partition": "block"},
+        {"dedup": False},
+        {"dedup": False, "lookup": "two_call", "outer": "gather"},
+        {"bucket": "per_tensor"},
+    ):
+        with Traffic() as traffic:
+            found.append(run(folder, MAML, strategy))
+        assert (traffic.num_bytes("gather") > 0) == ("outer" in strategy)
+    return found
 
 
 def test_switches_change_nothing(pool: RankPool, tmp_path: Path, alone: dict[str, Any]) -> None:
