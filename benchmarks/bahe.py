@@ -189,7 +189,7 @@ def arms(record: Record, folder: Path, seeds: Sequence[int], budget: float, ever
     plan: dict[str, tuple[str, list[str]]] = {
         "BAHE": (TINY, []),
         "ids": (IDS, []),
-        "BAHE with ids": (TINY, ["--model.head.id_dim=32", f"--model.lr_scheduler.init_args.max_lr={[2e-4, 5e-5]}"]),
+        "BAHE with ids": (TINY, ["--model.head.id_dim=32", f"--model.lr_scheduler.init_args.max_lr={[5e-5, 5e-5]}"]),
         "tokens": (TOKENS, [f"--model.max_tokens={T}", "--data.history=16", "--data.batch_size=16"]),
     }
     last: dict[str, list[float]] = {arm: [] for arm in plan}

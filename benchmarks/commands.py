@@ -1,6 +1,8 @@
 """Commands of the zoo, typed by benchmarks, and what their runs have logged."""
 
+import contextlib
 import csv
+import io
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.record import ROOT
 
-__all__ = ["column", "run", "run_with_kill", "zoo"]
+__all__ = ["column", "run", "run_with_kill", "zoo", "zoo_here"]
 
 
 def zoo(verb: str, config: str, folder: Path, *more: str) -> list[str]:
@@ -26,6 +28,21 @@ def column(folder: Path, name: str) -> list[tuple[int, float]]:
         return []
     with path.open(newline="") as file:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+
+
+def zoo_here(command: list[str]) -> None:
+    """Run a command of the zoo in this process, which has read the packages already.
+
+    Raises:
+        SystemExit: With the end of its output, if it fails.
+    """
+    from zoo.__main__ import main as zoo_main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        failed = zoo_main(command[3:])
+    if failed:
+        raise SystemExit(f"{' '.join(command[2:])}\n{output.getvalue()[-3000:]}")
 
 
 def run(command: list[str], threads: int | None = None) -> float:

@@ -1,4 +1,4 @@
-"""Steps of meta learning under the strategy ``hybrid``, on the ranks of the present process: losses, seconds, and what was sent."""
+"""Steps of meta learning under the strategy ``hybrid``, on the ranks of the present group: losses, seconds, and what was sent."""
 
 from __future__ import annotations
 

@@ -157,10 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for ranks in (2, 4):
         at = f"{ranks} ranks"
         found = run_group(ranks, steps, count)
+        defaults = found["fused"]["losses"]
         for name, row in found.items():
-            losses = row.pop("losses")
-            differences.append(max(abs(a - b) for a, b in zip(losses, first, strict=True)) if name != "fused" else 0.0)
-            first = losses if name == "fused" else first
+            differences.append(max(abs(a - b) for a, b in zip(row.pop("losses"), defaults, strict=True)))
             record.row(losses_of=name, at=at, difference=differences[-1])
             record.row(sends=f"{name}, {at}", **{key: value / 1024 / (count - 2) for key, value in row.items()})
         default = found["fused"]

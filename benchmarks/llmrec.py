@@ -12,8 +12,6 @@ Claim: arXiv 2310.14304, that one model of all domains is better than one for ea
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import operator
 import statistics
@@ -24,12 +22,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from benchmarks.commands import column, run, run_with_kill, zoo
+from benchmarks.commands import column, run, run_with_kill, zoo, zoo_here
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
 from datamodules import Interactions
-from zoo.__main__ import main as zoo_main
 from zoo.base.hyperparameters import build
 from zoo.llmrec import LLMRec
 from zoo.lm import HFBackbone
@@ -72,16 +69,8 @@ class Arms:
         self.users = [sum(int((each == number).sum()) for each in domains) for number in range(len(self.domains))]
 
     def run(self, verb: str, config: str, folder: Path, *more: str) -> None:
-        """A command.
-
-        Raises:
-            SystemExit: With the end of its output, if it fails.
-        """
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            failed = zoo_main(zoo(verb, config, folder, *more)[3:])
-        if failed:
-            raise SystemExit(f"zoo {verb} -c {config} {' '.join(more)}\n{output.getvalue()[-3000:]}")
+        """A command."""
+        zoo_here(zoo(verb, config, folder, *more))
 
     def test(self, name: str, config: str, options: Sequence[str] = (), checkpoint: Path | None = None) -> dict[str, float]:
         """Metrics of the test split."""
