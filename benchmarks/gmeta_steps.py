@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +70,7 @@ class Stopped:
         traffic: Collectives of the steps after the first two.
         crossing: Bytes of the same steps that left this rank by all-to-all.
         rows: Sum over these steps of distinct rows that this rank asked for.
+        table_bytes: Of the table and what its optimizer keeps for it, on this rank, in the last step.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Stopped:
     traffic: Traffic = field(default_factory=Traffic)
     crossing: Crossing = field(default_factory=Crossing)
     rows: int = 0
+    table_bytes: int = 0
 
 
 class Steps(Callback):
@@ -108,18 +110,27 @@ class Steps(Callback):
             self.found.traffic.__exit__(None, None, None)
             self.crossed.__exit__(None, None, None)
         self.found.losses.append(float(trainer.callback_metrics["train/loss"]))
+        (table,) = pl_module.row_tables().values()
+        kept = [each for each in trainer.optimizers[0].state[table].values() if isinstance(each, Tensor)]
+        self.found.table_bytes = sum(each.nbytes for each in (table, *kept))
 
 
 def fit(
-    data: LightningDataModule, steps: int, switches: Mapping[str, Any], counted: bool = False, **model: Any
+    data: LightningDataModule,
+    steps: int,
+    switches: Mapping[str, Any] | None,
+    counted: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **model: Any,
 ) -> tuple[GMeta, Stopped]:
     """Train under the strategy.
 
     Args:
         data: Tasks.
         steps: Steps.
-        switches: Arguments of `HybridStrategy`.
+        switches: Arguments of `HybridStrategy`; None: plain DDP, with whole tables on every rank.
         counted: Count what is sent.
+        callbacks: Others of the caller's.
         **model: Arguments of `GMeta`.
     """
     seed_everything(0, verbose=False)
@@ -128,8 +139,9 @@ def fit(
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
     trainer = Trainer(
-        accelerator="cpu", devices=local, num_nodes=int(os.environ["WORLD_SIZE"]) // local, strategy=HybridStrategy(**switches),
-        max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=[noted], **dict.fromkeys(off, False),  # type: ignore[arg-type]
+        accelerator="cpu", devices=local, num_nodes=int(os.environ["WORLD_SIZE"]) // local,
+        strategy="ddp" if switches is None else HybridStrategy(**switches), max_steps=steps, max_epochs=-1, limit_val_batches=0,
+        callbacks=[noted, *callbacks], **dict.fromkeys(off, False),  # type: ignore[arg-type]
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     return module, noted.found

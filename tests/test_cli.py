@@ -1,6 +1,7 @@
 """The command line as its users know it: precedence, run folders, discovery, composition, and errors in one sentence."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 import warm_python
 import yaml
 from lightning import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from PIL import Image
 from tiny import MLP, Tiny
 
@@ -711,3 +713,17 @@ def test_shared_folders_import_nothing_that_the_user_did_not_name(tmp_path, monk
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["predict", "-c", "bfn/digits", "--ckpt_path", "shared"]) == 2
     assert "The class trap_module.Trap is not known here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hybrid", "expert_parallel"])
+def test_a_strategy_that_nothing_has_imported_is_known_by_its_name(name, monkeypatch, tmp_path, capsys):
+    room = f"strategies.{name.removesuffix('_parallel')}"
+    for module in (f"{room}.strategy", room):
+        found, (whole, _, last) = importlib.import_module(module), module.rpartition(".")
+        monkeypatch.setattr(sys.modules[whole], last, found)  # put back afterwards
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(StrategyRegistry, name)
+    monkeypatch.chdir(tmp_path)
+    words = ["-c", "bfn/digits", "-c", f"strategies/{name}", "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    main(["fit", *words])
+    assert "invalid strategy name" not in capsys.readouterr().err

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import load_model
@@ -29,6 +30,7 @@ from zoo.cli.messages import say
 from zoo.cli.order import Command
 from zoo.cli.parser import ZooArgumentParser
 from zoo.cli.runs import METRICS, archive_run, last_checkpoint, put_back
+from zoo.hub import import_everything
 from zoo.module import ZooModule
 
 __all__ = ["ZooCLI", "run"]
@@ -223,6 +225,9 @@ class ZooCLI(LightningCLI):
         if not config["enable_checkpointing"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         callbacks = [*callbacks, *display_callbacks(config)]
+        strategy = config.get("strategy")
+        if isinstance(strategy, str) and strategy not in StrategyRegistry:
+            import_everything()  # our strategies have names, which their modules tell Lightning
         try:
             return super()._instantiate_trainer({**config, "enable_model_summary": False}, callbacks)
         except (ValueError, MisconfigurationException) as error:

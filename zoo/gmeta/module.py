@@ -199,7 +199,7 @@ class GMeta(ClickModule):
     def _log_grouped(self, stage: str) -> None:
         for name in (*map(str, self.eval_steps), _BIAS):
             metric = self.by_steps[f"{stage}_gauc_{name}"]
-            self.log(f"{stage}/gauc@{name}", metric.compute()["auc"])
+            self.log(f"{stage}/gauc@{name}", metric.compute()["auc"], sync_dist=self.trainer.world_size > 1)
             metric.reset()
 
     @override
