@@ -21,7 +21,7 @@ from strategies.traffic import Traffic
 from zoo.ctr import DLRMNetwork
 from zoo.gmeta import GMeta
 
-__all__ = ["SWITCHES", "Crossing", "Steps", "Stopped", "fit", "slowest"]
+__all__ = ["LARGE", "SWITCHES", "Crossing", "Steps", "Stopped", "fit", "slowest"]
 
 LARGE = partial(DLRMNetwork, embed_dim=16, bottom=(64,), top=(64, 32), dropout=0.0)
 SWITCHES: dict[str, dict[str, Any]] = {
