@@ -19,6 +19,7 @@ import argparse
 import csv
 import io
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -219,6 +220,9 @@ def deliver(record: Record, steps: int, more_steps: int) -> None:
     """Add the rows of the daily update and of training from the beginning."""
     with tempfile.TemporaryDirectory() as temporary:
         paths = write_days(Path(temporary))
+        for folder in tasks_of(paths).folders():  # of an earlier run
+            shutil.rmtree(folder, ignore_errors=True)
+        models = []
         begin = time.perf_counter()
         first = tasks_of(paths[:DAYS])
         first.prepare_data()
@@ -238,11 +242,12 @@ def deliver(record: Record, steps: int, more_steps: int) -> None:
             seed_everything(0, verbose=False)
             other = trained(GMeta(LARGE, list(data.field_dims), data.num_dense), data, steps)
             again = time.perf_counter() - begin + written
-            later = tasks_of(paths[: DAYS + day + LATER])
-            days = slice(DAYS + day, DAYS + day + LATER)
             new = {"day": day, "new_tasks": len(data.tables[-1]["train"]), "new_ids": sum(module.network.field_dims) - known}
-            record.row(delivery="updated", **new, seconds=updated, auc=area(module, later, days))
-            record.row(delivery="from the beginning", **new, seconds=again, auc=area(other, later, days))
+            models += [("updated", module, updated, new), ("from the beginning", other, again, new)]
+        later = tasks_of(paths)
+        for delivery, each, seconds, new in models:
+            days = slice(DAYS + new["day"], DAYS + new["day"] + LATER)
+            record.row(delivery=delivery, **new, seconds=seconds, auc=area(each, later, days))
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
