@@ -153,8 +153,8 @@ def measure_speed(record: Record, rounds: int, steps: int) -> None:
                 alone[name] = statistics.median(seconds)
             for each, base in zip(seconds, [statistics.median(one) for one in found["fused"]], strict=True):
                 rate = TASKS * ROWS / each
-                record.row(speed=f"{name}, {link}", ranks=ranks, arm=f"{ranks} ranks, {link}, {name}", step_ms=1000 * each, samples_per_second=rate,
-                           efficiency=alone[name] / each / ranks, over_fused=each / base)  # fmt: skip
+                record.row(speed=f"{name}, {link}", arm=f"{ranks} ranks, {link}, {name}", ranks=ranks,
+                           step_ms=1000 * each, samples_per_second=rate, efficiency=alone[name] / each / ranks, over_fused=each / base)  # fmt: skip
         begin = 0.0
         for lane, (phase, taken) in enumerate(zip(PHASES, found.get("phases", []), strict=False)):
             record.row(phase=phase, **{f"{ranks} ranks, {link}": taken})
