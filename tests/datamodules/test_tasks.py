@@ -191,3 +191,35 @@ def test_a_malformed_row_is_one_sentence(line: str, says: str, tmp_path: Path, m
         Tasks(files=files, support=4, query=4).setup("fit")
     assert "line 362" in str(refused.value) and len(str(refused.value)) <= 300
     Tasks(files=files, support=4, query=4, on_error="skip").setup("fit")
+
+
+def test_a_corrupt_block_is_found_by_its_sum(tmp_path: Path) -> None:
+    folder = tmp_path / "blocks"
+    written(folder)
+    labels = np.load(next(folder.glob("train*label*.npy")), mmap_mode="r+")
+    labels[7] = 1 - labels[7]
+    labels.flush()
+    table = open_tasks(folder)["train"]
+    place = int(np.searchsorted(table.tasks["offset"], 7, side="right")) - 1
+    table.read(place + 1, place + 2)  # the others are sound
+    with pytest.raises(ValueError, match=rf"task {table.tasks['task'][place]} .*CRC differs: delete the folder"):
+        table.read(place, place + 1)
+
+
+def test_blocks_of_other_columns_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "blocks")
+    with pytest.raises(ValueError, match="columns item, kind, price, not item: delete"):
+        open_tasks(tmp_path / "blocks", ClickColumns(("item",), (500,), ()))
+
+
+def test_tasks_without_enough_rows_and_too_many_ranks_are_refused(
+    tmp_path: Path, films: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="None of the 90 tasks has the 41 rows of support and query"):
+        written(tmp_path / "blocks", least=41)
+    for name in ("support", "query"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            Tasks(**{name: 0})
+    monkeypatch.setattr(films, "_share", lambda: (708, 0))
+    with pytest.raises(ValueError, match=r"707 task\(s\) cannot be shared out to 708 processes"):
+        films.train_dataloader()

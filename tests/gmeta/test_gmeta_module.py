@@ -1,5 +1,6 @@
 """G-Meta under Lightning: it learns to adapt, whatever the processes, and says what adaptation is worth."""
 
+import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from distributed import RankPool
 from gmeta_runs import CASES, DIMS, Drawn, batches, model, run, same, trainer
 from lightning.pytorch import seed_everything
 
+from zoo.__main__ import main
 from zoo.ctr import DLRM
 from zoo.gmeta import GMeta
 
@@ -103,3 +105,18 @@ def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
         model(**options)
     assert len(str(error.value)) <= 300
+
+
+def test_a_run_that_is_continued_repeats_the_losses(tmp_path: Path) -> None:
+    def losses(folder: Path, *stages: list[str]) -> list[str]:
+        for words in stages:
+            options = ["--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0"]
+            quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+            root = ["--trainer.default_root_dir", str(folder)]
+            assert main(["fit", "-c", "gmeta/movielens", *root, *options, *quiet, *words]) == 0
+        with (folder / "metrics.csv").open(newline="") as file:
+            return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
+
+    whole = losses(tmp_path / "whole", ["--trainer.max_steps", "30"])  # more than an epoch
+    parts = ["--trainer.max_steps", "7"], ["--trainer.max_steps", "30", "--ckpt_path", "last"]
+    assert losses(tmp_path / "parts", *parts) == whole and len(whole) == 30
