@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.gmeta_speed``:
 
-- Steps of ``gmeta/movielens``'s model, 32 tasks on all ranks together, with 1, 2 and 4 ranks (gloo, a thread each), with one
-  lookup for all tasks, with two and with one a task, in turns; on one machine, and with every rank behind a network card of 200
-  Mbit/s. Beside them, where a step's time goes.
+- Steps of ``gmeta/movielens``'s model, 32 tasks on each of 1, 2 and 4 ranks (gloo, a thread each), with one lookup for all
+  tasks, with two and with one a task, in turns; on one machine, and with every rank behind a network card of 200 Mbit/s. Beside
+  them, where a step's time goes, and 32 tasks shared by two ranks.
 - Bytes that a rank keeps of the table and its optimizer, under DDP and divided.
 - Delivery: a task is a destination on a day, adapted on its first five flights and scored on the next five. A model of 60 days
   takes five more, a day at a time: the day's tasks are appended, the tables grow by new ids, training continues for some steps
@@ -106,20 +106,20 @@ class Phases(Callback):
         return [1000 * statistics.median(seconds) for seconds in zip(*self.steps, strict=True)]
 
 
-def speed(folder: str, rounds: int, steps: int) -> dict[str, Any]:
+def speed(folder: str, rounds: int, steps: int, tasks: int) -> dict[str, Any]:
     """Seconds of the slowest rank's steps, by arm; and, with several ranks, milliseconds of phases of a step."""
     ranks = dist.get_world_size()
     found: dict[str, Any] = {name: [] for name in ARMS}
     for number in range(rounds):
         for turn in range(len(ARMS)):
             name = ARMS[(turn + number) % len(ARMS)]
-            _, noted = fit(Tasks(batch_size=TASKS // ranks, num_workers=0), steps, SWITCHES[name])
+            _, noted = fit(Tasks(batch_size=tasks, num_workers=0), steps, SWITCHES[name])
             slowest_S = torch.tensor(noted.seconds[2:], dtype=torch.float64)
             dist.all_reduce(slowest_S, dist.ReduceOp.MAX)
             found[name].append(slowest_S.tolist())
     if ranks > 1:
         phases = Phases()
-        fit(Tasks(batch_size=TASKS // ranks, num_workers=0), steps, {}, callbacks=[phases])
+        fit(Tasks(batch_size=tasks, num_workers=0), steps, {}, callbacks=[phases])
         found["phases"] = phases.medians()
     return found
 
@@ -133,28 +133,33 @@ def kept(folder: str) -> dict[str, int]:
 
 def measure_speed(record: Record, rounds: int, steps: int) -> None:
     """Add the rows of all numbers of ranks and links."""
-    scenes = [(LOCAL, ranks) for ranks in (1, 2, 4)]
+    scenes = [(LOCAL, ranks, TASKS) for ranks in (1, 2, 4)] + [(LOCAL, 2, TASKS // 2)]
     if reason := unavailable():
         print(f"Slow links are not measured: {reason}.", flush=True)
         record.row(not_measured=reason)
     else:
-        scenes += [(SLOW, 2), (SLOW, 4)]
+        scenes += [(SLOW, 2, TASKS), (SLOW, 4, TASKS)]
     alone: dict[str, float] = {}
-    for link, ranks in scenes:
+    for link, ranks, tasks in scenes:
         if link == LOCAL:
-            found = run_group(ranks, speed, rounds, steps)
+            found = run_group(ranks, speed, rounds, steps, tasks)
         else:
             with SlowLinks(ranks, MEGABITS) as links:
                 words = ["benchmarks.gmeta_speed", "--as-rank", "--rounds", str(rounds), "--steps", str(steps)]
                 found = json.loads(links.run(words, 1, timeout=1200).splitlines()[-1])
+        shared = "" if tasks == TASKS else f", {tasks} tasks each"
+        fused = [statistics.median(one) for one in found["fused"]]
         for name in ARMS:
             seconds = [statistics.median(each) for each in found[name]]
+            rates = [tasks * ranks * ROWS / each for each in seconds]
             if ranks == 1:
-                alone[name] = statistics.median(seconds)
-            for each, base in zip(seconds, [statistics.median(one) for one in found["fused"]], strict=True):
-                rate = TASKS * ROWS / each
-                record.row(speed=f"{name}, {link}", arm=f"{ranks} ranks, {link}, {name}", ranks=ranks,
-                           step_ms=1000 * each, samples_per_second=rate, efficiency=alone[name] / each / ranks, over_fused=each / base)  # fmt: skip
+                alone[name] = statistics.median(rates)
+            for each, rate, base in zip(seconds, rates, fused, strict=True):
+                row = {"step_ms": 1000 * each, "samples_per_second": rate, "over_fused": each / base}
+                row["efficiency"] = rate / alone[name] / ranks
+                record.row(speed=f"{name}, {link}{shared}", arm=f"{ranks} ranks, {link}{shared}, {name}", ranks=ranks, **row)
+        if shared:
+            continue
         begin = 0.0
         for lane, (phase, taken) in enumerate(zip(PHASES, found.get("phases", []), strict=False)):
             record.row(phase=phase, **{f"{ranks} ranks, {link}": taken})
@@ -261,14 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if options.as_rank:
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
-        found = speed("", options.rounds, options.steps)
+        found = speed("", options.rounds, options.steps, TASKS)
         if dist.get_rank() == 0:
             print(json.dumps(found), flush=True)
         dist.destroy_process_group()
         return Path()
     scenes = [f"{ranks} ranks, {link}" for link in (LOCAL, SLOW) for ranks in (2, 4)]
     record = Record("gmeta_speed", seeds=[0], smoke=options.smoke, tables=[
-        Table("32 tasks of 10 + 10 rows in a step, gloo, a thread a rank, 2 cores", "arm",
+        Table("32 tasks of 10 + 10 rows on a rank, gloo, a thread a rank, 2 cores", "arm",
               ["step_ms", "samples_per_second", "efficiency", "over_fused"], digits=2),
         Table("Where a step's time goes, milliseconds", "phase", scenes),
         Table("Bytes that a rank keeps of the table and its optimizer", "kept", ["DDP", "hybrid", "ratio"], digits=2),
