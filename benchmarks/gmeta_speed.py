@@ -188,7 +188,7 @@ def write_days(folder: Path) -> list[Path]:
 def tasks_of(paths: Sequence[Path]) -> Tasks:
     """Tasks of days, one a destination."""
     files = TaskFiles(paths, "dest", FIELDS, ["distance"], time="time")
-    return Tasks(files=files, support=5, query=5, order="chronological", cold_share=0.0, num_workers=0)
+    return Tasks(files=files, support=5, query=5, order="chronological", cold_share=0.0, val_share=0.0, num_workers=0)
 
 
 def trained(module: GMeta, data: Tasks, steps: int) -> GMeta:

@@ -58,7 +58,7 @@ def write(folder: Path, num_rows: int, num_tasks: int, seed: int) -> None:
     table.close()
     np.save(folder / "task.npy", task_N)
     rows = ClickRows(sparse, np.zeros((num_rows, 0), np.float32), label)
-    write_tasks(folder / "blocks", RowSource(columns, [rows], task_N), 1, 0, "task")
+    write_tasks(folder / "blocks", RowSource(columns, [rows], task_N), 1, 0, 0, "task")
 
 
 class Reader(Protocol):

@@ -101,20 +101,21 @@ def task_blocks(task_N: np.ndarray, time_N: np.ndarray | None, least: int) -> tu
 
 
 def write_tasks(
-    folder: Path, source: RowSource, least: int, cold_share: float, cold_by: ColdBy, exact: bool = True
-) -> tuple[int, int, int]:
-    """Write the tasks of a source into an empty folder: those for training as ``train``, cold ones as ``test``.
+    folder: Path, source: RowSource, least: int, cold_share: float, val_share: float, cold_by: ColdBy, exact: bool = True
+) -> tuple[dict[Split, int], int]:
+    """Write the tasks of a source into an empty folder: those for training, and cold ones, for validation and test.
 
     Args:
         folder: The folder.
         source: Rows and their tasks.
         least: Rows that a task must have; shorter ones are left out.
-        cold_share: Share of the tasks that is held out.
+        cold_share: Share of the tasks that is held out for the test.
+        val_share: Share that is held out for validation.
         cold_by: Whether a hash of a task holds it out, or that its first row is among the latest.
         exact: Whether a hash holds out exactly that share; else tasks that come later, with greater numbers, do not move others.
 
     Returns:
-        Number of tasks for training, of cold ones, and of those left out.
+        Number of tasks of each split, and of those left out.
 
     Raises:
         ValueError: There is no task of so many rows.
@@ -123,22 +124,26 @@ def write_tasks(
     if not len(begin_K):
         raise ValueError(f"None of the {short} tasks has the {least} rows of support and query: lower support or query.")
     task_K = source.task_N[place_N[begin_K]]
+    test_K, val_K = np.zeros((2, len(task_K)), dtype=bool)
     if cold_by == "time":
         first_K = place_N[begin_K] if source.time_N is None else source.time_N[place_N[begin_K]]
-        cold_K = np.zeros(len(task_K), dtype=bool)
-        cold_K[np.argsort(first_K, kind="stable")[len(task_K) - round(cold_share * len(task_K)) :]] = True
+        late_K = np.argsort(-first_K, kind="stable")
+        tests, cold = (round(share * len(task_K)) for share in (cold_share, cold_share + val_share))
+        test_K[late_K[:tests]] = val_K[late_K[tests:cold]] = True
     else:
         names = task_K if exact else np.arange(int(task_K.max()) + 1)
-        cold_K = held_out([str(task) for task in names.tolist()], cold_share, exact)
-        cold_K = cold_K if exact else cold_K[task_K]
+        cold = held_out([str(task) for task in names.tolist()], cold_share, exact)
+        others = names[~cold]
+        chosen = held_out([f"validation {task}" for task in others.tolist()], val_share / (1 - cold_share), exact)
+        test_K, val_K = np.isin(task_K, names[cold]), np.isin(task_K, others[chosen])
     shuffled = torch.randperm(len(task_K), generator=epoch_generator(0, 0, "tasks")).numpy()
-    sides: dict[Split, np.ndarray] = {"train": shuffled[~cold_K[shuffled]], "test": shuffled[cold_K[shuffled]]}
-    sides["val"] = shuffled[:0]
+    of_split: dict[Split, np.ndarray] = {"train": ~test_K & ~val_K, "val": val_K, "test": test_K}
+    sides = {split: shuffled[mask_K[shuffled]] for split, mask_K in of_split.items()}
     writer = TableWriter(folder, source.columns, {split: int(count_K[side].sum()) for split, side in sides.items()})
     for split, side in sides.items():
         _write_split(folder, split, source, writer, place_N, begin_K[side], count_K[side], task_K[side])
     writer.close()
-    return len(sides["train"]), len(sides["test"]), short
+    return {split: len(side) for split, side in sides.items()}, short
 
 
 def _write_split(

@@ -29,15 +29,15 @@ from datamodules.tasks.task_table import ColdBy, RowSource, TaskTable, open_task
 
 __all__ = ["Tasks"]
 
-_FORMAT = "1"  # another one makes the cache again
+_FORMAT = "2"  # another one makes the cache again
 _ASSET = "movielens-100k"
 
 
 class Tasks(ZooDataModule):
     """Tasks with a support and a query set: users of MovieLens-100K (fetched once), a field of any click data, or files.
 
-    Training tasks come in the order of shuffled runs; validation and test both give the cold tasks, which training never
-    sees. Tasks with fewer rows than support and query are left out, and their number is logged. ``batch_size`` counts tasks.
+    Training tasks come in the order of shuffled runs; validation and test give cold tasks, which training never sees. Tasks
+    with fewer rows than support and query are left out, and their number is logged. ``batch_size`` counts tasks.
 
     Args:
         task_key: Whether a task of MovieLens is a user or a film.
@@ -48,7 +48,8 @@ class Tasks(ZooDataModule):
         query: Rows of a task to learn from, or to test.
         order: Whether support and query are drawn among all rows of a task, anew in each epoch, or are its first rows by time
             and those that follow.
-        cold_share: Share of the tasks that is held out whole.
+        cold_share: Share of the tasks that is held out whole for the test.
+        val_share: Share that is held out whole for validation.
         cold_by: Whether a hash of a task holds it out, or that its first row is among the latest.
         run: Tasks that stay neighbours when training shuffles, rounded up to whole global batches, so that a batch is one large
             read; 1 shuffles task by task, for data that memory holds.
@@ -75,6 +76,7 @@ class Tasks(ZooDataModule):
         query: int = 10,
         order: RowOrder = "random",
         cold_share: float = 0.25,
+        val_share: float = 0.1,
         cold_by: ColdBy = "task",
         run: int = 64,
         predict_file: Path | None = None,
@@ -92,8 +94,10 @@ class Tasks(ZooDataModule):
         for name, value in (("task_key", task_key), ("order", order), ("cold_by", cold_by), ("on_error", on_error)):
             if value not in get_args(choices[name]):
                 raise ValueError(f"Tasks: {name}={value!r} must be one of {', '.join(get_args(choices[name]))}.")
-        if not 0 <= cold_share < 1:
-            raise ValueError(f"Tasks: cold_share={cold_share} must lie in 0 ... 1, without 1.")
+        if min(cold_share, val_share) < 0 or cold_share + val_share >= 1:
+            raise ValueError(
+                f"Tasks: cold_share={cold_share} and val_share={val_share} must be at least 0, and below 1 together."
+            )
         if (clicks is None) != (task_field is None):
             raise ValueError("Tasks: give clicks and task_field together, the data and the field whose values are the tasks.")
         if clicks is not None and (predict_file is not None or files is not None):
@@ -112,6 +116,7 @@ class Tasks(ZooDataModule):
         self.query = query
         self.order = order
         self.cold_share = cold_share
+        self.val_share = val_share
         self.cold_by = cold_by
         self.run = run
         self.predict_file = None if predict_file is None else Path(predict_file)
@@ -126,7 +131,10 @@ class Tasks(ZooDataModule):
             sources = [[self.clicks.folder().name, str(self.task_field)]]
         else:
             sources = [[MANIFEST[_ASSET].sha256, self.task_key]]
-        keys = [repr((_FORMAT, source, self.support + self.query, self.cold_share, self.cold_by)) for source in sources]
+        keys = [
+            repr((_FORMAT, source, self.support + self.query, self.cold_share, self.val_share, self.cold_by))
+            for source in sources
+        ]
         return [cache_folder() / "tasks" / f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}" for key in keys]
 
     def _write(self, folder: Path, number: int, before: Path | None) -> None:
@@ -140,10 +148,11 @@ class Tasks(ZooDataModule):
             of = ""
             source = read_film_tasks(fetch(_ASSET), self.task_key) if self.clicks is None else self._click_tasks(self.clicks)
         least = self.support + self.query
-        train, cold, short = write_tasks(folder, source, least, self.cold_share, self.cold_by, exact=self.files is None)
+        exact = self.files is None
+        tasks, short = write_tasks(folder, source, least, self.cold_share, self.val_share, self.cold_by, exact)
         rank_zero_info(
-            f"Tasks: {of}{train} for training and {cold} cold ones; {short} with fewer than {self.support} + {self.query} rows"
-            " are left out."
+            f"Tasks: {of}{tasks['train']} for training, cold ones {tasks['val']} for validation and {tasks['test']} for the test;"
+            f" {short} with fewer than {self.support} + {self.query} rows are left out."
         )
 
     def _click_tasks(self, clicks: ClickData) -> RowSource:
@@ -166,7 +175,7 @@ class Tasks(ZooDataModule):
 
     @property
     def tables(self) -> list[dict[Split, TaskTable]]:
-        """The blocks, ``train`` and ``test`` of each part; opened on first use, and made if they are not there."""
+        """The blocks of each part, by split; opened on first use, and made if they are not there."""
         if self._tables is None:
             self.prepare_data()
             self._tables = [open_tasks(folder) for folder in self.folders()]
@@ -188,9 +197,9 @@ class Tasks(ZooDataModule):
         return len(self.columns.numbers)
 
     def dataset(self, split: Split) -> TaskSet:
-        """Tasks for training (``train``) or cold ones (``val`` and ``test``)."""
+        """Tasks for training, or cold ones (``val`` and ``test``)."""
+        tables = [part[split] for part in self.tables]
         train = split == "train"
-        tables = [part["train" if train else "test"] for part in self.tables]
         return TaskSet(tables, self.support, self.query, self.order, self.data_seed, self._task_share(), train, self.run)
 
     def _task_share(self) -> Share:
@@ -212,7 +221,7 @@ class Tasks(ZooDataModule):
 
     @override
     def val_dataloader(self) -> ResumableLoader[Any] | list[Any]:
-        """Cold tasks; none where none are held out."""
+        """Cold tasks; none where none are held out for it."""
         return self.eval_loader(self.dataset("val")) if len(self.dataset("val")) else []
 
     @override

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules import Tasks
-from datamodules.clicks.click_table import ClickColumns, ClickRows
+from datamodules.clicks.click_table import SPLITS, ClickColumns, ClickRows
 from datamodules.tasks.task_files import TaskFiles
 from datamodules.tasks.task_sets import Share, TaskSet
 from datamodules.tasks.task_table import RowSource, TaskTable, open_tasks, write_tasks
@@ -32,7 +32,7 @@ def source(num_tasks: int = 90, seed: int = 0) -> RowSource:
 
 def written(folder: Path, rows: RowSource | None = None, least: int = 6, share: float = 0.25) -> dict[str, TaskTable]:
     folder.mkdir(exist_ok=True)
-    write_tasks(folder, rows or source(), least, share, "task")
+    write_tasks(folder, rows or source(), least, share, 0.1, "task")
     return {**open_tasks(folder)}
 
 
@@ -49,14 +49,14 @@ def films() -> Tasks:
     return data
 
 
-def test_users_of_movielens_are_707_and_236_cold_ones(films: Tasks) -> None:
-    train, cold = films.dataset("train"), films.dataset("test")
-    assert (len(train), len(cold)) == (707, 236)
+def test_users_of_movielens_are_613_and_330_cold_ones(films: Tasks) -> None:
+    train, val, cold = (films.dataset(split) for split in SPLITS)
+    assert (len(train), len(val), len(cold)) == (613, 94, 236)
     assert films.field_dims == (1683, 16, 8, 2, 21, 37) and sum(films.field_dims) == 1767 and films.num_dense == 19
-    assert set(train.tasks) | set(cold.tasks) == set(range(1, 944))
+    assert sorted([*train.tasks, *val.tasks, *cold.tasks]) == list(range(1, 944))
     tables = films.tables[0]
     assert sum(table.table.num_rows for table in tables.values()) == 100_000
-    assert np.mean(np.concatenate([tables[split].table.label for split in ("train", "test")])) == pytest.approx(0.55375)
+    assert np.mean(np.concatenate([table.table.label for table in tables.values()])) == pytest.approx(0.55375)
 
 
 def test_blocks_hold_the_rows_of_the_source_and_each_is_of_one_task(tmp_path: Path) -> None:
@@ -153,11 +153,13 @@ def test_a_day_is_appended_without_rewriting(parquet: bool, tmp_path: Path, monk
     assert second.folders()[0] == folder and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
     # Five users are new and seven films; what was known keeps its id.
     assert second.field_dims == (36, 15)
-    train, cold = second.dataset("train"), second.dataset("test")
-    assert len(train) + len(cold) == 60 and not {*train.tasks} & {*cold.tasks}
-    assert {*first.dataset("test").tasks} <= {*cold.tasks}, "who is cold stays so"
+    tasks = {split: {*second.dataset(split).tasks} for split in SPLITS}
+    assert sum(len(second.dataset(split)) for split in SPLITS) == 60, "a block of each user and day"
+    assert sum(map(len, tasks.values())) == 35 == len(set.union(*tasks.values()))
+    for split in ("val", "test"):
+        assert {*first.dataset(split).tasks} <= tasks[split], "who is cold stays so"
     for part, table in enumerate(second.tables):
-        for split in ("train", "test"):
+        for split in SPLITS:
             rows = table[split].read(0, len(table[split]))
             assert (rows["sparse"][:, 1] > 7 * part).all() and (rows["sparse"][:, 1] <= 7 * (part + 1)).all()
             assert np.array_equal(rows["label"], rows["index"] % 2)
@@ -212,6 +214,17 @@ def test_blocks_of_other_columns_are_refused(tmp_path: Path) -> None:
         open_tasks(tmp_path / "blocks", ClickColumns(("item",), (500,), ()))
 
 
+def test_the_latest_tasks_are_the_test_and_those_before_are_validation(tmp_path: Path) -> None:
+    rows = source()
+    tasks, short = write_tasks(tmp_path, rows, 6, 0.25, 0.1, "time")
+    assert [round(share * (90 - short)) for share in (0.25, 0.1)] == pytest.approx([tasks["test"], tasks["val"]], abs=1)
+    first = {
+        split: [int(np.flatnonzero(rows.task_N == task)[0]) for task in table.tasks["task"]]
+        for split, table in open_tasks(tmp_path).items()
+    }
+    assert max(first["train"]) < min(first["val"]) <= max(first["val"]) < min(first["test"])
+
+
 def test_tasks_without_enough_rows_and_too_many_ranks_are_refused(
     tmp_path: Path, films: Tasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +233,6 @@ def test_tasks_without_enough_rows_and_too_many_ranks_are_refused(
     for name in ("support", "query"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             Tasks(**{name: 0})
-    monkeypatch.setattr(films, "_share", lambda: (708, 0))
-    with pytest.raises(ValueError, match=r"707 task\(s\) cannot be shared out to 708 processes"):
+    monkeypatch.setattr(films, "_share", lambda: (614, 0))
+    with pytest.raises(ValueError, match=r"613 task\(s\) cannot be shared out to 614 processes"):
         films.train_dataloader()

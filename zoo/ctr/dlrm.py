@@ -22,7 +22,9 @@ __all__ = ["DLRMNetwork"]
 class DLRMNetwork(ClickNetwork):
     """``logit = w . top(z, products of all pairs of [z, vectors]) + b``; z is the vector that the bottom layers make of numbers.
 
-    Given vectors of another size than the fields' are mapped to it. Source: DLRM (arXiv 1906.00091), section 2.
+    Given vectors of another size than the fields' are mapped to it. Source: DLRM (arXiv 1906.00091), section 2; initial values as
+    in its published code: a field of V ids uniform in ``[-1/sqrt(V), 1/sqrt(V)]``, weights (m, n) of a layer normal with variance
+    ``2 / (m + n)``, and its m biases with ``1 / m``.
 
     Args:
         field_dims: Number of ids of each field of categories.
@@ -58,7 +60,13 @@ class DLRMNetwork(ClickNetwork):
         self.projection = nn.Linear(vector_dim, embed_dim) if num_vectors and vector_dim != embed_dim else nn.Identity()
         self.top = DeepLayers(count * (count - 1) // 2 + (embed_dim if num_dense else 0), top, dropout)
         self.output = nn.Linear(self.top.num_outputs, 1)
-        nn.init.zeros_(self.output.bias)
+        for layer in (*(() if self.bottom is None else self.bottom.layers), *self.top.layers, self.output):
+            assert isinstance(layer, nn.Linear)
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=layer.out_features**-0.5)
+        if self.embedding is not None:
+            for rows in self.embedding.table.weight.detach().split(list(field_dims)):
+                nn.init.uniform_(rows, -(len(rows) ** -0.5), len(rows) ** -0.5)
 
     def decision_layers(self) -> tuple[str, ...]:
         """See :meth:`ClickNetwork.decision_layers`."""
