@@ -110,15 +110,17 @@ def run(folder: Path, options: dict[str, Any], strategy: Any = "auto", **fit_opt
         folder: Where the run lies.
         options: Of the model.
         strategy: Its name, or the arguments of ``HybridStrategy``.
-        fit_options: Of the Trainer; ``ckpt_path`` continues, ``save`` names a checkpoint that is written after two steps.
+        fit_options: Of the Trainer; ``ckpt_path`` continues, ``save`` names a checkpoint that is written after two steps,
+            ``precision`` is 64-true.
     """
     ranks = get_world_size() if is_initialized() else 1
-    torch.set_default_dtype(torch.float64)
+    precision = fit_options.pop("precision", "64-true")
+    torch.set_default_dtype(torch.float64 if precision == "64-true" else torch.float32)
     seed_everything(3, verbose=False)
     module, data = model(**options), Drawn(steps=fit_options.pop("steps", 4))
     saved, path = fit_options.pop("save", None), fit_options.pop("ckpt_path", None)
     chosen = HybridStrategy(**strategy) if isinstance(strategy, dict) else strategy
-    fit = trainer(folder, devices=ranks, strategy=chosen, precision="64-true", **fit_options)
+    fit = trainer(folder, devices=ranks, strategy=chosen, precision=precision, **fit_options)
     losses: list[float] = []
 
     def after_step(*_: Any) -> None:

@@ -49,6 +49,28 @@ def test_four_ranks_are_one_process(variant: str, pool: RankPool, tmp_path: Path
         same(alone, found, 1e-10)
 
 
+def test_single_precision_agrees_as_well(pool: RankPool, tmp_path: Path) -> None:
+    alone = run(tmp_path, MAML, precision="32-true")
+    for found in pool.run(run, tmp_path, MAML, "hybrid", world_size=2, precision="32-true"):
+        same(alone, found, 1e-6)
+
+
+def several(folder: Path, cases: list[dict[str, Any]], strategies: list[Any]) -> list[dict[str, Any]]:
+    return [run(folder, options, strategy) for options in cases for strategy in strategies]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("variant", CASES)
+def test_every_order_and_number_of_steps(variant: str, world_size: int, pool: RankPool, tmp_path: Path) -> None:
+    cases = [{**CASES[variant], "first_order": order, "inner_steps": k} for order in (False, True) for k in (1, 2, 3)]
+    alone = several(tmp_path, cases, ["auto"])
+    layouts = [{"partition": "mod"}, {"partition": "block"}]
+    for found in pool.run(several, tmp_path, cases, layouts, world_size=world_size):
+        for number, one in enumerate(found):
+            same(alone[number // len(layouts)], one, 1e-10)
+
+
 def all_switches(folder: Path) -> list[dict[str, Any]]:
     found = []
     for strategy in (
