@@ -1,7 +1,7 @@
 """Tasks that training has not seen: variants of meta learning beside joint training, closed forms and popularity.
 
-``python -m benchmarks.gmeta_cold_start`` trains ``gmeta/movielens`` (a task is a user) as it is and ``gmeta/flights`` (an
-aircraft) for 300 steps, and tests on cold tasks after 0 to 5 steps of adaptation; ``bias`` adds a constant of the task, in closed
+``python -m benchmarks.gmeta_cold_start`` trains ``gmeta/movielens`` (a task is a user) and ``gmeta/flights`` (an aircraft) as
+they are, and tests on cold tasks after 0 to 5 steps of adaptation; ``bias`` adds a constant of the task, in closed
 form, in place of steps. Joint training learns from support and query alike, without an inner loop, and adapts only when it is
 tested. Popularity is the smoothed rate of a film, or of a flight number, in training. MAML with 2 processes (``hybrid``) is
 compared with one.

@@ -5,6 +5,8 @@
 - Steps of ``gmeta/movielens``'s model, 32 tasks on each of 1, 2 and 4 ranks (gloo, a thread each), with one lookup for all
   tasks, with two and with one a task, in turns; on one machine, and with every rank behind a network card of 200 Mbit/s. Beside
   them, where a step's time goes, and 32 tasks shared by two ranks.
+- Plain training, without tasks: a DLRM of the same sizes on the same rows under ``hybrid``, 640 rows on each of 2 ranks; beside
+  it TorchRec's, whose fused kernels allow no inner loop, if ``--torchrec`` names a Python that has it.
 - Bytes that a rank keeps of the table and its optimizer, under DDP and divided.
 - Delivery: a task is a destination on a day, adapted on its first five flights and scored on the next five. A model of 60 days
   takes five more, a day at a time: the day's tasks are appended, the tables grow by new ids, training continues for some steps
@@ -28,13 +30,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from benchmarks.commands import run
 from benchmarks.gloo_processes import run_group
-from benchmarks.gmeta_steps import LARGE, SWITCHES, fit
+from benchmarks.gmeta_steps import LARGE, SWITCHES, Steps, fit
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.slow_link import SlowLinks, unavailable
@@ -43,10 +49,12 @@ from datamodules import Tasks
 from datamodules.assets.fetch import fetch
 from datamodules.tasks.task_files import TaskFiles
 from datamodules.tasks.task_sets import Share, TaskBatch, TaskSet
+from zoo.ctr import DLRM
 from zoo.gmeta import GMeta
 
 ARMS = ("fused", "two calls", "a call per task")
 TASKS, ROWS = 32, 20
+PLAIN = TASKS * ROWS
 DAYS, NEW_DAYS, LATER = 60, 5, 7
 FIELDS = ["carrier", "origin", "dest", "tailnum", "hour"]
 MEGABITS = 200.0
@@ -122,6 +130,56 @@ def speed(folder: str, rounds: int, steps: int, tasks: int) -> dict[str, Any]:
         fit(Tasks(batch_size=tasks, num_workers=0), steps, {}, callbacks=[phases])
         found["phases"] = phases.medians()
     return found
+
+
+def rows_of_movielens() -> dict[str, torch.Tensor]:
+    """The rows of all tasks for training."""
+    data = Tasks(num_workers=0)
+    table = data.tables[0]["train"].table
+    columns = {"sparse": (table.sparse, np.int64), "dense": (table.dense, np.float32), "label": (table.label, np.float32)}
+    found = {name: torch.from_numpy(np.asarray(values).astype(kind)) for name, (values, kind) in columns.items()}
+    return {**found, "field_dims": torch.tensor(data.field_dims)}
+
+
+def plain(folder: str, steps: int) -> list[float]:
+    """Seconds of the slowest rank's steps of plain training."""
+    rows = rows_of_movielens()
+    dims, ranks = rows.pop("field_dims").tolist(), dist.get_world_size()
+    rows["index"] = torch.arange(len(rows["label"]))
+    begins = range(dist.get_rank() * PLAIN, ranks * PLAIN * steps, ranks * PLAIN)
+    batches = [{name: values[begin : begin + PLAIN] for name, values in rows.items()} for begin in begins]
+    seed_everything(0, verbose=False)
+    noted = Steps(counted=False)
+    trainer = Trainer(devices=ranks, strategy="hybrid", max_epochs=1, callbacks=[noted], use_distributed_sampler=False, **QUIET)
+    trainer.fit(DLRM(dims, rows["dense"].shape[1], 16, [64], [64, 32]), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    slowest_S = torch.tensor(noted.found.seconds, dtype=torch.float64)
+    dist.all_reduce(slowest_S, dist.ReduceOp.MAX)
+    return slowest_S.tolist()
+
+
+def measure_plain(record: Record, python: Path | None, rounds: int, steps: int) -> None:
+    """Add the rows of plain training, ours and TorchRec's in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, result = Path(folder) / "rows.safetensors", Path(folder) / "seconds.json"
+        save_file(rows_of_movielens(), file)
+        for _ in range(rounds):
+            found = {"hybrid": run_group(2, plain, steps)}
+            if python is not None:
+                launch = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+                words = [
+                    *launch,
+                    str(Path(__file__).with_name("torchrec_dlrm.py")),
+                    str(file),
+                    str(PLAIN),
+                    str(steps),
+                    str(result),
+                ]
+                run(words, threads=1)
+                found["TorchRec"] = json.loads(result.read_text())
+            for name, seconds in found.items():
+                record.row(plain=name, plain_step_ms=1000 * statistics.median(seconds[2:]))
+    if python is None:
+        record.row(plain="TorchRec", not_measured="not installed")
 
 
 def kept(folder: str) -> dict[str, int]:
@@ -260,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gmeta_speed", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each arm")
     parser.add_argument("--steps", type=int, default=32, help="of each")
+    parser.add_argument("--torchrec", type=Path, metavar="PYTHON", help="a Python that has torchrec and fbgemm-gpu-cpu")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="few steps; the result is not kept")
     options = parser.parse_args(arguments)
@@ -276,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         Table("32 tasks of 10 + 10 rows on a rank, gloo, a thread a rank, 2 cores", "arm",
               ["step_ms", "samples_per_second", "efficiency", "over_fused"], digits=2),
         Table("Where a step's time goes, milliseconds", "phase", scenes),
+        Table("Plain training, 2 ranks, 640 rows each", "plain", ["plain_step_ms"], digits=2),
         Table("Bytes that a rank keeps of the table and its optimizer", "kept", ["DDP", "hybrid", "ratio"], digits=2),
         Table("A day's tasks delivered", "delivery", ["seconds", "auc", "new_tasks", "new_ids"], digits=3),
     ], plots=[Plot("Rows a second over ranks", "ranks", "samples_per_second", "speed", log="xy"),
@@ -284,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     rounds, steps = (1, 4) if options.smoke else (options.rounds, options.steps)
     Tasks().prepare_data()  # once, not by each process
     measure_speed(record, rounds, steps)
+    measure_plain(record, options.torchrec, rounds, steps)
     ratios = []
     for ranks in (2, 4):
         found = run_group(ranks, kept)
