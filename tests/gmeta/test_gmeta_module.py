@@ -12,6 +12,8 @@ from distributed import RankPool
 from gmeta_runs import CASES, DIMS, Drawn, batches, model, run, same, trainer
 from lightning.pytorch import seed_everything
 
+import zoo
+from datamodules import Flights, Tasks
 from zoo.__main__ import main
 from zoo.ctr import DLRM
 from zoo.gmeta import GMeta
@@ -120,3 +122,9 @@ def test_a_run_that_is_continued_repeats_the_losses(tmp_path: Path) -> None:
     whole = losses(tmp_path / "whole", ["--trainer.max_steps", "30"])  # more than an epoch
     parts = ["--trainer.max_steps", "7"], ["--trainer.max_steps", "30", "--ckpt_path", "last"]
     assert losses(tmp_path / "parts", *parts) == whole and len(whole) == 30
+
+
+def test_shipped_weights_score_unseen_aircraft(tmp_path: Path) -> None:
+    data = Tasks(clicks=Flights(), task_field="tailnum", support=32, query=32, num_workers=0)
+    (found,) = trainer(tmp_path, limit_test_batches=4).test(zoo.load("gmeta-flights"), data, verbose=False)
+    assert found["test/auc@0"] > 0.7 and found["test/auc@1"] > 0.7
