@@ -116,11 +116,8 @@ class GMeta(ClickModule):
         sets = {name: dict(batch[name]) for name in ("support", "query")}
         numbers = {name: self.network.row_numbers(each["sparse"]) for name, each in sets.items()}
         masks = {name: each["mask"] for name, each in sets.items()}
-        groups = [
-            numbers[name][task][masks[name][task]] for task in range(len(masks["support"])) for name in ("support", "query")
-        ]
-        if not groups:
-            groups = [numbers["support"].flatten()]
+        asked = [numbers[name][masks[name]].split(masks[name].sum(1).tolist()) for name in sets]
+        groups = [group for pair in zip(*asked, strict=True) for group in pair] or [numbers["support"].flatten()]
         rows = row_link(self.trainer.strategy).fetch(self.row_tables(), groups, self._sparse_rows)
         if draw:
             for each in sets.values():
