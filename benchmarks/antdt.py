@@ -49,10 +49,10 @@ from benchmarks.tables import Table
 from datamodules import Flights
 from strategies import AntDTStrategy
 from strategies.antdt import LBBSP, AntDTDD, AntDTND, Solution, StaticBSP
-from strategies.antdt.actions import AdjustBatch
-from strategies.antdt.inject import SleepInjector, Slowdown
-from strategies.antdt.monitor import Windows
-from strategies.antdt.solvers import balance, balance_micro
+from strategies.antdt.control.actions import AdjustBatch
+from strategies.antdt.control.monitor import Windows
+from strategies.antdt.control.solvers import balance, balance_micro
+from strategies.antdt.simulation.inject import SleepInjector, Slowdown
 from zoo.ctr import XDeepFM
 
 DDP, STATIC, LB, ND, DD, ORACLE = "DDP", "BSP with DDS", "LB-BSP", "AntDT-ND", "AntDT-DD", "oracle"

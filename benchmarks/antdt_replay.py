@@ -37,9 +37,9 @@ from benchmarks.record import Record
 from benchmarks.tables import Table
 from strategies import AntDTStrategy
 from strategies.antdt import AntDTND, Solution, StaticBSP
-from strategies.antdt.actions import AdjustBatch
-from strategies.antdt.inject import TraceInjector
-from strategies.antdt.simulator import ClusterSim, SimCluster, SimResult
+from strategies.antdt.control.actions import AdjustBatch
+from strategies.antdt.simulation.inject import TraceInjector
+from strategies.antdt.simulation.simulator import ClusterSim, SimCluster, SimResult
 
 STATIC = "equal batches"
 SKIPPED = 5  # first steps, which are slower

@@ -32,9 +32,9 @@ from typing import Any
 from benchmarks.plots import Plot
 from benchmarks.record import Record
 from benchmarks.tables import Table
-from strategies.antdt.simulator import ClusterSim, Mode, SimCluster
-from strategies.antdt.slowness import SlownessModel
-from strategies.antdt.solutions import LBBSP, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+from strategies.antdt.control.solutions import LBBSP, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+from strategies.antdt.simulation.simulator import ClusterSim, Mode, SimCluster
+from strategies.antdt.simulation.slowness import SlownessModel
 
 CALM = SlownessModel(transient_rate=0.0, persistent_share=0.0)
 FULL, SMOKE = (

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.sample_trace import SampleTrace
 from strategies import AntDTStrategy
-from strategies.antdt.solutions import StaticBSP
+from strategies.antdt.control.solutions import StaticBSP
 from zoo.callbacks import RunCheckpoint
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import ZooDataModule
 from strategies import AntDTStrategy
-from strategies.antdt.solutions import StaticBSP
+from strategies.antdt.control.solutions import StaticBSP
 from zoo import ZooModule
 from zoo.callbacks import RunCheckpoint
 

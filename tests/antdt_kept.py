@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from strategies.antdt.rank_keeper import RankKeeper
+from strategies.antdt.restart.rank_keeper import RankKeeper
 
 
 def split_and_run(before: str, code: str, spares: int, out: Path) -> None:

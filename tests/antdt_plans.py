@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from strategies.antdt.actions import Action, AdjustBatch, KillRestart
-from strategies.antdt.monitor import Windows
-from strategies.antdt.solutions import Solution
+from strategies.antdt.control.actions import Action, AdjustBatch, KillRestart
+from strategies.antdt.control.monitor import Windows
+from strategies.antdt.control.solutions import Solution
 
 
 class Plans(Solution):

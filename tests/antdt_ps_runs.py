@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strategies.antdt.actions import KillRestart, Versioned
+from strategies.antdt.control.actions import KillRestart, Versioned
 from strategies.antdt.ps.partition import Entry, Layout
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.ps.slices import Gradient

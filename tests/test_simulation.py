@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from strategies.antdt.solutions import AntDTND
+from strategies.antdt.control.solutions import AntDTND
 from zoo.__main__ import main
 from zoo.cli.configs import packaged_configs
 from zoo.cli.simulate import Arm
@@ -70,7 +70,7 @@ def test_the_packaged_comparison_runs_at_a_smaller_size(capsys: pytest.CaptureFi
 
 
 OWN = """
-from strategies.antdt.solutions import AntDTND
+from strategies.antdt.control.solutions import AntDTND
 
 class Mine(AntDTND):
     def decide(self, view, now):

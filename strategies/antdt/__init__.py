@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from strategies.antdt.address import Address
-    from strategies.antdt.client import Client
-    from strategies.antdt.controller import Controller
-    from strategies.antdt.launch import find_or_start
-    from strategies.antdt.ledger import DatasetSpec, DataShardingService
-    from strategies.antdt.order import SampleOrder
-    from strategies.antdt.solutions import LBBSP, AntDTDD, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+    from strategies.antdt.control.controller import Controller
+    from strategies.antdt.control.solutions import LBBSP, AntDTDD, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+    from strategies.antdt.service.address import Address
+    from strategies.antdt.service.client import Client
+    from strategies.antdt.service.launch import find_or_start
+    from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService
+    from strategies.antdt.sharding.order import SampleOrder
 
 __all__ = [
     "LBBSP",
@@ -30,14 +30,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Address": "address",
-    "Client": "client",
-    "Controller": "controller",
-    "DataShardingService": "ledger",
-    "DatasetSpec": "ledger",
-    "SampleOrder": "order",
-    "find_or_start": "launch",
-} | dict.fromkeys(("AntDTDD", "AntDTND", "BackupWorkersSolution", "LBBSP", "Oracle", "Solution", "StaticBSP"), "solutions")
+    "Address": "service.address",
+    "Client": "service.client",
+    "Controller": "control.controller",
+    "DataShardingService": "sharding.ledger",
+    "DatasetSpec": "sharding.ledger",
+    "SampleOrder": "sharding.order",
+    "find_or_start": "service.launch",
+} | dict.fromkeys(
+    ("AntDTDD", "AntDTND", "BackupWorkersSolution", "LBBSP", "Oracle", "Solution", "StaticBSP"), "control.solutions"
+)
 
 
 def __getattr__(name: str) -> Any:

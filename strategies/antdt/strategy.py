@@ -26,22 +26,22 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from strategies.antdt.actions import AdjustLR
-from strategies.antdt.agent import Agent
-from strategies.antdt.connection import Connection
-from strategies.antdt.exchange import RESTART, SAVE, STOP, Exchange
-from strategies.antdt.hot_restart import HotRestart, newest
-from strategies.antdt.inject import Injector
-from strategies.antdt.loader import StepBatch, StepLoader
-from strategies.antdt.peer_watch import PeerWatch, own_address
-from strategies.antdt.planner import Allocation, StepPlanner
-from strategies.antdt.rank_keeper import RankKeeper
-from strategies.antdt.shard_source import ShardSource
-from strategies.antdt.solutions import AntDTND, BackupWorkersSolution, Solution
-from strategies.antdt.step_log import StepLog
-from strategies.antdt.step_timer import StepTimer
-from strategies.antdt.train_order import Shuffle, train_order
-from strategies.antdt.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients
+from strategies.antdt.control.actions import AdjustLR
+from strategies.antdt.control.solutions import AntDTND, BackupWorkersSolution, Solution
+from strategies.antdt.rank.agent import Agent
+from strategies.antdt.rank.exchange import RESTART, SAVE, STOP, Exchange
+from strategies.antdt.rank.loader import StepBatch, StepLoader
+from strategies.antdt.rank.peer_watch import PeerWatch, own_address
+from strategies.antdt.rank.planner import Allocation, StepPlanner
+from strategies.antdt.rank.shard_source import ShardSource
+from strategies.antdt.rank.step_log import StepLog
+from strategies.antdt.rank.step_timer import StepTimer
+from strategies.antdt.rank.train_order import Shuffle, train_order
+from strategies.antdt.rank.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients
+from strategies.antdt.restart.hot_restart import HotRestart, newest
+from strategies.antdt.restart.rank_keeper import RankKeeper
+from strategies.antdt.service.connection import Connection
+from strategies.antdt.simulation.inject import Injector
 from strategies.refusals import refuse_accumulation, refuse_manual_optimization
 from zoo.base.torchrun import has_agent_store, is_restarted, restart_count, restarts_left
 from zoo.strategy_contract import HasLossDenominator, Request, StrategyContract, loss_denominator

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import antdt_replay as replay
 from benchmarks import antdt_simulated as simulated
 from benchmarks.record import Record
-from strategies.antdt.simulator import ClusterSim, SimCluster
+from strategies.antdt.simulation.simulator import ClusterSim, SimCluster
 
 
 def test_bars_are_the_median_speed_and_the_worst_ratio() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from strategies.antdt.actions import AdjustBatch, KillRestart, Versioned
-from strategies.antdt.agent import Agent
-from strategies.antdt.exchange import RESTART, STOP, Exchange
-from strategies.antdt.peer_watch import PeerWatch
-from strategies.antdt.shard_buffer import Piece
-from strategies.antdt.shard_source import ShardSource
-from strategies.antdt.step_timer import StepTimer
+from strategies.antdt.control.actions import AdjustBatch, KillRestart, Versioned
+from strategies.antdt.rank.agent import Agent
+from strategies.antdt.rank.exchange import RESTART, STOP, Exchange
+from strategies.antdt.rank.peer_watch import PeerWatch
+from strategies.antdt.rank.shard_buffer import Piece
+from strategies.antdt.rank.shard_source import ShardSource
+from strategies.antdt.rank.step_timer import StepTimer
 
 
 class Server:

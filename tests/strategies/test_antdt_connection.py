@@ -11,9 +11,9 @@ from antdt_job import Noisy, RowsData, job, trainer_of
 from distributed import RankError, RankPool
 
 from strategies import AntDTStrategy
-from strategies.antdt import connection
-from strategies.antdt.client import ServerUnreachable
-from strategies.antdt.connection import Connection
+from strategies.antdt.service import connection
+from strategies.antdt.service.client import ServerUnreachable
+from strategies.antdt.service.connection import Connection
 from zoo.base.torchrun import restarts_left
 
 

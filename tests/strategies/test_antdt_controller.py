@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.antdt.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
-from strategies.antdt.cluster_view import ClusterView
-from strategies.antdt.controller import Controller, Sample
-from strategies.antdt.monitor import Monitor, Windows
-from strategies.antdt.solutions import LBBSP, AntDTDD, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
-from strategies.antdt.solvers import balance_micro
+from strategies.antdt.control.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
+from strategies.antdt.control.cluster_view import ClusterView
+from strategies.antdt.control.controller import Controller, Sample
+from strategies.antdt.control.monitor import Monitor, Windows
+from strategies.antdt.control.solutions import LBBSP, AntDTDD, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+from strategies.antdt.control.solvers import balance_micro
 
 Cost = Callable[[int, float], float]
 
@@ -405,7 +405,7 @@ def test_a_clock_that_begins_anew_does_not_turn_time_back() -> None:
 
 def test_settings_of_a_job_build_its_controller() -> None:
     settings = {
-        "solution": {"class_path": "strategies.antdt.solutions.AntDTND", "init_args": {"lambda_transient": 1.3}},
+        "solution": {"class_path": "strategies.antdt.control.solutions.AntDTND", "init_args": {"lambda_transient": 1.3}},
         "world_size": 4, "global_batch": 64, "caps": [8, 8, None, None], "controller": {"decide_every": 2.0},
     }  # fmt: skip
     controller = Controller.from_settings(settings)

@@ -30,11 +30,11 @@ from torch import nn
 
 from benchmarks.sample_trace import audit, read_traces
 from strategies import AntDTStrategy
-from strategies.antdt.gloo_links import GlooLinks
-from strategies.antdt.hot_restart import KeptBuffers, Snapshot
-from strategies.antdt.ledger import DatasetSpec, DataShardingService, LedgerError
-from strategies.antdt.loop_progress import Reached, before_interruption, is_before_first_batch
-from strategies.antdt.rank_keeper import RankKeeper
+from strategies.antdt.restart.gloo_links import GlooLinks
+from strategies.antdt.restart.hot_restart import KeptBuffers, Snapshot
+from strategies.antdt.restart.loop_progress import Reached, before_interruption, is_before_first_batch
+from strategies.antdt.restart.rank_keeper import RankKeeper
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService, LedgerError
 from zoo.callbacks import EMA
 
 STEPS = 6  # an epoch of 45 samples, 8 a step, the last of 5

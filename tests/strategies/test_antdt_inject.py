@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies.antdt.inject import DutyCycleInjector, SleepInjector, Slowdown, TraceInjector, read_trace
+from strategies.antdt.simulation.inject import DutyCycleInjector, SleepInjector, Slowdown, TraceInjector, read_trace
 
 
 def test_slowdowns_of_a_rank_multiply_while_they_last() -> None:
@@ -71,7 +71,7 @@ def test_impossible_numbers_are_refused(make: object) -> None:
 
 STOPPED = """
 import sys, time
-from strategies.antdt.inject import DutyCycleInjector
+from strategies.antdt.simulation.inject import DutyCycleInjector
 injector = DutyCycleInjector(0.6, 0.02, ranks=[1], start=1, stop=2)
 injector.begin(1)
 injector.delay(0, 1, 1)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strategies.antdt.journal import Journal, JournalError, OtherDataset, RecordedLedger
-from strategies.antdt.ledger import StaleGeneration
+from strategies.antdt.sharding.journal import Journal, JournalError, OtherDataset, RecordedLedger
+from strategies.antdt.sharding.ledger import StaleGeneration
 
 SETTINGS: dict[str, Any] = {
     "dataset": {"n": 60, "name": "clicks", "seed": 0, "shuffle": "global", "shard": 1, "epochs": 3},

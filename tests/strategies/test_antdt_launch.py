@@ -14,15 +14,15 @@ import pytest
 import warm_python
 from antdt_job import wait_for_end
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client, ServerUnreachable
-from strategies.antdt.launch import ServerNotStarted, find, find_or_start, is_alive, revive
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client, ServerUnreachable
+from strategies.antdt.service.launch import ServerNotStarted, find, find_or_start, is_alive, revive
+from strategies.antdt.service.wire import ServiceError
 from zoo.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 DATASET = {"name": "clicks", "n": 3000, "seed": 0, "shuffle": "global", "shard": 8, "epochs": 1}
-SOLUTION = {"class_path": "strategies.antdt.solutions.StaticBSP", "init_args": {}}
+SOLUTION = {"class_path": "strategies.antdt.control.solutions.StaticBSP", "init_args": {}}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
@@ -50,7 +50,7 @@ def run(code: str, *words: object) -> "subprocess.Popen[str]":
 
 def test_processes_that_race_start_one_server(folder: Path) -> None:
     code = (
-        "import sys, pathlib; from strategies.antdt.launch import find_or_start\n"
+        "import sys, pathlib; from strategies.antdt.service.launch import find_or_start\n"
         "print(find_or_start(pathlib.Path(sys.argv[1])).pid)"
     )
     racing = [run(code, folder) for _ in range(5)]
@@ -64,7 +64,7 @@ def test_processes_that_race_start_one_server(folder: Path) -> None:
 
 def test_server_outlives_the_group_that_started_it(folder: Path) -> None:
     code = (
-        "import sys, pathlib; from strategies.antdt.launch import find_or_start\n"
+        "import sys, pathlib; from strategies.antdt.service.launch import find_or_start\n"
         "print(find_or_start(pathlib.Path(sys.argv[1])).pid, flush=True); sys.stdin.read()"
     )
     starter = subprocess.Popen(
@@ -165,9 +165,9 @@ def test_journal_of_another_data_set_is_refused_across_processes(folder: Path) -
 @pytest.mark.parametrize(
     "solution, message",
     [
-        ("strategies.antdt.solutions.NoSuch", "there is no solution strategies.antdt.solutions.NoSuch"),
+        ("strategies.antdt.control.solutions.NoSuch", "there is no solution strategies.antdt.control.solutions.NoSuch"),
         ("no_such_package.Solution", "there is no solution no_such_package"),
-        ("pathlib.Path", "pathlib.Path is no strategies.antdt.solutions.Solution"),
+        ("pathlib.Path", "pathlib.Path is no strategies.antdt.control.solutions.Solution"),
     ],
 )
 def test_solutions_that_are_none_are_refused(folder: Path, solution: str, message: str) -> None:
@@ -207,5 +207,6 @@ def test_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_server_and_its_folder_need_neither_torch_nor_lightning() -> None:
-    code = "import sys, strategies.antdt.server, strategies.antdt.launch; print({'torch', 'lightning'} & set(sys.modules))"
+    modules = "strategies.antdt.service.server, strategies.antdt.service.launch"
+    code = f"import sys, {modules}; print({{'torch', 'lightning'}} & set(sys.modules))"
     assert run(code).communicate(timeout=60)[0].strip() == "set()"

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from strategies.antdt.ledger import DatasetSpec, DataShardingService, LedgerError, Range, StaleGeneration, from_dlrover
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService, LedgerError, Range, StaleGeneration, from_dlrover
 
 WORKERS = 3
 

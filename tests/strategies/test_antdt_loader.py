@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.base.loader import EpochOrder, WholeBatches
-from strategies.antdt.exchange import Exchange
-from strategies.antdt.ledger import DatasetSpec, DataShardingService
-from strategies.antdt.loader import Order, SamplerOrder, StepLoader
-from strategies.antdt.order import SampleOrder
-from strategies.antdt.planner import Allocation, StepPlanner
-from strategies.antdt.shard_source import ShardSource
+from strategies.antdt.rank.exchange import Exchange
+from strategies.antdt.rank.loader import Order, SamplerOrder, StepLoader
+from strategies.antdt.rank.planner import Allocation, StepPlanner
+from strategies.antdt.rank.shard_source import ShardSource
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService
+from strategies.antdt.sharding.order import SampleOrder
 
 N, B = 23, 4
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.antdt.order import SampleOrder, Shuffle
+from strategies.antdt.sharding.order import SampleOrder, Shuffle
 
 MODES = st.sampled_from(["none", "shard", "global"])
 

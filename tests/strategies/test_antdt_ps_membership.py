@@ -21,13 +21,13 @@ from antdt_ps_runs import (
     train,
 )
 
-from strategies.antdt.client import Client
 from strategies.antdt.ps.clock import Clock, Consistency
 from strategies.antdt.ps.meeting import MeetingError, Meetings
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.worker import ServersUnreachable
-from strategies.antdt.server import ServerThread as DataServer
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.server import ServerThread as DataServer
+from strategies.antdt.service.wire import ServiceError
 
 
 def test_meetings_wait_for_all_and_then_for_those_who_are_left() -> None:

@@ -26,8 +26,6 @@ from antdt_ps_runs import (
     union_steps,
 )
 
-from strategies.antdt.client import Client
-from strategies.antdt.inject import SleepInjector, Slowdown
 from strategies.antdt.ps.clock import Clock, Consistency, Decision
 from strategies.antdt.ps.dispatch import Caller
 from strategies.antdt.ps.parameter_server import ParameterServer
@@ -36,7 +34,9 @@ from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.server import ServerThread
 from strategies.antdt.ps.slices import Gradient, Slices
 from strategies.antdt.ps.worker import ParameterClient, unflatten
-from strategies.antdt.server import ServerThread as DataServer
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.server import ServerThread as DataServer
+from strategies.antdt.simulation.inject import SleepInjector, Slowdown
 
 
 def one_worker(

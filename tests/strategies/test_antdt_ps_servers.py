@@ -34,7 +34,7 @@ from strategies.antdt.ps.partition import Entry, Layout
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.slices import Gradient, Slices, merge
 from strategies.antdt.ps.worker import ParameterClient
-from strategies.antdt.wire import MessageTooLarge, ServiceError
+from strategies.antdt.service.wire import MessageTooLarge, ServiceError
 
 # ---- the optimizer of one process ---------------------------------------------------------------------------------------
 

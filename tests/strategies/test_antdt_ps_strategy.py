@@ -28,10 +28,10 @@ from torchmetrics import MeanMetric
 from warm_python import Popen
 
 from strategies import ParameterServerStrategy
-from strategies.antdt.inject import Slowdown
 from strategies.antdt.ps import launch
 from strategies.antdt.ps.server import ServerThread
-from strategies.antdt.server import ServerThread as DataServer
+from strategies.antdt.service.server import ServerThread as DataServer
+from strategies.antdt.simulation.inject import Slowdown
 from zoo.callbacks import RunCheckpoint, SpikeGuard
 
 ROWS = 70

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_controller import ScriptedController
 
-from strategies.antdt import client as client_module
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client, ServerUnreachable
-from strategies.antdt.journal import Journal
-from strategies.antdt.server import ServerThread
-from strategies.antdt.wire import LIMIT, Decoder, MessageTooLarge, ServiceError, WireError, encode, same_token
+from strategies.antdt.service import client as client_module
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client, ServerUnreachable
+from strategies.antdt.service.server import ServerThread
+from strategies.antdt.service.wire import LIMIT, Decoder, MessageTooLarge, ServiceError, WireError, encode, same_token
+from strategies.antdt.sharding.journal import Journal
 
 DATASET = {"name": "clicks", "n": 500, "seed": 0, "shuffle": "global", "shard": 8, "epochs": 2}
 SOLUTION = {"class_path": "a.Solution", "init_args": {}}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from scripted_controller import ScriptedController
 
-from strategies.antdt.journal import Journal, RecordedLedger
-from strategies.antdt.service import Service
+from strategies.antdt.service.service import Service
+from strategies.antdt.sharding.journal import Journal, RecordedLedger
 
 DATASET = {"name": "clicks", "n": 64, "seed": 0, "shuffle": "global", "shard": 8, "epochs": 2}
 

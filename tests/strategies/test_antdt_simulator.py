@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep import sweep_tuples
 
-from strategies.antdt.actions import KillRestart
-from strategies.antdt.simulator import ClusterSim, SimCluster, SimResult
-from strategies.antdt.slowness import NodeSlowness, SlownessModel, read_slowness
-from strategies.antdt.solutions import LBBSP, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+from strategies.antdt.control.actions import KillRestart
+from strategies.antdt.control.solutions import LBBSP, AntDTND, BackupWorkersSolution, Oracle, Solution, StaticBSP
+from strategies.antdt.simulation.simulator import ClusterSim, SimCluster, SimResult
+from strategies.antdt.simulation.slowness import NodeSlowness, SlownessModel, read_slowness
 
 CALM = SlownessModel(transient_rate=0.0, persistent_share=0.0)
 SMALL = SimCluster(workers=20, local_batch=10, steps=150, cost=0.1, communication=0.05)

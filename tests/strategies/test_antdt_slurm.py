@@ -8,7 +8,7 @@ from pathlib import Path
 
 from warm_python import Popen
 
-from strategies.antdt.server import TOKEN_VARIABLE, ServerThread
+from strategies.antdt.service.server import TOKEN_VARIABLE, ServerThread
 
 ROOT = Path(__file__).parents[2]
 JOB = """

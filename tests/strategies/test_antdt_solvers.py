@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.antdt.cluster_view import step_seconds
-from strategies.antdt.solvers import balance, balance_micro
+from strategies.antdt.control.cluster_view import step_seconds
+from strategies.antdt.control.solvers import balance, balance_micro
 
 COST = st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0, 3.0, 7.0])
 FIXED = st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.25])

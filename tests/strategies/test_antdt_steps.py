@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.antdt.actions import AdjustBatch, Versioned
-from strategies.antdt.exchange import Reading
-from strategies.antdt.ledger import DatasetSpec, DataShardingService
-from strategies.antdt.planner import Allocation, StepPlan, StepPlanner
-from strategies.antdt.shard_source import ShardSource
+from strategies.antdt.control.actions import AdjustBatch, Versioned
+from strategies.antdt.rank.exchange import Reading
+from strategies.antdt.rank.planner import Allocation, StepPlan, StepPlanner
+from strategies.antdt.rank.shard_source import ShardSource
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService
 
 
 class Ranks:

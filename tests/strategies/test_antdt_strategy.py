@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from strategies import AntDTStrategy
-from strategies.antdt.inject import SleepInjector, Slowdown
-from strategies.antdt.solutions import BackupWorkersSolution, StaticBSP
+from strategies.antdt.control.solutions import BackupWorkersSolution, StaticBSP
+from strategies.antdt.simulation.inject import SleepInjector, Slowdown
 from zoo.callbacks import EMA, AntDTMonitor
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torch.utils.data.distributed import DistributedSampler
 
 from strategies.antdt.ps.training_data import TrainingData
-from strategies.antdt.train_order import Shuffle, train_order
+from strategies.antdt.rank.train_order import Shuffle, train_order
 
 ROWS = TensorDataset(torch.arange(12))
 

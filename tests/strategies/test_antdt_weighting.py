@@ -12,7 +12,7 @@ from sweep import sweep
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from strategies.antdt.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients, split_evenly
+from strategies.antdt.rank.weighting import GradientReduction, Weighting, loss_scale, reduce_gradients, split_evenly
 
 PLAN = [(5, 2, 9), (1, 14, 1), (0, 8, 8), (6, 5, 5)]  # samples of three ranks; one of them has none in the third step
 STEPS = 12

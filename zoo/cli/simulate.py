@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
-from strategies.antdt.simulator import ClusterSim, Mode, SimCluster, SimResult
-from strategies.antdt.slowness import SlownessModel
-from strategies.antdt.solutions import Solution
+from strategies.antdt.control.solutions import Solution
+from strategies.antdt.simulation.simulator import ClusterSim, Mode, SimCluster, SimResult
+from strategies.antdt.simulation.slowness import SlownessModel
 from zoo.base.hyperparameters import build
 from zoo.cli.configs import find_config
 from zoo.cli.parser import ZooArgumentParser

@@ -32,7 +32,7 @@ VERBS = {
     "plan": Verb("zoo.cli.plan:plan", "predict memory and time of training on a cluster"),
     "simulate": Verb("zoo.cli.simulate:simulate", "simulate a job with stragglers on a cluster"),
     "store": Verb("zoo.cli.store:store", "build, append to, verify or describe a store of text vectors"),
-    "serve-data": Verb("strategies.antdt.server:main", "serve shards of data to the workers of AntDT"),
+    "serve-data": Verb("strategies.antdt.service.server:main", "serve shards of data to the workers of AntDT"),
 }
 
 

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from strategies.antdt.client import Client
 from strategies.antdt.ps.loader import ShardBatch, ShardLoader
+from strategies.antdt.service.client import Client
 
 __all__ = ["Agent"]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.wire import ServiceError
 
 __all__ = ["Commits", "Trained"]
 

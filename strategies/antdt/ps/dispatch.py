@@ -7,7 +7,7 @@ from typing import Any
 from strategies.antdt.ps.deferred import Answer, Deferred
 from strategies.antdt.ps.frames import STRANGER_LIMIT, Frame, FrameProtocol
 from strategies.antdt.ps.meeting import MeetingError
-from strategies.antdt.wire import ServiceError, same_token
+from strategies.antdt.service.wire import ServiceError, same_token
 
 __all__ = ["Caller", "Dispatcher", "Operation"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.antdt.wire import MessageTooLarge, ServiceError, WireError
+from strategies.antdt.service.wire import MessageTooLarge, ServiceError, WireError
 
 __all__ = ["HEADER_LIMIT", "STRANGER_LIMIT", "Connection", "Frame", "FrameProtocol", "encode_frame", "pack", "unpack"]
 

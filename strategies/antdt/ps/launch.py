@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from strategies.antdt.address import Address
-from strategies.antdt.launch import ServerNotStarted, is_running, start_lock
 from strategies.antdt.ps.frames import Connection
-from strategies.antdt.wire import ServiceError, WireError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.launch import ServerNotStarted, is_running, start_lock
+from strategies.antdt.service.wire import ServiceError, WireError
 
 __all__ = ["find_or_start_server", "find_server", "is_alive"]
 

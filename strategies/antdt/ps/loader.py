@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from strategies.antdt.ledger import Fetched
-from strategies.antdt.loader import Order, Reader
+from strategies.antdt.rank.loader import Order, Reader
+from strategies.antdt.sharding.ledger import Fetched
 
 __all__ = ["ShardBatch", "ShardLoader", "Work"]
 

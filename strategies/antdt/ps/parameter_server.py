@@ -25,7 +25,7 @@ from strategies.antdt.ps.settings import Settings
 from strategies.antdt.ps.slice_file import SliceFile
 from strategies.antdt.ps.slices import Slices
 from strategies.antdt.ps.steps import Delay, Steps
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.wire import ServiceError
 
 __all__ = ["FRAME_LIMIT", "ParameterServer"]
 

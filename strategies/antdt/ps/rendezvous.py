@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client
-from strategies.antdt.inject import Slowdown
-from strategies.antdt.launch import find, find_or_start
 from strategies.antdt.ps.collectives import Collectives
 from strategies.antdt.ps.launch import find_or_start_server, find_server
 from strategies.antdt.ps.worker import ParameterClient
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.launch import find, find_or_start
+from strategies.antdt.service.wire import ServiceError
+from strategies.antdt.simulation.inject import Slowdown
 from zoo.base.torchrun import is_torchrun, restart_count, run_id
 
 __all__ = ["Rendezvous", "begin_anew", "leave", "num_restarts", "run_to_join", "unless_over"]

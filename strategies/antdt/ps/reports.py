@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client
 
 __all__ = ["Reports"]
 

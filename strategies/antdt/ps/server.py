@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from strategies.antdt.address import SERVER_FILE, Address
-from strategies.antdt.inject import SleepInjector, Slowdown
 from strategies.antdt.ps.parameter_server import FRAME_LIMIT, ParameterServer
 from strategies.antdt.ps.steps import Delay
+from strategies.antdt.service.address import SERVER_FILE, Address
+from strategies.antdt.simulation.inject import SleepInjector, Slowdown
 
 __all__ = ["ServerThread", "main", "serve"]
 

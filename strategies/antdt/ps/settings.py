@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strategies.antdt.address import Address
 from strategies.antdt.ps.clock import Consistency
+from strategies.antdt.service.address import Address
 
 __all__ = ["Settings"]
 

@@ -19,7 +19,7 @@ from strategies.antdt.ps.pending import PendingGradients
 from strategies.antdt.ps.reports import Reports
 from strategies.antdt.ps.settings import Settings
 from strategies.antdt.ps.slices import Gradient, Slices
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.wire import ServiceError
 
 __all__ = ["Delay", "Steps"]
 

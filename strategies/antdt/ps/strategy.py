@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client
-from strategies.antdt.inject import Injector, Slowdown
+from strategies.antdt.control.solutions import Solution, StaticBSP
 from strategies.antdt.ps.agent import Agent
 from strategies.antdt.ps.agreement import Agreement
 from strategies.antdt.ps.clock import Consistency
@@ -36,7 +34,9 @@ from strategies.antdt.ps.slices import RowUpdate
 from strategies.antdt.ps.training import Training
 from strategies.antdt.ps.training_data import TrainingData
 from strategies.antdt.ps.worker import ParameterClient
-from strategies.antdt.solutions import Solution, StaticBSP
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client
+from strategies.antdt.simulation.inject import Injector, Slowdown
 from strategies.refusals import (
     refuse_accumulation,
     refuse_averages,

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from strategies.antdt.client import Client
 from strategies.antdt.ps.agent import Agent
 from strategies.antdt.ps.agreement import Agreement
 from strategies.antdt.ps.collectives import Collectives
@@ -16,6 +15,7 @@ from strategies.antdt.ps.remote_parameters import RemoteParameters
 from strategies.antdt.ps.rendezvous import begin_anew
 from strategies.antdt.ps.schedules import Schedules
 from strategies.antdt.ps.worker import ParameterClient
+from strategies.antdt.service.client import Client
 
 __all__ = ["Training"]
 

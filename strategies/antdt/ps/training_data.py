@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from strategies.antdt.train_order import train_order
+from strategies.antdt.rank.train_order import train_order
 
 __all__ = ["TrainingData"]
 

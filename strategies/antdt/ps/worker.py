@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.antdt.address import Address
 from strategies.antdt.ps.clock import Decision
 from strategies.antdt.ps.frames import Connection, Frame, pack, unpack
 from strategies.antdt.ps.partition import Layout
 from strategies.antdt.ps.remote_optimizer import OptimizerSpec
 from strategies.antdt.ps.slices import Gradient
-from strategies.antdt.wire import ServiceError, WireError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.wire import ServiceError, WireError
 
 __all__ = ["Outcome", "ParameterClient", "ServersUnreachable"]
 

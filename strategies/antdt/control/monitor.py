@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
-from strategies.antdt.affine import Moments
+from strategies.antdt.control.affine import Moments
 
 __all__ = ["Monitor", "Sample", "Statistics", "Windows", "medians"]
 
@@ -95,7 +95,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All nodes in their windows, a column for each; see `strategies.antdt.cluster_view.NodeView`.
+    """All nodes in their windows, a column for each; see `strategies.antdt.control.cluster_view.NodeView`.
 
     Attributes:
         cost: c_i, seconds a sample; None while nothing was reported.

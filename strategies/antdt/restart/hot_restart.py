@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.antdt.gloo_links import GlooLinks
-from strategies.antdt.loop_progress import Reached, before_interruption, is_before_first_batch
-from strategies.antdt.rank_keeper import RankKeeper
+from strategies.antdt.restart.gloo_links import GlooLinks
+from strategies.antdt.restart.loop_progress import Reached, before_interruption, is_before_first_batch
+from strategies.antdt.restart.rank_keeper import RankKeeper
 
 __all__ = ["FROM_MEMORY", "HotRestart", "KeptBuffers", "Snapshot", "newest"]
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from strategies.antdt.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
-from strategies.antdt.cluster_view import ClusterView, NodeView, step_seconds
-from strategies.antdt.failures import classify, describe
-from strategies.antdt.monitor import Monitor, Sample, Statistics, medians
-from strategies.antdt.solutions import Solution
+from strategies.antdt.control.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart, NoAction, Versioned
+from strategies.antdt.control.cluster_view import ClusterView, NodeView, step_seconds
+from strategies.antdt.control.failures import classify, describe
+from strategies.antdt.control.monitor import Monitor, Sample, Statistics, medians
+from strategies.antdt.control.solutions import Solution
 
 __all__ = ["Controller", "Sample"]
 
@@ -76,7 +76,7 @@ class Controller:
         ValueError: Numbers out of range.
 
     Example:
-        >>> from strategies.antdt.solutions import AntDTND
+        >>> from strategies.antdt.control.solutions import AntDTND
         >>> solution = AntDTND(window_transient=5, window_persistent=20, unit="steps", min_steps=1, skip_steps=0)
         >>> controller = Controller(solution, world_size=4, global_batch=64, decide_every=5)
         >>> for step in range(10):
@@ -162,7 +162,7 @@ class Controller:
         except (ImportError, AttributeError, ValueError) as cause:
             raise ImportError(f"there is no solution {path}: {cause}") from cause
         if not (isinstance(found, type) and issubclass(found, Solution)):
-            raise TypeError(f"{path} is no strategies.antdt.solutions.Solution: derive it from that class.")
+            raise TypeError(f"{path} is no strategies.antdt.control.solutions.Solution: derive it from that class.")
         return cls(
             found(**settings["solution"].get("init_args", {})),
             world_size=settings["world_size"],

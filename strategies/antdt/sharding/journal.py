@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from strategies.antdt.ledger import DatasetSpec, DataShardingService, Semantics
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService, Semantics
 
 __all__ = ["Journal", "JournalError", "OtherDataset", "RecordedLedger"]
 

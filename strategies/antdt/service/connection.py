@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from strategies.antdt.address import Address
-from strategies.antdt.client import Client
-from strategies.antdt.launch import find_or_start, revive
-from strategies.antdt.server import TOKEN_VARIABLE, ServerThread
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.launch import find_or_start, revive
+from strategies.antdt.service.server import TOKEN_VARIABLE, ServerThread
+from strategies.antdt.service.wire import ServiceError
 from zoo.base.torchrun import is_restarted, is_torchrun, local_world_size
 
 __all__ = ["Connection"]

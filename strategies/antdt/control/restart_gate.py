@@ -15,8 +15,8 @@ probability that a restart helps, from those that were seen.
 import statistics
 from collections.abc import Sequence
 
-from strategies.antdt.cluster_view import ClusterView, NodeView
-from strategies.antdt.monitor import medians
+from strategies.antdt.control.cluster_view import ClusterView, NodeView
+from strategies.antdt.control.monitor import medians
 
 __all__ = ["server_restarts", "worker_restarts"]
 

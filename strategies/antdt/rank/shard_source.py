@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from strategies.antdt.shard_buffer import Piece, ShardBuffer
+from strategies.antdt.rank.shard_buffer import Piece, ShardBuffer
 
 __all__ = ["Call", "ShardSource"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from strategies.antdt.affine import Moments
+from strategies.antdt.control.affine import Moments
 
 __all__ = ["ClusterView", "NodeView", "step_seconds"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies.antdt.inject import read_trace
+from strategies.antdt.simulation.inject import read_trace
 
 __all__ = ["NodeSlowness", "SlownessModel", "read_slowness"]
 

@@ -1,10 +1,10 @@
-"""The server process: ``python -m strategies.antdt.server --folder runs/flights/antdt``, or ``zoo serve-data``.
+"""The server process: ``python -m strategies.antdt.service.server --folder runs/flights/antdt``, or ``zoo serve-data``.
 
 One asyncio process for one job, which outlives restarts of the workers. Its folder holds
 
 ==================  =================================================================================================
 ``server.json``     where it listens, its process and its token; readable by the owner only; gone when it ends
-``journal.jsonl``   and ``ledger.json``: the ledger, see `strategies.antdt.journal`; gone when the job has ended
+``journal.jsonl``   and ``ledger.json``: the ledger, see `strategies.antdt.sharding.journal`; gone when the job has ended
 ``generation``      the last generation of the job that has ended, with which the next job's go on
 ``events.jsonl``    a line for each decision, arrival, departure and restart
 ``server.log``      what it prints, when `find_or_start` has started it
@@ -26,11 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.antdt.address import SERVER_FILE, Address
-from strategies.antdt.controller import Controller
-from strategies.antdt.journal import Journal, JournalError, RecordedLedger
-from strategies.antdt.service import Service, SupportsControl
-from strategies.antdt.wire import AUTHENTICATED_LIMIT, LIMIT, Decoder, MessageTooLarge, WireError, encode, error, same_token
+from strategies.antdt.control.controller import Controller
+from strategies.antdt.service.address import SERVER_FILE, Address
+from strategies.antdt.service.service import Service, SupportsControl
+from strategies.antdt.service.wire import (
+    AUTHENTICATED_LIMIT,
+    LIMIT,
+    Decoder,
+    MessageTooLarge,
+    WireError,
+    encode,
+    error,
+    same_token,
+)
+from strategies.antdt.sharding.journal import Journal, JournalError, RecordedLedger
 
 __all__ = ["ServerThread", "main", "serve"]
 

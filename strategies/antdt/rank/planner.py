@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from strategies.antdt.actions import AdjustBatch, Versioned
-from strategies.antdt.exchange import Reading
-from strategies.antdt.shard_buffer import Piece
+from strategies.antdt.control.actions import AdjustBatch, Versioned
+from strategies.antdt.rank.exchange import Reading
+from strategies.antdt.rank.shard_buffer import Piece
 
 __all__ = ["Allocation", "PositionSource", "StepPlan", "StepPlanner"]
 

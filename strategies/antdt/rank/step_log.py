@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from strategies.antdt.loader import StepBatch
-from strategies.antdt.step_timer import StepSample
+from strategies.antdt.rank.loader import StepBatch
+from strategies.antdt.rank.step_timer import StepSample
 
 __all__ = ["StepLog"]
 

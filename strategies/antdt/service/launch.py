@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from strategies.antdt.address import SERVER_FILE, Address
-from strategies.antdt.client import Client
-from strategies.antdt.wire import ServiceError
+from strategies.antdt.service.address import SERVER_FILE, Address
+from strategies.antdt.service.client import Client
+from strategies.antdt.service.wire import ServiceError
 
 __all__ = ["ServerNotStarted", "find", "find_or_start", "is_alive", "is_running", "revive", "start_lock"]
 
@@ -73,7 +73,7 @@ def find_or_start(
         host: for a new server to listen on.
         idle_timeout: seconds without a client after which a new server ends.
         timeout: seconds to wait for the server to come up.
-        options: further words for ``python -m strategies.antdt.server``.
+        options: further words for ``python -m strategies.antdt.service.server``.
 
     Raises:
         ServerNotStarted: it ended at once, or does not answer.
@@ -122,7 +122,7 @@ def _start(folder: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)}
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "strategies.antdt.server", "--folder", str(folder), *options],
+            [sys.executable, "-P", "-m", "strategies.antdt.service.server", "--folder", str(folder), *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

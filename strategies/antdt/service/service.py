@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from strategies.antdt.barrier import JoinBarrier, Waiting
-from strategies.antdt.journal import OtherDataset, RecordedLedger
-from strategies.antdt.ledger import DatasetSpec, LedgerError, StaleGeneration
-from strategies.antdt.wire import ServiceError, error
+from strategies.antdt.service.barrier import JoinBarrier, Waiting
+from strategies.antdt.service.wire import ServiceError, error
+from strategies.antdt.sharding.journal import OtherDataset, RecordedLedger
+from strategies.antdt.sharding.ledger import DatasetSpec, LedgerError, StaleGeneration
 
 __all__ = ["Peer", "Service", "SupportsControl"]
 
@@ -28,7 +28,7 @@ class Peer(Protocol):
 
 
 class SupportsControl(Protocol):
-    """Interface of a controller for the service, see `strategies.antdt.controller.Controller`."""
+    """Interface of a controller for the service, see `strategies.antdt.control.controller.Controller`."""
 
     failure: str | None
     """Why the job cannot go on."""

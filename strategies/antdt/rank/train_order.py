@@ -5,8 +5,8 @@ from typing import Any, Literal
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from strategies.antdt.loader import SamplerOrder, SupportsRange
-from strategies.antdt.order import SampleOrder
+from strategies.antdt.rank.loader import SamplerOrder, SupportsRange
+from strategies.antdt.sharding.order import SampleOrder
 
 __all__ = ["Shuffle", "train_order"]
 

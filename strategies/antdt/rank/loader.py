@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from strategies.antdt.exchange import Reading
-from strategies.antdt.planner import StepPlan, StepPlanner
-from strategies.antdt.weighting import split_evenly
+from strategies.antdt.rank.exchange import Reading
+from strategies.antdt.rank.planner import StepPlan, StepPlanner
+from strategies.antdt.rank.weighting import split_evenly
 
 __all__ = ["Order", "Reader", "SamplerOrder", "StepBatch", "StepLoader", "SupportsRange"]
 

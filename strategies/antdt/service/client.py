@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from strategies.antdt.address import Address
-from strategies.antdt.ledger import Fetched, Range
-from strategies.antdt.wire import AUTHENTICATED_LIMIT, Decoder, ServiceError, WireError, encode
+from strategies.antdt.service.address import Address
+from strategies.antdt.service.wire import AUTHENTICATED_LIMIT, Decoder, ServiceError, WireError, encode
+from strategies.antdt.sharding.ledger import Fetched, Range
 
 __all__ = ["Client", "ServerUnreachable"]
 

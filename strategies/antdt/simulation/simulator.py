@@ -1,9 +1,10 @@
 """A cluster of thousands of workers that exists only as numbers, driven by the real controller and ledger (section 2.9).
 
 Only time is modelled. A step of worker i takes ``T_i = C_i a + s_i c n_i`` seconds, with its slowness s_i as in
-`strategies.antdt.slowness`. In lockstep (``bsp``) a step of all takes ``max_i T_i + t_srv max_j s_j + t_comm``; with b backup
-workers the maximum leaves the b slowest out, whose gradients are dropped. Without lockstep (``asp``) each worker goes through its
-shards at its own pace, and pays ``t_srv max_j s_j + t_comm`` for each batch; ``asp_static`` divides the data equally beforehand.
+`strategies.antdt.simulation.slowness`. In lockstep (``bsp``) a step of all takes ``max_i T_i + t_srv max_j s_j + t_comm``; with b
+backup workers the maximum leaves the b slowest out, whose gradients are dropped. Without lockstep (``asp``) each worker goes
+through its shards at its own pace, and pays ``t_srv max_j s_j + t_comm`` for each batch; ``asp_static`` divides the data equally
+beforehand.
 """
 
 import heapq
@@ -15,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from strategies.antdt.actions import AdjustBatch, BackupWorkers, KillRestart, Versioned
-from strategies.antdt.controller import Controller
-from strategies.antdt.ledger import DatasetSpec, DataShardingService, Range, Semantics
-from strategies.antdt.monitor import Sample
-from strategies.antdt.slowness import NodeSlowness, SlownessModel, read_slowness
-from strategies.antdt.solutions import Oracle, Solution
+from strategies.antdt.control.actions import AdjustBatch, BackupWorkers, KillRestart, Versioned
+from strategies.antdt.control.controller import Controller
+from strategies.antdt.control.monitor import Sample
+from strategies.antdt.control.solutions import Oracle, Solution
+from strategies.antdt.sharding.ledger import DatasetSpec, DataShardingService, Range, Semantics
+from strategies.antdt.simulation.slowness import NodeSlowness, SlownessModel, read_slowness
 
 __all__ = ["ClusterSim", "SimCluster", "SimResult"]
 
@@ -125,7 +126,7 @@ class ClusterSim:
         samples: Samples of the job; None: ``steps`` times B.
 
     Example:
-        >>> from strategies.antdt.solutions import StaticBSP
+        >>> from strategies.antdt.control.solutions import StaticBSP
         >>> calm = SlownessModel(transient_rate=0, persistent_share=0)
         >>> cluster = SimCluster(workers=4, local_batch=8, steps=10, cost=0.5, fixed=1.0, communication=0.25)
         >>> ClusterSim(cluster, StaticBSP(), calm).run().seconds

@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from strategies.antdt.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart
-from strategies.antdt.affine import fit
-from strategies.antdt.cluster_view import ClusterView, NodeView, step_seconds
-from strategies.antdt.monitor import Windows
-from strategies.antdt.restart_gate import server_restarts, worker_restarts
-from strategies.antdt.solvers import balance, balance_micro
+from strategies.antdt.control.actions import Action, AdjustBatch, AdjustLR, BackupWorkers, KillRestart
+from strategies.antdt.control.affine import fit
+from strategies.antdt.control.cluster_view import ClusterView, NodeView, step_seconds
+from strategies.antdt.control.monitor import Windows
+from strategies.antdt.control.restart_gate import server_restarts, worker_restarts
+from strategies.antdt.control.solvers import balance, balance_micro
 from zoo.base.hyperparameters import Configurable
 
 __all__ = ["LBBSP", "AntDTDD", "AntDTND", "BackupWorkersSolution", "Oracle", "Solution", "StaticBSP"]

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from strategies.antdt.actions import AdjustBatch, AdjustLR, KillRestart, Versioned
-from strategies.antdt.exchange import RESTART, Exchange, Reading
-from strategies.antdt.peer_watch import PeerWatch
-from strategies.antdt.planner import StepPlan
-from strategies.antdt.shard_source import Call, ShardSource
-from strategies.antdt.step_timer import StepSample, StepTimer
+from strategies.antdt.control.actions import AdjustBatch, AdjustLR, KillRestart, Versioned
+from strategies.antdt.rank.exchange import RESTART, Exchange, Reading
+from strategies.antdt.rank.peer_watch import PeerWatch
+from strategies.antdt.rank.planner import StepPlan
+from strategies.antdt.rank.shard_source import Call, ShardSource
+from strategies.antdt.rank.step_timer import StepSample, StepTimer
 
 __all__ = ["Agent"]
 

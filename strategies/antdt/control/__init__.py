@@ -1,0 +1,1 @@
+"""Watches ranks, decides, and says what each is to do."""

@@ -1,0 +1,1 @@
+"""What a rank does: times its steps, takes its shards, weighs its loss."""

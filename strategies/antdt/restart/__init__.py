@@ -1,0 +1,1 @@
+"""Restarts of ranks inside of a running job."""

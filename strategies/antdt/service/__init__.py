@@ -1,0 +1,1 @@
+"""The data sharding service: its process, its words, those who call it."""

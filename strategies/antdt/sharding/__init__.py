@@ -1,0 +1,1 @@
+"""Which rank has which samples, each exactly once."""

@@ -1,0 +1,1 @@
+"""Slow ranks, measured and modelled."""
